@@ -1,0 +1,1 @@
+"""Commands: each runs as `python -m experiments.NAME`."""
