@@ -4,8 +4,11 @@ A bad flag, file or setting is the user's to mend, so it ends in one line on
 standard error and exit status 2. `--traceback` shows where it came from.
 """
 
+import json
+import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 
@@ -56,3 +59,20 @@ def run(main: Callable[[], None]) -> None:
       _fail(error)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def write_json(path: str | pathlib.Path, value: Any) -> None:
+  """Writes `value` as indented JSON, all of it or nothing.
+
+  Raises:
+    OSError: It cannot be written; what stood there before still does.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.partial")
+  try:
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf8")
+    temporary.replace(path)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise

@@ -1,0 +1,374 @@
+"""Optimiser, training state and one training step, as pure functions.
+
+The state holds what training changes: the trainable parameters, their optimiser
+state and the loss scale. Frozen weights are an argument beside it: they have no
+gradient, no optimiser state and no place in a checkpoint.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from scca_jax import losses
+from scca_jax.patterns import AttentionPattern
+
+SCHEDULES = ("constant", "cosine")
+# The scale that float16 starts from and may grow to, and how many steps
+# without overflow double it (the usual values of mixed-precision training,
+# arXiv 1710.03740).
+_INITIAL_LOSS_SCALE = 2.0**15
+_MAX_LOSS_SCALE = 2.0**24
+_GROWTH_INTERVAL = 2000
+# So many overflows in a row cannot be the scale's search for its range: from
+# the largest scale to 1 takes 24.
+MAX_SKIPPED_IN_A_ROW = 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW with warm-up; the defaults are LongLoRA's (arXiv 2309.12307).
+
+  Attributes:
+    learning_rate: Peak learning rate, reached after the warm-up.
+    schedule: What follows the warm-up: "constant", or "cosine" down to
+      `final_fraction` of the peak at the last step.
+    warmup_steps: Steps of linear warm-up from 0.
+    final_fraction: Share of the peak at which "cosine" ends.
+    beta1: Decay of the first moment.
+    beta2: Decay of the second moment.
+    epsilon: Added to the root of the second moment.
+    weight_decay: Decoupled decay of the weight matrices; norms and embeddings
+      have none.
+    clip_norm: Largest global norm of the gradient; None leaves it as it is.
+  """
+
+  learning_rate: float = 2e-5
+  schedule: str = "constant"
+  warmup_steps: int = 20
+  final_fraction: float = 0.1
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float | None = 1.0
+
+  def __post_init__(self):
+    """Checks the ranges."""
+    if self.schedule not in SCHEDULES:
+      raise ValueError(
+        f"unknown schedule {self.schedule!r}: use one of"
+        f" {', '.join(SCHEDULES)}."
+      )
+    for name in ("learning_rate", "epsilon"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+    for name in ("beta1", "beta2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(
+          f"{name} must lie in [0, 1), got {getattr(self, name)}."
+        )
+    if not 0 <= self.final_fraction <= 1:
+      raise ValueError(
+        f"final_fraction must lie in [0, 1], got {self.final_fraction}."
+      )
+    if self.warmup_steps < 0 or self.weight_decay < 0:
+      raise ValueError(
+        "warmup_steps and weight_decay must not be negative, got"
+        f" {self.warmup_steps} and {self.weight_decay}."
+      )
+    if self.clip_norm is not None and not self.clip_norm > 0:
+      raise ValueError(
+        f"clip_norm must be above 0 or None, got {self.clip_norm}."
+      )
+
+
+def learning_rate_schedule(
+  config: OptimizerConfig, num_steps: int
+) -> optax.Schedule:
+  """Returns the learning rate as a function of the step, counted from 0."""
+  peak = config.learning_rate
+  if config.schedule == "constant":
+    after = optax.constant_schedule(peak)
+  else:
+    decay_steps = max(1, num_steps - config.warmup_steps)
+    after = optax.cosine_decay_schedule(
+      peak, decay_steps, config.final_fraction
+    )
+  if config.warmup_steps == 0:
+    return after
+  # The first update has 1 / warmup_steps of the peak, not 0: no step is lost.
+  warmup = optax.linear_schedule(
+    peak / config.warmup_steps, peak, max(1, config.warmup_steps - 1)
+  )
+  return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def _is_matrix(path: tuple[Any, ...]) -> bool:
+  return any(getattr(key, "key", None) == "kernel" for key in path)
+
+
+def make_optimizer(
+  config: OptimizerConfig, num_steps: int
+) -> optax.GradientTransformation:
+  """Returns AdamW as `config` says, for a run of `num_steps` steps."""
+  steps = []
+  if config.clip_norm is not None:
+    steps.append(optax.clip_by_global_norm(config.clip_norm))
+  steps.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
+  if config.weight_decay:
+    steps.append(
+      optax.add_decayed_weights(
+        config.weight_decay,
+        mask=functools.partial(
+          jax.tree_util.tree_map_with_path, lambda path, _: _is_matrix(path)
+        ),
+      )
+    )
+  steps.append(
+    optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps))
+  )
+  return optax.chain(*steps)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossScale:
+  """The factor that keeps float16 gradients above underflow.
+
+  Attributes:
+    scale: The factor, float32 scalar.
+    good_steps: Steps without overflow since it last changed, int32 scalar.
+    skipped: Steps skipped because of an overflow, in all, int32 scalar.
+    skipped_in_a_row: The same since the last step that was not, int32 scalar.
+  """
+
+  scale: jax.Array
+  good_steps: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+
+  @classmethod
+  def create(cls, dtype: jnp.dtype) -> "LossScale":
+    """Returns the scale to start with: 1 for good unless dtype is float16."""
+    first = _INITIAL_LOSS_SCALE if dtype == jnp.float16 else 1.0
+    # One array each: the step donates its state, and a buffer goes but once.
+    return cls(
+      jnp.asarray(first, jnp.float32),
+      jnp.zeros((), jnp.int32),
+      jnp.zeros((), jnp.int32),
+      jnp.zeros((), jnp.int32),
+    )
+
+  def update(self, finite: jax.Array, dynamic: bool) -> "LossScale":
+    """Returns the scale after a step whose gradients were finite or not."""
+    good_steps = jnp.where(finite, self.good_steps + 1, 0)
+    scale = self.scale
+    if dynamic:
+      grow = good_steps >= _GROWTH_INTERVAL
+      scale = jnp.where(grow, scale * 2, scale)
+      scale = jnp.where(finite, scale, scale / 2)
+      scale = jnp.clip(scale, 1.0, _MAX_LOSS_SCALE)
+      good_steps = jnp.where(grow, 0, good_steps)
+    overflow = jnp.logical_not(finite).astype(jnp.int32)
+    return LossScale(
+      scale,
+      good_steps,
+      self.skipped + overflow,
+      (self.skipped_in_a_row + 1) * overflow,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a training step changes.
+
+  Attributes:
+    step: Steps done, int32 scalar.
+    params: The trainable parameters.
+    optimizer: Their optimiser state.
+    loss_scale: The loss scale and the overflow counts.
+  """
+
+  step: jax.Array
+  params: nnx.State
+  optimizer: optax.OptState
+  loss_scale: LossScale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+  """What one step does beside the optimiser; static under jit.
+
+  Attributes:
+    patterns: The attention pattern of all layers, or one a layer.
+    num_micro_batches: Parts the batch is cut in; their gradients are summed
+      before the one update (gradient accumulation).
+    loss_chunk: Tokens of each sequence whose logits are held at once.
+    remat: Whether each layer's activations are computed anew in the backward
+      pass.
+    seed: Of the dropout.
+    implementation: Attention back end; None takes the best for the device.
+    dtype: The model's compute dtype; "float16" scales the loss.
+  """
+
+  patterns: AttentionPattern | tuple[AttentionPattern, ...]
+  num_micro_batches: int = 1
+  loss_chunk: int = 512
+  remat: bool = False
+  seed: int = 0
+  implementation: str | None = None
+  dtype: str = "float32"
+
+
+def init_state(
+  params: nnx.State, optimizer: optax.GradientTransformation, dtype: str
+) -> TrainState:
+  """Returns the state before the first step.
+
+  Args:
+    params: The trainable parameters, as `nnx.split` gives them.
+    optimizer: From `make_optimizer`.
+    dtype: The model's compute dtype, "float32", "bfloat16" or "float16".
+  """
+  return TrainState(
+    jnp.zeros((), jnp.int32),
+    params,
+    optimizer.init(params),
+    LossScale.create(jnp.dtype(dtype)),
+  )
+
+
+def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
+  model = nnx.merge(graphdef, params, frozen)
+  hidden = model.hidden_states(
+    batch["tokens"],
+    patterns=config.patterns,
+    positions=batch.get("positions"),
+    segment_ids=batch.get("segment_ids"),
+    implementation=config.implementation,
+    remat=config.remat,
+    deterministic=False,
+    rngs=nnx.Rngs(dropout=rng),
+  )
+  return losses.chunked_cross_entropy(
+    model.logits, hidden, batch["targets"], batch["mask"], config.loss_chunk
+  )
+
+
+def _global_norm(tree) -> jax.Array:
+  return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+
+
+def train_step(
+  state: TrainState,
+  frozen: nnx.State,
+  batch: dict[str, jax.Array],
+  *,
+  graphdef: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  config: StepConfig,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Returns the state after one optimiser step, and its metrics.
+
+  The loss is the mean over all targets of the whole batch, however it is cut
+  in micro batches. A step whose gradients are not finite changes nothing but
+  the loss scale and the counts.
+
+  Args:
+    state: The state before.
+    frozen: All other parameters and variables of the model.
+    batch: `tokens`, `targets` (int32) and `mask` (float32), `[batch, seq]`;
+      packed documents add `segment_ids` and `positions` (int32).
+    graphdef: The model's structure, from `nnx.split`.
+    optimizer: From `make_optimizer`.
+    config: What the step does.
+
+  Returns:
+    The state, and float32 scalars `loss` (nats a target), `grad_norm` (before
+    clipping), `num_targets`, `loss_scale`, `skipped` and `skipped_in_a_row`.
+
+  Raises:
+    ValueError: The batch is no multiple of `num_micro_batches`.
+  """
+  batch_size = batch["tokens"].shape[0]
+  parts = config.num_micro_batches
+  if batch_size % parts:
+    raise ValueError(
+      f"a batch of {batch_size} sequences cannot be cut in {parts} micro"
+      " batches of one size."
+    )
+  rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+  num_targets = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
+  scale = state.loss_scale.scale
+
+  def scaled_loss(params, micro_batch, micro_rng):
+    loss = _batch_loss(params, graphdef, frozen, micro_batch, micro_rng, config)
+    return loss * (scale / num_targets), loss
+
+  grad = jax.grad(scaled_loss, has_aux=True)
+  if parts == 1:
+    grads, loss = grad(state.params, batch, rng)
+  else:
+    micro_batches = jax.tree.map(
+      lambda x: x.reshape(parts, batch_size // parts, *x.shape[1:]), batch
+    )
+
+    def accumulate(total, micro):
+      micro_batch, micro_rng = micro
+      part = grad(state.params, micro_batch, micro_rng)
+      return jax.tree.map(jnp.add, total, part), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (grads, loss), _ = jax.lax.scan(
+      accumulate,
+      (zeros, jnp.zeros((), jnp.float32)),
+      (micro_batches, jax.random.split(rng, parts)),
+    )
+  grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
+  grad_norm = _global_norm(grads)
+  finite = jnp.isfinite(grad_norm)
+
+  updates, new_optimizer = optimizer.update(
+    grads, state.optimizer, state.params
+  )
+  new_params = optax.apply_updates(state.params, updates)
+  keep = functools.partial(jnp.where, finite)
+  loss_scale = state.loss_scale.update(finite, config.dtype == "float16")
+  new_state = TrainState(
+    state.step + 1,
+    jax.tree.map(keep, new_params, state.params),
+    jax.tree.map(keep, new_optimizer, state.optimizer),
+    loss_scale,
+  )
+  metrics = {
+    "loss": loss / num_targets,
+    "grad_norm": grad_norm,
+    "num_targets": num_targets,
+    "loss_scale": scale,
+    "skipped": loss_scale.skipped.astype(jnp.float32),
+    "skipped_in_a_row": loss_scale.skipped_in_a_row.astype(jnp.float32),
+  }
+  return new_state, metrics
+
+
+def compile_step(
+  graphdef: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  config: StepConfig,
+):
+  """Returns `train_step` under jit: `(state, frozen, batch) -> (state, metrics)`.
+
+  The state's buffers are donated: the one passed in is gone afterwards.
+  """
+  return jax.jit(
+    functools.partial(
+      train_step, graphdef=graphdef, optimizer=optimizer, config=config
+    ),
+    donate_argnums=0,
+  )
