@@ -362,7 +362,7 @@ def compile_step(
   optimizer: optax.GradientTransformation,
   config: StepConfig,
 ):
-  """Returns `train_step` under jit: `(state, frozen, batch) -> (state, metrics)`.
+  """Returns `train_step` under jit, called with `(state, frozen, batch)`.
 
   The state's buffers are donated: the one passed in is gone afterwards.
   """

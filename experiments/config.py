@@ -1,0 +1,325 @@
+"""Settings of a run: typed, checked, and saved with every result.
+
+A file in `configs/` returns a `ConfigDict`, made by `to_config_dict` from the
+dataclasses here, so every setting has its default, type and description in one
+place. Flags change single settings (`--config.training.steps=100`). At the
+door of a command the `ConfigDict` becomes a dataclass again: an unknown setting
+or one of the wrong type ends the command, naming it.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, TypeVar
+
+import ml_collections
+from ml_collections import config_dict
+
+from scca_jax.lora import LoraConfig
+from scca_jax.training import OptimizerConfig
+
+Settings = TypeVar("Settings")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+  """How the positions are fitted to the longer context.
+
+  Attributes:
+    kind: "linear" (Position Interpolation), "dynamic", "ntk", "yarn" or
+      "llama3"; None leaves RoPE as the model has it.
+    factor: None takes target length / pretrained length.
+  """
+
+  kind: str | None = "linear"
+  factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatternConfig:
+  """The attention pattern of training; None leaves a setting to the pattern.
+
+  Attributes:
+    name: A constructor of `scca_jax.patterns`, such as "scca_fixed".
+    chunk_size: Tokens; a quarter of the training length by default.
+    shift: Tokens (scca_fixed).
+    num_chunks: Chunks of the training length (scca_flow).
+    rotate: Chunks by which the shifts of `scca_flow` are rotated.
+    rotate_by_layer: Whether each layer rotates them by one chunk more.
+    window: Slots (sliding, dna, sda).
+    dilation: Tokens between neighbouring keys (dilated, dna, sda).
+    boundary: "drop" or "local".
+    causality: "position", or "slot", which leaks the future.
+    interleaved: Whether the heads of a GQA group get different shifts.
+  """
+
+  name: str = "scca_fixed"
+  chunk_size: int | None = None
+  shift: int | None = None
+  num_chunks: int | None = None
+  rotate: int | None = None
+  rotate_by_layer: bool = False
+  window: int | None = None
+  dilation: int | None = None
+  boundary: str = "drop"
+  causality: str = "position"
+  interleaved: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """The texts.
+
+  Attributes:
+    train: A token file (.bin), or text (.txt, .jsonl, packed or a folder);
+      None takes the embedded books.
+    test: The same, for perplexity; it must share no document with `train`.
+    tokenizer: `tokenizer.model` or `tokenizer.json`; None takes the model's.
+    packing: "concatenate" (documents run on, as in LongLoRA) or "packed"
+      (attention stays within a document).
+  """
+
+  train: str | None = None
+  test: str | None = None
+  tokenizer: str | None = None
+  packing: str = "concatenate"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+  """The loop.
+
+  Attributes:
+    seq_len: Length of a training sequence, in tokens: the target context.
+    batch_size: Sequences an optimiser step.
+    num_micro_batches: Parts the batch is cut in (gradient accumulation).
+    steps: Optimiser steps.
+    seed: Of initialisation, shuffling and dropout.
+    dtype: Compute dtype, "float32", "bfloat16" or "float16".
+    param_dtype: Dtype that frozen weights are held in.
+    remat: Whether activations are computed anew in the backward pass.
+    loss_chunk: Tokens of each sequence whose logits are held at once.
+    log_every: Steps between writes of the metrics (each step has its line).
+    checkpoint_every: Steps between checkpoints; one is kept at the end too.
+    keep_checkpoints: How many of the newest are kept.
+    implementation: Attention back end; None takes the best for the device.
+  """
+
+  seq_len: int = 1024
+  batch_size: int = 8
+  num_micro_batches: int = 1
+  steps: int = 100
+  seed: int = 0
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  remat: bool = False
+  loss_chunk: int = 512
+  log_every: int = 10
+  checkpoint_every: int = 100
+  keep_checkpoints: int = 2
+  implementation: str | None = None
+
+  def __post_init__(self):
+    """Checks the ranges."""
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.type is int and field.name != "seed" and value < 1:
+        raise ValueError(
+          f"training.{field.name} must be at least 1, got {value}."
+        )
+    for name in ("dtype", "param_dtype"):
+      if getattr(self, name) not in ("float32", "bfloat16", "float16"):
+        raise ValueError(
+          f"training.{name} must be float32, bfloat16 or float16, got"
+          f" {getattr(self, name)!r}."
+        )
+    if self.batch_size % self.num_micro_batches:
+      raise ValueError(
+        f"training.batch_size={self.batch_size} is no multiple of"
+        f" training.num_micro_batches={self.num_micro_batches}."
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+  """Perplexity, on the way and at the end.
+
+  Attributes:
+    context_lens: Lengths in tokens; None takes the pretrained and the target.
+    protocol: "longlora", "strided" or "document".
+    num_windows: Evenly spaced windows a length; None takes all.
+    batch_tokens: Tokens of a batch of windows.
+    every: Steps between evaluations on the way; 0 has none.
+    windows_on_the_way: Windows of those, at the target length.
+  """
+
+  context_lens: tuple[int, ...] | None = None
+  protocol: str = "longlora"
+  num_windows: int | None = 64
+  batch_tokens: int = 8192
+  every: int = 0
+  windows_on_the_way: int = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+  """A run of `experiments.finetune`.
+
+  Attributes:
+    model: Hugging Face folder; None takes the embedded model.
+    rope: Rope scaling.
+    lora: Adapter.
+    pattern: Attention pattern of training.
+    data: Texts.
+    optimizer: Optimiser.
+    training: Loop.
+    evaluation: Perplexity.
+  """
+
+  model: str | None = None
+  rope: RopeConfig = RopeConfig()
+  lora: LoraConfig = LoraConfig()
+  pattern: PatternConfig = PatternConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  training: TrainingConfig = TrainingConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArchitectureConfig:
+  """Sizes of a model that is trained from its initialisation.
+
+  Attributes:
+    hidden_size: Width of the residual stream.
+    intermediate_size: Width of the MLP.
+    num_layers: Layers.
+    num_heads: Query heads.
+    num_kv_heads: Key and value heads.
+    head_dim: Width of a head; None takes hidden_size / num_heads.
+    rope_theta: Base of the rotary frequencies.
+    tie_embeddings: Whether the output head is the embedding.
+  """
+
+  hidden_size: int = 256
+  intermediate_size: int = 704
+  num_layers: int = 5
+  num_heads: int = 8
+  num_kv_heads: int = 4
+  head_dim: int | None = None
+  rope_theta: float = 10000.0
+  tie_embeddings: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+  """A run of `experiments.pretrain`.
+
+  Attributes:
+    architecture: Sizes of the model.
+    save_dtype: Dtype of the weights that the run writes at its end.
+    pattern: Attention pattern of training.
+    data: Texts; `data.tokenizer` must be given.
+    optimizer: Optimiser.
+    training: Loop.
+    evaluation: Perplexity.
+  """
+
+  architecture: ArchitectureConfig = ArchitectureConfig()
+  save_dtype: str = "float32"
+  pattern: PatternConfig = PatternConfig(name="dense")
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  training: TrainingConfig = TrainingConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def _without_none(kind: Any) -> Any:
+  """Returns `T` for `T | None`, and any other annotation as it is."""
+  if isinstance(kind, types.UnionType) or typing.get_origin(kind) is (
+    typing.Union
+  ):
+    return next(a for a in typing.get_args(kind) if a is not type(None))
+  return kind
+
+
+def to_config_dict(settings: Any) -> ml_collections.ConfigDict:
+  """Returns the `ConfigDict` of a settings dataclass, for a config file.
+
+  A setting that is None keeps its type, so that a flag can set it.
+  """
+  hints = typing.get_type_hints(type(settings))
+  result = ml_collections.ConfigDict()
+  for field in dataclasses.fields(settings):
+    value = getattr(settings, field.name)
+    if dataclasses.is_dataclass(value):
+      value = to_config_dict(value)
+    elif value is None:
+      kind = _without_none(hints[field.name])
+      value = config_dict.placeholder(typing.get_origin(kind) or kind)
+    result[field.name] = value
+  return result
+
+
+def _checked(value: Any, kind: Any, name: str) -> Any:
+  """Returns the value if it is of the annotated type."""
+  allowed = _without_none(kind)
+  if value is None and allowed is not kind:
+    return None
+  if dataclasses.is_dataclass(allowed):
+    return from_config_dict(allowed, value, prefix=f"{name}.")  # pyright: ignore
+  if typing.get_origin(allowed) is tuple and isinstance(value, list | tuple):
+    item_kind = typing.get_args(allowed)[0]
+    return tuple(_checked(item, item_kind, name) for item in value)
+  if allowed is float and type(value) is int:
+    return float(value)
+  if isinstance(allowed, type) and type(value) is allowed:
+    return value
+  kind_name = getattr(allowed, "__name__", str(allowed))
+  if typing.get_origin(allowed) is tuple:
+    kind_name = str(allowed)
+  raise ValueError(
+    f"setting {name} must be of type {kind_name}, got"
+    f" {value!r} ({type(value).__name__})."
+  )
+
+
+def from_config_dict(
+  kind: type[Settings], settings: Any, *, prefix: str = ""
+) -> Settings:
+  """Returns the settings dataclass of a `ConfigDict` or plain dict.
+
+  Args:
+    kind: Which dataclass.
+    settings: Its settings, nested; those left out take their defaults.
+    prefix: Put before names in messages.
+
+  Raises:
+    ValueError: A setting is unknown, ill-typed or out of range.
+  """
+  if not isinstance(settings, dict | ml_collections.ConfigDict):
+    raise ValueError(
+      f"setting {prefix.rstrip('.')} must be a group of settings, got"
+      f" {settings!r}."
+    )
+  hints = typing.get_type_hints(kind)
+  names = [f.name for f in dataclasses.fields(kind)]  # pyright: ignore
+  for name in settings:
+    if name not in names:
+      near = difflib.get_close_matches(str(name), names, n=1)
+      hint = f"did you mean {prefix}{near[0]}" if near else "known are " + (
+        ", ".join(prefix + n for n in names)
+      )
+      raise ValueError(f"unknown setting {prefix}{name}: {hint}?")
+  return kind(
+    **{
+      name: _checked(settings[name], hints[name], prefix + name)
+      for name in settings
+    }
+  )
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+  """Returns the settings as JSON types, to be saved with a result."""
+  return dataclasses.asdict(settings)

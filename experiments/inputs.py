@@ -1,0 +1,86 @@
+"""Turns the settings of a run into what training takes: tokens, patterns."""
+
+import hashlib
+import pathlib
+
+from absl import logging
+
+from experiments.config import PatternConfig
+from scca_jax import data, patterns
+from scca_jax.llama import LlamaConfig
+from scca_jax.tokenizer import Tokenizer
+
+# Read at once when a file is hashed, in bytes.
+_BLOCK = 1 << 20
+
+
+def open_tokens(
+  path: str | pathlib.Path, tokenizer: Tokenizer, cache: pathlib.Path
+) -> data.TokenFile:
+  """Returns the tokens of a token file or of text.
+
+  Args:
+    path: A `.bin`, or text: .txt, .jsonl, .jsonl.gz/.xz/.zst or a folder.
+    tokenizer: Used for text; and its vocabulary bounds the ids of a `.bin`.
+    cache: Folder in which the token file of a text is kept. Its name has a
+      hash of text and tokenizer, so it is made anew when either changes.
+
+  Raises:
+    FileNotFoundError: The path is not there.
+    ValueError: It holds no usable tokens or text.
+  """
+  path = pathlib.Path(path)
+  if path.suffix == ".bin":
+    return data.TokenFile.open(path, vocab_size=tokenizer.vocab_size)
+  if not path.exists():
+    raise FileNotFoundError(f"{path} is not there: name a file or folder.")
+  digest = hashlib.sha256(tokenizer.fingerprint.encode())
+  files = sorted(path.rglob("*")) if path.is_dir() else [path]
+  for file in files:
+    if file.is_file():
+      with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+          digest.update(block)
+  name = path.name.split(".")[0]
+  target = cache / f"{name}-{digest.hexdigest()[:16]}.bin"
+  if not target.exists():
+    logging.info("Tokenising %s.", path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    data.write_token_file(data.read_documents(path), tokenizer, target)
+  return data.TokenFile.open(target, vocab_size=tokenizer.vocab_size)
+
+
+def make_patterns(
+  config: PatternConfig, model: LlamaConfig, seq_len: int
+) -> tuple[patterns.AttentionPattern, ...]:
+  """Returns the pattern of each layer for training at `seq_len` tokens.
+
+  Raises:
+    ValueError: The pattern is unknown, or a setting does not fit it.
+  """
+  settings = {
+    name: getattr(config, name)
+    for name in (
+      "chunk_size",
+      "shift",
+      "num_chunks",
+      "rotate",
+      "window",
+      "dilation",
+      "boundary",
+      "causality",
+    )
+    if getattr(config, name) is not None
+  }
+  if config.rotate_by_layer:
+    settings["rotate"] = "layer"
+  schedule = patterns.make_schedule(
+    config.name,
+    num_heads=model.num_heads,
+    num_layers=model.num_layers,
+    seq_len=seq_len,
+    **settings,
+  )
+  if config.interleaved:
+    schedule = tuple(p.interleaved(model.num_kv_heads) for p in schedule)
+  return schedule

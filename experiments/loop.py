@@ -1,0 +1,317 @@
+"""The training loop that `pretrain` and `finetune` share.
+
+What a run leaves in its output folder:
+
+    config.json      the settings; a run that goes on must have the same
+    metrics.jsonl    one line a step, and one an evaluation
+    tensorboard/     the same, for TensorBoard
+    checkpoints/     the newest few, through Orbax
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import pathlib
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import tensorboardX
+import tqdm
+from absl import logging
+from flax import nnx
+
+from experiments import cli
+from experiments.config import TrainingConfig
+from scca_jax import checkpoint, training
+
+# Steps at the start that say nothing about speed: the first one compiles.
+_UNTIMED_STEPS = 2
+
+
+def open_output_dir(path: str, settings: dict[str, Any]) -> pathlib.Path:
+  """Returns the run's folder, with its settings in `config.json`.
+
+  Args:
+    path: The folder; made if it is not there.
+    settings: The run's settings, of JSON types.
+
+  Raises:
+    ValueError: A run with other settings is there.
+  """
+  folder = pathlib.Path(path)
+  file = folder / "config.json"
+  # As JSON has it: tuples are lists there.
+  settings = json.loads(json.dumps(settings))
+  if file.exists():
+    try:
+      earlier = json.loads(file.read_text(encoding="utf8"))
+    except ValueError as error:
+      raise ValueError(
+        f"{file} is no JSON ({error}): remove {folder}, or name another"
+        " --output_dir."
+      ) from error
+    differing = _differing(earlier, settings)
+    if differing:
+      raise ValueError(
+        f"{folder} holds a run with other settings ({', '.join(differing)}):"
+        " name another --output_dir, or remove it."
+      )
+  else:
+    cli.write_json(file, settings)
+  return folder
+
+
+def _differing(a: Any, b: Any, name: str = "") -> list[str]:
+  """Returns the dotted names of the settings in which the two differ."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    return [
+      found
+      for key in sorted(a.keys() | b.keys())
+      for found in _differing(
+        a.get(key), b.get(key), f"{name}.{key}" if name else key
+      )
+    ]
+  return [] if a == b else [name]
+
+
+class Metrics:
+  """`metrics.jsonl` and TensorBoard: one line a step, one an evaluation."""
+
+  def __init__(self, folder: pathlib.Path, step: int):
+    """Opens the files to go on after `step`; later lines are dropped.
+
+    They are of steps that an interrupted run did after its last checkpoint,
+    and that will be done again.
+    """
+    self._path = folder / "metrics.jsonl"
+    kept = []
+    if self._path.exists():
+      for line in self._path.read_text(encoding="utf8").splitlines():
+        # A killed run may leave half a line; it is later than `step`.
+        with contextlib.suppress(ValueError):
+          if json.loads(line)["step"] <= step:
+            kept.append(line + "\n")
+    temporary = self._path.with_name(".metrics.jsonl.partial")
+    temporary.write_text("".join(kept), encoding="utf8")
+    temporary.replace(self._path)
+    self._board = tensorboardX.SummaryWriter(
+      str(folder / "tensorboard"), purge_step=step + 1
+    )
+
+  def write(self, lines: list[dict[str, Any]]) -> None:
+    """Adds lines; each has `step` and numbers, or dicts of numbers."""
+    with self._path.open("a", encoding="utf8") as file:
+      for line in lines:
+        file.write(json.dumps(line) + "\n")
+    for line in lines:
+      for name, value in line.items():
+        values = value if isinstance(value, dict) else {"": value}
+        for key, number in values.items():
+          if name != "step" and isinstance(number, int | float):
+            tag = f"{name}/{key}" if key else name
+            self._board.add_scalar(tag, number, line["step"])
+    self._board.flush()
+
+  def read(self) -> list[dict[str, Any]]:
+    """Returns all lines so far."""
+    text = self._path.read_text(encoding="utf8")
+    return [json.loads(line) for line in text.splitlines()]
+
+  def close(self) -> None:
+    """Closes the files."""
+    self._board.close()
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+  """Collects SIGINT and SIGTERM; a second one of a kind ends the process."""
+  received: list[int] = []
+
+  def note(number, frame):
+    del frame
+    received.append(number)
+    signal.signal(number, previous[number])
+
+  previous = {
+    number: signal.signal(number, note)
+    for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What training ends with.
+
+  Attributes:
+    model: The trained model.
+    tokens_per_second: Median over the steps, in all the run's processes; None
+      if there were too few.
+    final_loss: Of the last step, nats a token.
+  """
+
+  model: Any
+  tokens_per_second: float | None
+  final_loss: float
+
+
+def _check_finite(line: dict[str, Any], dtype: str) -> None:
+  """Stops a run whose gradients have not been finite for many steps."""
+  if line["skipped_in_a_row"] >= training.MAX_SKIPPED_IN_A_ROW:
+    remedy = (
+      "the loss scale has reached its floor, so lower the learning rate or"
+      " compute in bfloat16 or float32"
+      if dtype == "float16"
+      else "lower the learning rate"
+    )
+    raise ValueError(
+      f"the gradients were not finite for {training.MAX_SKIPPED_IN_A_ROW}"
+      f" steps in a row, up to step {line['step']}: {remedy}."
+    )
+
+
+def fit(
+  model: Any,
+  *,
+  trainable: Any,
+  batches: Any,
+  step_config: training.StepConfig,
+  optimizer_config: training.OptimizerConfig,
+  config: TrainingConfig,
+  output_dir: pathlib.Path,
+  evaluate: Callable[[Any], dict[str, Any]] | None = None,
+  evaluate_every: int = 0,
+) -> Result:
+  """Trains a model, from the newest checkpoint in `output_dir` if there is one.
+
+  On SIGINT or SIGTERM the step in hand is finished, a checkpoint saved, and
+  the process ends with status 128 + the signal's number.
+
+  Args:
+    model: The model as it is before the first step.
+    trainable: The nnx filter of the parameters to train.
+    batches: Iterator of batches with `get_state` and `set_state`.
+    step_config: What a step does.
+    optimizer_config: The optimiser.
+    config: The loop.
+    output_dir: Where checkpoints and metrics go.
+    evaluate: Gives numbers for the log from a model.
+    evaluate_every: Steps between calls of it; 0 has none.
+
+  Raises:
+    ValueError: A checkpoint cannot be read, or training diverged.
+    OSError: A checkpoint or the metrics cannot be written.
+  """
+  optimizer = training.make_optimizer(optimizer_config, config.steps)
+  schedule = training.learning_rate_schedule(optimizer_config, config.steps)
+  graphdef, params, frozen = nnx.split(model, trainable, ...)
+  state = training.init_state(params, optimizer, config.dtype)
+  checkpoints = checkpoint.Checkpointer(
+    output_dir / "checkpoints", keep=config.keep_checkpoints
+  )
+  done = checkpoints.latest_step() or 0
+  if done:
+    state, position = checkpoints.restore(done, state)
+    batches.set_state(position)
+    logging.info("Going on from the checkpoint of step %d.", done)
+  metrics = Metrics(output_dir, done)
+  step_fn = training.compile_step(graphdef, optimizer, step_config)
+  waiting: collections.deque[tuple[int, Any]] = collections.deque()
+  last_flush = time.perf_counter()
+  timed_from = done + _UNTIMED_STEPS
+  saved = done
+
+  def flush() -> dict[str, Any] | None:
+    """Writes the steps done since; waits for the device."""
+    nonlocal last_flush
+    if not waiting:
+      return None
+    fetched = jax.device_get([values for _, values in waiting])
+    now = time.perf_counter()
+    first = waiting[0][0]
+    lines = []
+    for (step, _), values in zip(waiting, fetched, strict=True):
+      line = {"step": step, "learning_rate": float(schedule(step - 1))}
+      line |= {name: float(value) for name, value in values.items()}
+      lines.append(line)
+    if first > timed_from:
+      tokens = sum(line["num_targets"] for line in lines)
+      for line in lines:
+        line["tokens_per_second"] = tokens / (now - last_flush)
+    waiting.clear()
+    last_flush = now
+    metrics.write(lines)
+    for line in lines:
+      _check_finite(line, config.dtype)
+    return lines[-1]
+
+  def save(step: int) -> None:
+    nonlocal saved
+    if step != saved:
+      checkpoints.save(step, state, batches.get_state())
+      saved = step
+
+  progress = tqdm.tqdm(
+    total=config.steps, initial=done, unit="step", dynamic_ncols=True
+  )
+  try:
+    with _stop_requests() as received, progress:
+      for step in range(done + 1, config.steps + 1):
+        state, values = step_fn(state, frozen, next(batches))
+        waiting.append((step, values))
+        stopping = bool(received)
+        last = step == config.steps
+        evaluating = evaluate_every and (step % evaluate_every == 0 or last)
+        saving = step % config.checkpoint_every == 0 or last or stopping
+        if (
+          step % config.log_every == 0
+          or saving
+          or evaluating
+          or step == timed_from
+        ):
+          line = flush()
+          shown = {"loss": f"{line['loss']:.3f}"}
+          if "tokens_per_second" in line:
+            shown["tok/s"] = f"{line['tokens_per_second']:,.0f}"
+          progress.set_postfix(shown, refresh=False)
+        progress.update()
+        if evaluating and evaluate is not None:
+          numbers = evaluate(nnx.merge(graphdef, state.params, frozen))
+          metrics.write([{"step": step, "evaluation": numbers}])
+          last_flush = time.perf_counter()
+        if saving:
+          save(step)
+          last_flush = time.perf_counter()
+        if stopping and not last:
+          checkpoints.wait()
+          name = signal.Signals(received[0]).name
+          progress.close()
+          logging.info("%s: stopped after step %d.", name, step)
+          print(
+            f"Stopped by {name} after step {step}; the same command goes on"
+            " from there.",
+            flush=True,
+          )
+          raise SystemExit(128 + received[0])
+    checkpoints.wait()
+    lines = [line for line in metrics.read() if "loss" in line]
+  finally:
+    metrics.close()
+    checkpoints.close()
+  speeds = [
+    line["tokens_per_second"] for line in lines if "tokens_per_second" in line
+  ]
+  return Result(
+    nnx.merge(graphdef, state.params, frozen),
+    statistics.median(speeds) if speeds else None,
+    lines[-1]["loss"],
+  )

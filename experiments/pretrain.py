@@ -1,0 +1,183 @@
+"""Trains a LLaMA from its initialisation, all parameters.
+
+It writes the model in Hugging Face layout, with its tokenizer, and prints its
+perplexity. The embedded model was made so (scca_jax/assets/README.md):
+
+    python -m experiments.pretrain --config=configs/tiny_pretrain.py \
+      --data=train.bin --output_dir=runs/pretrain
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from experiments import cli, inputs, loop
+from experiments.config import PretrainConfig, from_config_dict, to_json
+from scca_jax import convert, data, evaluation, lora, tokenizer
+from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.training import StepConfig
+
+_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  str(_CONFIGS / "tiny_pretrain.py"),
+  "Settings of the run (configs/*.py).",
+)
+_DATA = flags.DEFINE_string(
+  "data",
+  None,
+  "Token file or text to train on; overrides config.data.train.",
+)
+_OUTPUT_DIR = flags.DEFINE_string(
+  "output_dir",
+  "runs/pretrain",
+  "Where the run is kept, and goes on from if it was interrupted.",
+)
+
+
+def _read_settings() -> PretrainConfig:
+  run = from_config_dict(PretrainConfig, _CONFIG.value)
+  if _DATA.value is not None:
+    run = dataclasses.replace(
+      run, data=dataclasses.replace(run.data, train=_DATA.value)
+    )
+  if run.data.train is None:
+    raise ValueError(
+      "no text to train on: give --data=FILE, a token file or text."
+    )
+  if run.data.tokenizer is None:
+    raise ValueError(
+      "no tokenizer: give --config.data.tokenizer=FILE; `python -m"
+      " experiments.prepare_data --train_tokenizer` makes one."
+    )
+  return run
+
+
+def main() -> None:
+  """Runs the command."""
+  run = _read_settings()
+  train, sizes = run.training, run.architecture
+  words = tokenizer.load(run.data.tokenizer or "")
+  model_config = LlamaConfig(
+    vocab_size=words.vocab_size,
+    hidden_size=sizes.hidden_size,
+    intermediate_size=sizes.intermediate_size,
+    num_layers=sizes.num_layers,
+    num_heads=sizes.num_heads,
+    num_kv_heads=sizes.num_kv_heads,
+    head_dim=sizes.head_dim or sizes.hidden_size // sizes.num_heads,
+    context_len=train.seq_len,
+    rope_theta=sizes.rope_theta,
+    tie_embeddings=sizes.tie_embeddings,
+    bos_token_id=words.bos_id,
+    eos_token_id=words.eos_id,
+  )
+  schedule = inputs.make_patterns(run.pattern, model_config, train.seq_len)
+  output_dir = loop.open_output_dir(_OUTPUT_DIR.value, to_json(run))
+  cache = output_dir / "tokens"
+  train_tokens = inputs.open_tokens(run.data.train or "", words, cache)
+  test_tokens = None
+  if run.data.test is not None:
+    test_tokens = inputs.open_tokens(run.data.test, words, cache)
+  batches = data.batches(
+    train_tokens,
+    seq_len=train.seq_len,
+    batch_size=train.batch_size,
+    seed=train.seed,
+    packing=run.data.packing,
+  )
+  model = Llama(
+    model_config,
+    dtype=jnp.dtype(train.dtype),
+    param_dtype=jnp.dtype(train.param_dtype),
+    rngs=nnx.Rngs(train.seed),
+  )
+  num_params = sum(
+    leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))
+  )
+
+  def measure(
+    model: Any, lengths: tuple[int, ...], num_windows: int | None
+  ) -> dict[str, float]:
+    return {
+      str(length): evaluation.perplexity(
+        model,
+        test_tokens,
+        context_len=length,
+        protocol=run.evaluation.protocol,
+        num_windows=num_windows,
+        batch_size=max(1, run.evaluation.batch_tokens // length),
+        bos_id=words.bos_id,
+        implementation=train.implementation,
+      ).perplexity
+      for length in lengths
+    }
+
+  print(
+    f"{num_params:,} parameters, {train_tokens.num_tokens:,} tokens to train"
+    f" on, {train.steps * train.batch_size * train.seq_len:,} in all steps;"
+    f" {output_dir}",
+    flush=True,
+  )
+  result = loop.fit(
+    model,
+    trainable=lora.trainable(None),
+    batches=batches,
+    step_config=StepConfig(
+      patterns=schedule,
+      num_micro_batches=train.num_micro_batches,
+      loss_chunk=train.loss_chunk,
+      remat=train.remat,
+      seed=train.seed,
+      implementation=train.implementation,
+      dtype=train.dtype,
+    ),
+    optimizer_config=run.optimizer,
+    config=train,
+    output_dir=output_dir,
+    evaluate=None
+    if test_tokens is None
+    else lambda model: measure(
+      model, (train.seq_len,), run.evaluation.windows_on_the_way
+    ),
+    evaluate_every=run.evaluation.every,
+  )
+  folder = output_dir / "model"
+  convert.save_model(
+    result.model,
+    folder,
+    dtype=jnp.dtype(run.save_dtype),
+    tokenizer_file=run.data.tokenizer,
+  )
+  summary = {
+    "pattern": run.pattern.name,
+    "context_len": train.seq_len,
+    "num_params": num_params,
+    "steps": train.steps,
+    "final_loss": result.final_loss,
+    "tokens_per_second": result.tokens_per_second,
+  }
+  if test_tokens is not None:
+    context_lens = run.evaluation.context_lens or (train.seq_len,)
+    summary["perplexity"] = {
+      "protocol": run.evaluation.protocol,
+      **measure(result.model, context_lens, run.evaluation.num_windows),
+    }
+    for length in context_lens:
+      print(
+        f"perplexity at {length:,} ({run.evaluation.protocol}):"
+        f" {summary['perplexity'][str(length)]:.2f}"
+      )
+  cli.write_json(output_dir / "summary.json", summary)
+  print(f"model: {folder}\nsummary: {output_dir / 'summary.json'}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
