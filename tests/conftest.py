@@ -6,6 +6,47 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
+import runpy
+import sys
+
 import jax
+import pytest
+from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _forget_commands():
+  """Takes back the flags that commands define: each has its own `--data`."""
+  defined = flags.FLAGS.flags_by_module_dict()
+  for module, its_flags in defined.items():
+    if module.startswith("experiments") or module == "__main__":
+      for flag in its_flags:
+        if flag.name in flags.FLAGS:
+          delattr(flags.FLAGS, flag.name)
+  for name in [n for n in sys.modules if n.startswith("experiments.")]:
+    del sys.modules[name]
+  flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def run_command(monkeypatch):
+  """Runs `python -m experiments.NAME ARGS` in this process.
+
+  Gives the exit status; standard output and error go where capsys reads them.
+  """
+
+  def run(name, *args):
+    _forget_commands()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+    try:
+      runpy.run_module(
+        f"experiments.{name}", run_name="__main__", alter_sys=False
+      )
+    except SystemExit as end:
+      return end.code or 0
+    finally:
+      _forget_commands()
+    return 0
+
+  return run

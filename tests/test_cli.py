@@ -1,0 +1,66 @@
+"""How commands end on bad input: one line, exit status 2."""
+
+import json
+import sys
+
+import pytest
+from absl import flags
+
+from experiments import cli
+
+
+def _end(monkeypatch, main, *args):
+  monkeypatch.setattr(sys, "argv", ["command", *args])
+  flags.FLAGS.unparse_flags()
+  with pytest.raises(SystemExit) as end:
+    cli.run(main)
+  return end.value.code or 0
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    ValueError("no such\n  pattern 'x'."),
+    FileNotFoundError(2, "No such file or directory", "missing.bin"),
+    NotImplementedError("no kernel for float64."),
+  ],
+)
+def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, error):
+  def main():
+    raise error
+
+  assert _end(monkeypatch, main) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1
+  assert lines[0].startswith("error: ")
+  assert lines[0].split()[-1].strip("'.") in str(error)
+
+
+@pytest.mark.parametrize(
+  ("flag", "named"), [("--no_such=1", "no_such"), ("word", "'word'")]
+)
+def test_a_bad_flag_is_named(monkeypatch, capsys, flag, named):
+  assert _end(monkeypatch, lambda: None, flag) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1
+  assert named in lines[0]
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+  def main():
+    raise KeyError("a bug")
+
+  monkeypatch.setattr(sys, "argv", ["command"])
+  flags.FLAGS.unparse_flags()
+  with pytest.raises(KeyError, match="a bug"):
+    cli.run(main)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+  file = tmp_path / "made" / "out.json"
+  cli.write_json(file, {"a": [1, 2.5]})
+  assert json.loads(file.read_text()) == {"a": [1, 2.5]}
+  with pytest.raises(TypeError):
+    cli.write_json(file, {"a": object()})
+  assert json.loads(file.read_text()) == {"a": [1, 2.5]}
+  assert [f.name for f in file.parent.iterdir()] == ["out.json"]

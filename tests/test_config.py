@@ -1,0 +1,68 @@
+"""Settings: typed at the door, with the name of the one that is wrong."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from experiments.config import (
+  FinetuneConfig,
+  PretrainConfig,
+  from_config_dict,
+  to_config_dict,
+  to_json,
+)
+
+CONFIGS = sorted(
+  p
+  for p in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py")
+  if p.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_file_is_a_run_and_opens_with_its_claim(path):
+  module = runpy.run_path(str(path))
+  settings = module["get_config"]()
+  kind = PretrainConfig if "architecture" in settings else FinetuneConfig
+  assert isinstance(from_config_dict(kind, settings), kind)
+  assert "python -m experiments." in module["__doc__"]
+
+
+@pytest.mark.parametrize("kind", [FinetuneConfig, PretrainConfig])
+def test_defaults_go_through_a_config_dict_unchanged(kind):
+  assert from_config_dict(kind, to_config_dict(kind())) == kind()
+  assert from_config_dict(kind, to_json(kind())) == kind()
+
+
+def test_a_setting_that_is_none_keeps_its_type():
+  settings = to_config_dict(FinetuneConfig())
+  settings.pattern.chunk_size = 128
+  assert from_config_dict(FinetuneConfig, settings).pattern.chunk_size == 128
+  with pytest.raises(TypeError):
+    settings.pattern.chunk_size = "long"
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"optimiser": {}}, "unknown setting optimiser: did you mean optimizer"),
+    ({"training": {"step": 3}}, "training.step: did you mean training.steps"),
+    ({"training": {"steps": "3"}}, "training.steps must be of type int"),
+    ({"training": {"steps": True}}, "training.steps must be of type int"),
+    ({"training": {"steps": 0}}, "training.steps must be at least 1, got 0"),
+    ({"training": {"dtype": "float8"}}, "training.dtype.*'float8'"),
+    ({"training": 3}, "setting training must be a group"),
+    ({"optimizer": {"learning_rate": "x"}}, "optimizer.learning_rate"),
+    ({"optimizer": {"learning_rate": -1.0}}, "learning_rate must be above 0"),
+    ({"optimizer": {"schedule": "linear"}}, "unknown schedule 'linear'"),
+    ({"lora": {"targets": ("q_proj", 3)}}, "lora.targets must be of type str"),
+    (
+      {"training": {"batch_size": 4, "num_micro_batches": 3}},
+      "training.batch_size=4 is no multiple",
+    ),
+  ],
+)
+def test_a_bad_setting_is_named(change, said):
+  with pytest.raises(ValueError, match=said):
+    from_config_dict(FinetuneConfig, change)

@@ -1,0 +1,69 @@
+"""The loss against log-softmax written out, whole and in chunks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scca_jax import losses
+
+
+def _draw(batch=2, seq=13, hidden=4, vocab=7):
+  rng = np.random.default_rng(0)
+  return (
+    rng.normal(size=(batch, seq, hidden)).astype(np.float32),
+    rng.normal(size=(hidden, vocab)).astype(np.float32),
+    rng.integers(0, vocab, (batch, seq)).astype(np.int32),
+    (rng.random((batch, seq)) < 0.8).astype(np.float32),
+  )
+
+
+def _expected(hidden, head, targets, mask):
+  total = 0.0
+  logits = hidden.astype(np.float64) @ head
+  for row, targets_row, mask_row in zip(logits, targets, mask, strict=True):
+    for token, target, weight in zip(row, targets_row, mask_row, strict=True):
+      total += weight * (np.log(np.exp(token).sum()) - token[target])
+  return total
+
+
+def test_cross_entropy_sums_the_masked_targets():
+  hidden, head, targets, mask = _draw()
+  loss = losses.cross_entropy(jnp.asarray(hidden @ head), targets, mask)
+  np.testing.assert_allclose(
+    loss, _expected(hidden, head, targets, mask), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize("chunk_len", [1, 4, 13, 50])
+def test_chunks_change_neither_loss_nor_gradient(chunk_len):
+  hidden, head, targets, mask = _draw()
+
+  def whole(hidden, head):
+    return losses.cross_entropy(hidden @ head, targets, mask)
+
+  def chunked(hidden, head):
+    return losses.chunked_cross_entropy(
+      lambda h: h @ head, hidden, targets, mask, chunk_len
+    )
+
+  expected = jax.value_and_grad(whole, (0, 1))(hidden, head)
+  got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
+  for a, b in zip(
+    jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
+
+
+def test_float16_logits_are_read_in_float32():
+  logits = jnp.full((1, 1, 40_000), 8.0, jnp.float16)
+  zeros = jnp.zeros((1, 1), jnp.int32)
+  loss = losses.cross_entropy(logits, zeros, jnp.ones((1, 1)))
+  # The sum of 40,000 times exp(8) is far beyond float16's range.
+  np.testing.assert_allclose(loss, np.log(40_000), rtol=1e-6)
+
+
+def test_a_chunk_of_nothing_is_refused():
+  hidden, head, targets, mask = _draw()
+  with pytest.raises(ValueError, match="chunk_len.*0"):
+    losses.chunked_cross_entropy(lambda h: h @ head, hidden, targets, mask, 0)

@@ -1,0 +1,220 @@
+"""The training step against optimisation written out by hand."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from scca_jax import lora, losses, patterns, training
+from scca_jax.llama import Llama, LlamaConfig
+
+CONFIG = LlamaConfig(
+  vocab_size=17,
+  hidden_size=16,
+  intermediate_size=24,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  context_len=16,
+  tie_embeddings=True,
+)
+LORA = lora.LoraConfig(rank=2)
+PATTERN = patterns.scca_fixed(4, 4)
+OPTIMIZER = training.OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+
+
+def _batch(batch=4, seq=12, seed=0):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, CONFIG.vocab_size, (batch, seq + 1)).astype(np.int32)
+  mask = np.ones((batch, seq), np.float32)
+  mask[0, :5] = 0
+  return {
+    "tokens": jnp.asarray(tokens[:, :-1]),
+    "targets": jnp.asarray(tokens[:, 1:]),
+    "mask": jnp.asarray(mask),
+  }
+
+
+def _start(adapter=LORA, dtype="float32", optimizer=OPTIMIZER, num_steps=10):
+  model = Llama(
+    CONFIG, lora=adapter, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)
+  )
+  graphdef, params, frozen = nnx.split(model, lora.trainable(adapter), ...)
+  rule = training.make_optimizer(optimizer, num_steps)
+  state = training.init_state(params, rule, dtype)
+  return graphdef, frozen, rule, state
+
+
+def _run(num_steps=3, batch_of=_batch, start=None, **step_settings):
+  graphdef, frozen, rule, state = start or _start()
+  config = training.StepConfig(patterns=PATTERN, **step_settings)
+  step = training.compile_step(graphdef, rule, config)
+  history = []
+  for i in range(num_steps):
+    state, metrics = step(state, frozen, batch_of(seed=i))
+    history.append(jax.device_get(metrics))
+  return state, history
+
+
+def _assert_close(a, b, **tolerance):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, **tolerance)
+
+
+def test_a_step_is_clipped_adamw_on_the_mean_loss():
+  graphdef, frozen, _, state = _start()
+  rule = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    # Warm-up over two steps: a half, then the whole of 1e-2.
+    optax.adamw(
+      lambda count: jnp.where(count == 0, 0.5e-2, 1e-2),
+      b1=0.9,
+      b2=0.95,
+      weight_decay=0.0,
+    ),
+  )
+
+  @jax.jit
+  def loss_of(params, batch):
+    model = nnx.merge(graphdef, params, frozen)
+    logits = model(batch["tokens"], patterns=PATTERN)
+    total = losses.cross_entropy(logits, batch["targets"], batch["mask"])
+    return total / batch["mask"].sum()
+
+  params, moments = state.params, rule.init(state.params)
+  expected_losses = []
+  for i in range(3):
+    loss, grads = jax.value_and_grad(loss_of)(params, _batch(seed=i))
+    updates, moments = rule.update(grads, moments, params)
+    params = optax.apply_updates(params, updates)
+    expected_losses.append(float(loss))
+  got, history = _run()
+  np.testing.assert_allclose(
+    [h["loss"] for h in history], expected_losses, rtol=1e-5
+  )
+  _assert_close(got.params, params, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_trainable_part_has_optimizer_state():
+  _, frozen, _, state = _start()
+  trained = sum(x.size for x in jax.tree.leaves(state.params))
+  moments = sum(x.size for x in jax.tree.leaves(state.optimizer))
+  # Two moments a parameter, and the counts of steps.
+  assert 2 * trained <= moments <= 2 * trained + 4
+  assert sum(x.size for x in jax.tree.leaves(frozen)) > trained
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
+  whole, whole_history = _run(num_micro_batches=1)
+  parts, parts_history = _run(num_micro_batches=4)
+  for a, b in zip(whole_history, parts_history, strict=True):
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+    np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
+  _assert_close(whole.params, parts.params, rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused():
+  graphdef, frozen, rule, state = _start()
+  config = training.StepConfig(patterns=PATTERN, num_micro_batches=3)
+  with pytest.raises(ValueError, match="4 sequences.*3 micro"):
+    jax.eval_shape(
+      functools.partial(
+        training.train_step, graphdef=graphdef, optimizer=rule, config=config
+      ),
+      state,
+      frozen,
+      _batch(),
+    )
+
+
+def test_remat_and_loss_chunks_change_no_number():
+  plain, plain_history = _run(num_steps=2)
+  lean, lean_history = _run(num_steps=2, remat=True, loss_chunk=5)
+  for a, b in zip(plain_history, lean_history, strict=True):
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+  _assert_close(plain.params, lean.params, rtol=1e-3, atol=1e-5)
+
+
+def test_an_overflow_changes_only_the_loss_scale():
+  start = _start(dtype="float16")
+  graphdef, frozen, rule, state = start
+  # A scale that no float16 gradient survives.
+  state = dataclasses.replace(
+    state,
+    loss_scale=dataclasses.replace(
+      state.loss_scale, scale=jnp.asarray(2.0**24, jnp.float32)
+    ),
+  )
+  # Held as copies: the step takes its argument's buffers.
+  before = jax.tree.map(jnp.copy, (state.params, state.optimizer))
+  config = training.StepConfig(patterns=PATTERN, dtype="float16")
+  step = training.compile_step(graphdef, rule, config)
+  state, metrics = step(state, frozen, _batch())
+  assert not np.isfinite(metrics["grad_norm"])
+  assert metrics["skipped"] == metrics["skipped_in_a_row"] == 1
+  assert state.loss_scale.scale == 2.0**23
+  assert state.step == 1
+  _assert_close((state.params, state.optimizer), before, rtol=0)
+  for _ in range(24):
+    state, metrics = step(state, frozen, _batch())
+  assert metrics["skipped_in_a_row"] == 0 < metrics["skipped"]
+  assert np.isfinite(metrics["loss"])
+
+
+def test_float16_follows_float32():
+  _, exact = _run(num_steps=4)
+  _, half = _run(num_steps=4, start=_start(dtype="float16"), dtype="float16")
+  for a, b in zip(exact, half, strict=True):
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-2)
+
+
+def test_the_loss_scale_doubles_after_good_steps():
+  scale = training.LossScale.create(jnp.float16)
+  scale = dataclasses.replace(
+    scale, good_steps=jnp.asarray(training._GROWTH_INTERVAL - 1, jnp.int32)
+  )
+  grown = scale.update(jnp.asarray(True), dynamic=True)
+  assert grown.scale == 2 * scale.scale
+  assert grown.good_steps == 0
+
+
+def test_weight_decay_spares_norms_and_embeddings():
+  config = dataclasses.replace(OPTIMIZER, weight_decay=0.5, clip_norm=None)
+  graphdef, _, rule, state = _start(adapter=None, optimizer=config)
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  updates, _ = rule.update(zeros, state.optimizer, state.params)
+  for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
+    name = jax.tree_util.keystr(path)
+    assert bool(jnp.any(update != 0)) == ("kernel" in name), name
+
+
+def test_schedules_warm_up_from_the_first_step():
+  config = training.OptimizerConfig(
+    learning_rate=1.0, warmup_steps=4, schedule="cosine", final_fraction=0.1
+  )
+  rate = training.learning_rate_schedule(config, 14)
+  np.testing.assert_allclose([rate(i) for i in range(4)], [0.25, 0.5, 0.75, 1])
+  np.testing.assert_allclose(rate(9), 0.55, rtol=1e-5)
+  np.testing.assert_allclose(rate(14), 0.1, rtol=1e-5)
+  constant = training.learning_rate_schedule(
+    dataclasses.replace(config, schedule="constant", warmup_steps=0), 14
+  )
+  assert constant(0) == constant(13) == 1
+
+
+def test_dropout_is_of_the_seed_and_the_step():
+  dropout = dataclasses.replace(LORA, dropout=0.5)
+
+  def losses_of(seed):
+    # Adapters start at zero: dropout shows from the second step on.
+    _, history = _run(start=_start(adapter=dropout), seed=seed)
+    return [float(h["loss"]) for h in history]
+
+  assert losses_of(0) == losses_of(0)
+  assert losses_of(0) != losses_of(1)
