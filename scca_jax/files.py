@@ -1,0 +1,77 @@
+"""Files that are there whole or not at all."""
+
+import os
+import pathlib
+from types import TracebackType
+
+
+class AtomicFile:
+  """A binary file that takes its name only when it is whole.
+
+  It is written under a temporary name in the same folder, flushed to the disk
+  and renamed at the end of the `with` block. An error in the block, or a full
+  disk, leaves what stood there before.
+
+  Every failure to write raises an OSError that names the file.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    """Starts the file; folders that are missing are made."""
+    self.path = pathlib.Path(path)
+    self._temporary = self.path.with_name(
+      f".{self.path.name}.{os.getpid()}.partial"
+    )
+    try:
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      # Unbuffered: an error belongs to the write that met it.
+      self._file = open(self._temporary, "wb", buffering=0)
+    except OSError as error:
+      raise self._failure(error) from error
+
+  def _failure(self, error: OSError) -> OSError:
+    return OSError(error.errno, f"cannot write {self.path}: {error.strerror}")
+
+  def write(self, content: bytes | memoryview) -> None:
+    """Appends `content`."""
+    rest = memoryview(content).cast("B")
+    try:
+      while rest:
+        rest = rest[self._file.write(rest) :]
+    except OSError as error:
+      raise self._failure(error) from error
+
+  def sync(self) -> None:
+    """Waits until the disk has what was written so far."""
+    try:
+      os.fsync(self._file.fileno())
+    except OSError as error:
+      raise self._failure(error) from error
+
+  def __enter__(self) -> "AtomicFile":
+    """Returns the file."""
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+  ) -> None:
+    """Names the file, or removes what was written if the block failed."""
+    try:
+      if kind is None:
+        self.sync()
+        self._file.close()
+        try:
+          os.replace(self._temporary, self.path)
+        except OSError as failure:
+          raise self._failure(failure) from failure
+    finally:
+      self._file.close()
+      self._temporary.unlink(missing_ok=True)
+
+
+def write(path: str | os.PathLike[str], content: bytes) -> None:
+  """Writes a whole file at once; see `AtomicFile`."""
+  with AtomicFile(path) as file:
+    file.write(content)
