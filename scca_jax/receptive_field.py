@@ -1,0 +1,68 @@
+"""What the heads of a layer, and layers on top of each other, can see."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from scca_jax.patterns import AttentionPattern
+
+
+def union(pattern: AttentionPattern, seq_len: int) -> np.ndarray:
+  """Returns what the heads see together, numpy bool `[query seq, key seq]`."""
+  positions = np.arange(seq_len)
+  result = np.zeros((seq_len, seq_len), bool)
+  for head in pattern.head_groups():
+    result |= head.seen(
+      positions[:, None],
+      positions[None, :],
+      seq_len,
+      boundary=pattern.boundary,
+      causality=pattern.causality,
+    )
+  return result
+
+
+def reach(
+  patterns_by_layer: Sequence[AttentionPattern], seq_len: int
+) -> Iterator[np.ndarray]:
+  """Yields the receptive field after each layer, bool `[query seq, key seq]`.
+
+  `R_l = (I or V_l) R_(l-1)` with `R_0 = I`: information stays at its position
+  through the residual connection or moves along what the heads of layer `l`
+  see together, `V_l`.
+
+  Args:
+    patterns_by_layer: The first layer first.
+    seq_len: Length of the sequence, in tokens; time grows with its cube.
+  """
+  identity = np.eye(seq_len, dtype=bool)
+  field = identity
+  for pattern in patterns_by_layer:
+    step = (union(pattern, seq_len) | identity).astype(np.float32)
+    field = step @ field.astype(np.float32) > 0
+    yield field
+
+
+def coverage(
+  patterns_by_layer: Sequence[AttentionPattern], seq_len: int
+) -> list[float]:
+  """Returns the share of causal pairs in the receptive field after each layer.
+
+  Args:
+    patterns_by_layer: The first layer first.
+    seq_len: Length of the sequence, in tokens; time grows with its cube.
+
+  Returns:
+    One number in (0, 1] a layer; 1 if every position has information of every
+    earlier one.
+
+  Raises:
+    ValueError: There is no token.
+  """
+  if seq_len < 1:
+    raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
+  causal = seq_len * (seq_len + 1) // 2
+  return [
+    float(np.count_nonzero(np.tril(field)) / causal)
+    for field in reach(patterns_by_layer, seq_len)
+  ]
