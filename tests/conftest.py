@@ -16,21 +16,16 @@ from absl import flags
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-# Where our flags are defined, beside the script itself (NAME.py).
-_OURS = ("experiments", "__main__", "ml_collections")
-
-
 def _forget_commands():
   """Takes back the flags that commands define: each has its own `--data`."""
   for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
-    # Those of libraries stay: they are not imported again.
-    if module.endswith(".py") or module.split(".")[0] in _OURS:
-      for flag in its_flags:
+    # A command run as a script is known by its file; `--config` comes from
+    # ml_collections. Flags of libraries and of experiments.cli stay: those
+    # modules are not imported again.
+    if module.endswith(".py") or module.startswith("ml_collections"):
+      for flag in list(its_flags):
         if flag.name in flags.FLAGS:
           delattr(flags.FLAGS, flag.name)
-  for name in list(sys.modules):
-    if name.split(".")[0] == "experiments":
-      del sys.modules[name]
   flags.FLAGS.unparse_flags()
 
 

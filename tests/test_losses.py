@@ -49,9 +49,7 @@ def test_chunks_change_neither_loss_nor_gradient(chunk_len):
 
   expected = jax.value_and_grad(whole, (0, 1))(hidden, head)
   got = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
-  for a, b in zip(
-    jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
-  ):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6)
 
 

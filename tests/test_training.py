@@ -42,9 +42,7 @@ def _batch(batch=4, seq=12, seed=0):
 
 
 def _start(adapter=LORA, dtype="float32", optimizer=OPTIMIZER, num_steps=10):
-  model = Llama(
-    CONFIG, lora=adapter, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)
-  )
+  model = Llama(CONFIG, lora=adapter, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
   graphdef, params, frozen = nnx.split(model, lora.trainable(adapter), ...)
   rule = training.make_optimizer(optimizer, num_steps)
   state = training.init_state(params, rule, dtype)
