@@ -1,0 +1,468 @@
+"""Perplexity of long texts, by one of three protocols.
+
+All three cut a corpus in windows of `context_len` tokens, `L` below, and score
+predictions of the next token. They differ in which windows and predictions
+count, so their numbers are not to be compared with each other:
+
+* "longlora" (the evaluation of LongLoRA, arXiv 2309.12307): the corpus is one
+  flat array, document borders or not; windows start at
+  `range(0, len - L, 256)`, without the last one; no BOS is put in front. The
+  loss is the mean over windows of the mean loss of their `L - 1` predictions.
+  Most tokens count up to `L / 256` times, some with little context.
+* "strided": the same windows, their distance `stride` an option, but a window
+  scores only the tokens that no earlier one scored: every token but those of
+  the first window has at least `L - stride` tokens of context. The loss is the
+  mean over tokens.
+* "document": each document by itself, with BOS at its start and nowhere else.
+  Windows start every `stride` tokens, the last one stands flush with the end of
+  the document, and each scores only new tokens. Documents of fewer than `L`
+  tokens, BOS not counted, are left out. The loss is the mean over tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from scca_jax import data
+from scca_jax.patterns import AttentionPattern, dense
+
+PROTOCOLS = ("longlora", "strided", "document")
+# Tokens between windows: fixed in LongLoRA's evaluation, so in its protocol.
+LONGLORA_STRIDE = 256
+# Ids that are checked against the vocabulary at once.
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Perplexity:
+  """A perplexity and what it was measured over.
+
+  Attributes:
+    perplexity: `exp(loss)`.
+    loss: Mean loss in nats, averaged as the protocol says.
+    last_quarter: The perplexity over those scored predictions whose token
+      stands in the last `context_len // 4` positions of its window; None if
+      there are none. Under "longlora" these are the last predictions of every
+      window, each with at least three quarters of the context. Under the
+      others a window scores new tokens only, and with `stride` up to
+      `context_len // 4` the last quarter is all but the first windows.
+    num_windows: Windows that were run.
+    num_tokens: Predictions that were scored.
+    num_skipped: Documents left out because they are shorter than a window;
+      0 unless the protocol is "document".
+    protocol: "longlora", "strided" or "document".
+    context_len: Length of a window, in tokens.
+  """
+
+  perplexity: float
+  loss: float
+  last_quarter: float | None
+  num_windows: int
+  num_tokens: int
+  num_skipped: int
+  protocol: str
+  context_len: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windows:
+  """Where windows lie in the corpus, and what they score.
+
+  Attributes:
+    starts: `[windows]` offset of each window's first token.
+    firsts: `[windows]` position in the window of the first token it scores.
+    begins: `[windows]` whether the first token is a BOS that the corpus does
+      not have; it takes the place in front of the document.
+    num_skipped: Documents left out.
+  """
+
+  starts: np.ndarray
+  firsts: np.ndarray
+  begins: np.ndarray
+  num_skipped: int = 0
+
+  def __len__(self) -> int:
+    return len(self.starts)
+
+  def __getitem__(self, index: Any) -> "_Windows":
+    return _Windows(
+      self.starts[index],
+      self.firsts[index],
+      self.begins[index],
+      self.num_skipped,
+    )
+
+
+def check_settings(
+  protocol: str,
+  context_len: int,
+  *,
+  num_windows: int | None = None,
+  stride: int = LONGLORA_STRIDE,
+) -> None:
+  """Checks the settings of `perplexity` that need neither model nor corpus.
+
+  Raises:
+    ValueError: One is unknown or out of range.
+  """
+  if protocol not in PROTOCOLS:
+    raise ValueError(
+      f"unknown protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}."
+    )
+  if context_len < 2:
+    raise ValueError(
+      f"context_len must be at least 2 to predict a token, got {context_len}."
+    )
+  if num_windows is not None and num_windows < 1:
+    raise ValueError(
+      f"num_windows must be at least 1, or None for all, got {num_windows}."
+    )
+  if stride < 1:
+    raise ValueError(f"stride must be at least 1, got {stride}.")
+  if protocol == "longlora":
+    if stride != LONGLORA_STRIDE:
+      raise ValueError(
+        f"the longlora protocol has a stride of {LONGLORA_STRIDE}, got"
+        f" {stride}: use the protocol strided for another."
+      )
+  elif stride > context_len:
+    raise ValueError(
+      f"stride {stride:,} exceeds context_len {context_len:,}: tokens between"
+      " the windows would not be scored; use a stride up to context_len."
+    )
+
+
+def _flat_windows(
+  num_tokens: int, context_len: int, stride: int, *, new_only: bool, name: str
+) -> _Windows:
+  starts = np.arange(0, num_tokens - context_len, stride)[:-1]
+  if not len(starts):
+    raise ValueError(
+      f"{name} has {num_tokens:,} tokens, windows of {context_len:,} need"
+      f" {context_len + stride + 1:,}: use more text or a shorter context_len."
+    )
+  firsts = np.ones_like(starts)
+  if new_only:
+    firsts[1:] = max(1, context_len - stride)
+  return _Windows(starts, firsts, np.zeros(len(starts), bool))
+
+
+def _document_windows(
+  document_ends: np.ndarray,
+  context_len: int,
+  stride: int,
+  *,
+  add_bos: bool,
+  name: str,
+) -> _Windows:
+  """Returns the windows of each document.
+
+  Args:
+    document_ends: `[documents]` offset behind each document's last token.
+    context_len: Length of a window, in tokens.
+    stride: Tokens between windows.
+    add_bos: Whether BOS must be put in front; otherwise the corpus has it.
+    name: What messages call the corpus.
+  """
+  starts, firsts, begins = [], [], []
+  previous_end = longest = num_skipped = 0
+  for end in document_ends.tolist():
+    # BOS stands in front of the document's text, in the corpus or before it.
+    begin = previous_end - 1 if add_bos else previous_end
+    previous_end = end
+    size = end - begin
+    longest = max(longest, size - 1)
+    if size - 1 < context_len:
+      num_skipped += 1
+      continue
+    inside = np.arange(0, size - context_len + 1, stride)
+    if inside[-1] + context_len < size:
+      inside = np.append(inside, size - context_len)
+    scored = np.concatenate([[1], inside[:-1] + context_len])
+    starts.append(begin + inside)
+    firsts.append(np.maximum(1, scored - inside))
+    begins.append((inside == 0) & add_bos)
+  if not starts:
+    raise ValueError(
+      f"no document of {name} has {context_len:,} tokens, the longest has"
+      f" {longest:,}: use longer documents or a shorter context_len."
+    )
+  return _Windows(
+    np.concatenate(starts),
+    np.concatenate(firsts),
+    np.concatenate(begins),
+    num_skipped,
+  )
+
+
+def _evenly_spaced(windows: _Windows, num_windows: int) -> _Windows:
+  """Returns the middle window of each of `num_windows` equal parts.
+
+  From the middle: the first window of "strided" scores more tokens than the
+  others, and those with little context, so it is only taken when its share of
+  the windows is.
+  """
+  count = min(num_windows, len(windows))
+  return windows[(2 * np.arange(count) + 1) * len(windows) // (2 * count)]
+
+
+def _check_tokens(tokens: np.ndarray, vocab_size: int, name: str) -> None:
+  if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+    raise ValueError(
+      f"tokens must be a flat array of integers, got {tokens.dtype}"
+      f" {list(tokens.shape)}."
+    )
+  for start in range(0, len(tokens), _BLOCK):
+    block = tokens[start : start + _BLOCK]
+    outside = (block < 0) | (block >= vocab_size)
+    if outside.any():
+      place = start + int(np.argmax(outside))
+      raise ValueError(
+        f"{name} has the id {tokens[place]} at position {place:,}, outside the"
+        f" model's vocabulary of {vocab_size:,}: it was made with another"
+        " tokenizer."
+      )
+
+
+def _check_document_ends(document_ends: np.ndarray, num_tokens: int) -> None:
+  ends = document_ends
+  rising = ends.ndim == 1 and bool(np.all(np.diff(ends, prepend=0) > 0))
+  if not rising or not len(ends) or ends[-1] != num_tokens:
+    raise ValueError(
+      f"document_ends must rise to the {num_tokens:,} tokens of the corpus."
+    )
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("graphdef", "patterns", "implementation", "loss_chunk"),
+)
+def _token_losses(
+  state: nnx.State,
+  tokens: jax.Array,
+  *,
+  graphdef: nnx.GraphDef,
+  patterns: AttentionPattern | tuple[AttentionPattern, ...],
+  implementation: str | None,
+  loss_chunk: int,
+) -> jax.Array:
+  """Returns the loss of each prediction in nats, float32 `[batch, seq - 1]`.
+
+  Compiled once for each shape and setting, whatever the weights.
+
+  Args:
+    state: The model's variables.
+    tokens: `[batch, seq]` int32.
+    graphdef: The model's structure.
+    patterns: Attention pattern of all layers, or one a layer.
+    implementation: Attention back end.
+    loss_chunk: Positions whose logits are held at once.
+  """
+  model = nnx.merge(graphdef, state)
+  hidden = model.hidden_states(
+    tokens, patterns=patterns, implementation=implementation
+  )
+  # The last position predicts what lies behind the window: cut off at the end.
+  targets = jnp.roll(tokens, -1, axis=1)
+
+  def losses_of(chunk):
+    chunk_hidden, chunk_targets = chunk
+    logits = model.logits(chunk_hidden).astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, chunk_targets[..., None], axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked[..., 0]
+
+  batch, seq_len = tokens.shape
+  num_chunks = seq_len // loss_chunk
+  whole = num_chunks * loss_chunk
+  parts = []
+  if num_chunks:
+    chunks = tuple(
+      jnp.moveaxis(
+        array[:, :whole].reshape(
+          batch, num_chunks, loss_chunk, *array.shape[2:]
+        ),
+        1,
+        0,
+      )
+      for array in (hidden, targets)
+    )
+    losses = jax.lax.map(losses_of, chunks)  # [chunks, batch, loss_chunk]
+    parts.append(jnp.moveaxis(losses, 0, 1).reshape(batch, whole))
+  if whole < seq_len:
+    parts.append(losses_of((hidden[:, whole:], targets[:, whole:])))
+  return jnp.concatenate(parts, axis=1)[:, :-1]
+
+
+def _read(
+  tokens: np.ndarray,
+  windows: _Windows,
+  context_len: int,
+  bos_id: int,
+  batch_size: int,
+) -> np.ndarray:
+  """Returns the windows' ids, `[batch_size, context_len]` int32.
+
+  Fewer windows are filled up with zeros, so that every batch has one shape.
+  """
+  rows = np.zeros((batch_size, context_len), np.int32)
+  for row, start, begins in zip(
+    rows, windows.starts, windows.begins, strict=False
+  ):
+    row[1:] = tokens[start + 1 : start + context_len]
+    row[0] = bos_id if begins else tokens[start]
+  return rows
+
+
+def perplexity(
+  model: Any,
+  tokens: data.TokenFile | np.ndarray,
+  *,
+  context_len: int,
+  protocol: str = "longlora",
+  patterns: AttentionPattern | tuple[AttentionPattern, ...] | None = None,
+  num_windows: int | None = None,
+  stride: int = LONGLORA_STRIDE,
+  batch_size: int = 1,
+  document_ends: np.ndarray | None = None,
+  bos_id: int | None = None,
+  implementation: str | None = None,
+  loss_chunk: int = 512,
+  on_progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+  """Returns the perplexity of a model on a corpus.
+
+  With `num_windows` below the number there are, windows at equal distances in
+  the list of all are run; each scores what it would score among all of them.
+  (This choice, as `last_quarter`, is our own.)
+
+  Losses are float32, their sums float64. A token file made with BOS in front
+  of its documents is taken as it is: none is added.
+
+  Args:
+    model: A `Llama`, or a module with its `hidden_states`, `logits` and
+      `config`.
+    tokens: The corpus: a token file, or a flat array of ids.
+    context_len: Length of a window, in tokens.
+    protocol: "longlora", "strided" or "document"; see the module.
+    patterns: Attention pattern of all layers, or one a layer; None is dense.
+    num_windows: Most windows to run; None runs all.
+    stride: Tokens between windows; 256 under "longlora". A stride of
+      `context_len` leaves the first token of every later window unscored.
+    batch_size: Windows that are run at once.
+    document_ends: `[documents]` offset behind each document's last token, for
+      "document"; None takes those of the token file.
+    bos_id: BOS token, for "document"; None takes that of the token file.
+    implementation: Attention back end; None takes the best for the device.
+    loss_chunk: Tokens of each window whose logits are held at once.
+    on_progress: Called after every batch with the windows run and to run.
+
+  Raises:
+    ValueError: A setting is unknown or out of range, the corpus is too short
+      or does not fit the model or the protocol, or a loss is not finite.
+  """
+  check_settings(protocol, context_len, num_windows=num_windows, stride=stride)
+  if batch_size < 1 or loss_chunk < 1:
+    raise ValueError(
+      "batch_size and loss_chunk must be at least 1, got"
+      f" {batch_size} and {loss_chunk}."
+    )
+  name = "the corpus"
+  add_bos = True
+  if isinstance(tokens, data.TokenFile):
+    name = tokens.name
+    add_bos = not tokens.about.get("add_bos", False)
+    if document_ends is None:
+      document_ends = tokens.document_ends
+    if bos_id is None:
+      bos_id = tokens.about.get("bos_id")
+    ids = tokens.tokens
+  else:
+    ids = np.asarray(tokens)
+  vocab_size = model.config.vocab_size
+  _check_tokens(ids, vocab_size, name)
+  if protocol == "document":
+    if document_ends is None:
+      raise ValueError(
+        f"the document protocol needs the document ends of {name}: make the"
+        " token file with experiments.prepare_data, or use the protocol"
+        " longlora or strided."
+      )
+    document_ends = np.asarray(document_ends)
+    _check_document_ends(document_ends, len(ids))
+    if add_bos and (bos_id is None or not 0 <= bos_id < vocab_size):
+      raise ValueError(
+        f"the document protocol puts BOS in front of the documents of {name}:"
+        f" give bos_id within the vocabulary of {vocab_size:,}, got {bos_id}."
+      )
+    windows = _document_windows(
+      document_ends, context_len, stride, add_bos=add_bos, name=name
+    )
+  else:
+    windows = _flat_windows(
+      len(ids),
+      context_len,
+      stride,
+      new_only=protocol == "strided",
+      name=name,
+    )
+  if num_windows is not None:
+    windows = _evenly_spaced(windows, num_windows)
+
+  bos = 0 if bos_id is None else bos_id  # None: no window begins with it.
+  graphdef, state = nnx.split(model)
+  if patterns is None:
+    patterns = dense(model.config.num_heads)
+  batch_size = min(batch_size, len(windows))
+  quarter_start = context_len - context_len // 4
+  total = quarter_total = 0.0
+  num_tokens = quarter_tokens = 0
+  for begin in range(0, len(windows), batch_size):
+    part = windows[begin : begin + batch_size]
+    losses = np.asarray(
+      _token_losses(
+        state,
+        jnp.asarray(_read(ids, part, context_len, bos, batch_size)),
+        graphdef=graphdef,
+        patterns=patterns,
+        implementation=implementation,
+        loss_chunk=loss_chunk,
+      ),
+      np.float64,
+    )
+    for row, start, first in zip(
+      losses, part.starts, part.firsts, strict=False
+    ):
+      scored = row[first - 1 :]
+      if not np.isfinite(scored).all():
+        raise ValueError(
+          f"the loss is not finite in the window at token {start:,} of {name}:"
+          " the weights are damaged, or their dtype is too narrow."
+        )
+      in_quarter = row[max(first, quarter_start) - 1 :]
+      # All windows of "longlora" score as many tokens: the mean over windows
+      # of their means is the mean over tokens, as in the other protocols.
+      total += scored.sum()
+      num_tokens += len(scored)
+      quarter_total += in_quarter.sum()
+      quarter_tokens += len(in_quarter)
+    if on_progress is not None:
+      on_progress(begin + len(part), len(windows))
+  loss = total / num_tokens
+  return Perplexity(
+    perplexity=float(np.exp(loss)),
+    loss=float(loss),
+    last_quarter=(
+      float(np.exp(quarter_total / quarter_tokens)) if quarter_tokens else None
+    ),
+    num_windows=len(windows),
+    num_tokens=num_tokens,
+    num_skipped=windows.num_skipped,
+    protocol=protocol,
+    context_len=context_len,
+  )
