@@ -1,0 +1,233 @@
+"""`scca_jax.attention`: what it computes, and what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scca_jax
+from scca_jax import dispatch, patterns
+
+SEQ_LEN, HEADS = 13, 4
+# Every named pattern, under both rules for the start of the sequence.
+NAMED = [
+  patterns.make(name, num_heads=HEADS, seq_len=SEQ_LEN, boundary=boundary)
+  for name in patterns.NAMES
+  for boundary in patterns.BOUNDARIES
+]
+implementations = pytest.mark.parametrize("implementation", dispatch.AVAILABLE)
+
+
+# One compilation is faster than many small ones.
+_jitted = jax.jit(
+  functools.partial(scca_jax.attention, return_lse=True),
+  static_argnames=("pattern", "scale", "implementation"),
+)
+
+
+def _inputs(seq_len=SEQ_LEN, kv_heads=2, dtype=jnp.float32, heads=HEADS):
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = [(2, seq_len, n, 8) for n in (heads, kv_heads, kv_heads)]
+  return [
+    jax.random.normal(k, shape, dtype)
+    for k, shape in zip(keys, shapes, strict=True)
+  ]
+
+
+def _by_hand(query, key, value, counts, scale):
+  """Softmax over a multiset of keys, one row at a time, in float64.
+
+  `counts` says how often each query sees each key, `[heads, seq, seq]`.
+  """
+  query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+  output = np.zeros_like(query)
+  log_sum = np.full(query.shape[:3], -np.inf)
+  group = query.shape[2] // key.shape[2]
+  for b, p, h in np.ndindex(*log_sum.shape):
+    seen = np.flatnonzero(counts[h, p])
+    if len(seen):
+      scores = scale * key[b, seen, h // group] @ query[b, p, h]
+      weights = counts[h, p, seen] * np.exp(scores)
+      output[b, p, h] = weights @ value[b, seen, h // group] / weights.sum()
+      log_sum[b, p, h] = np.log(weights.sum())
+  return output, log_sum
+
+
+@implementations
+def test_attention_is_the_softmax_over_what_is_visible(implementation):
+  heads = tuple(head for pattern in NAMED for head in pattern.heads)
+  for boundary in patterns.BOUNDARIES:
+    pattern = patterns.AttentionPattern(heads, boundary)
+    query, key, value = _inputs(heads=len(heads), kv_heads=len(heads) // 2)
+    output, log_sum = _jitted(
+      query, key, value, pattern, implementation=implementation
+    )
+    expected = _by_hand(query, key, value, pattern.visible(SEQ_LEN), 8**-0.5)
+    np.testing.assert_allclose(output, expected[0], atol=2e-6)
+    np.testing.assert_allclose(log_sum, expected[1], atol=2e-6)
+
+
+@implementations
+def test_patterns_combine_by_their_log_sum_exp(implementation):
+  query, key, value = _inputs()
+  parts = (
+    patterns.dilated(HEADS, 4, 1),
+    patterns.dilated(HEADS, 8, 2),
+    patterns.dilated(HEADS, 16, 4),
+  )
+  counts = sum(p.visible(SEQ_LEN).astype(int) for p in parts)
+  output, log_sum = _jitted(
+    query, key, value, parts, scale=0.7, implementation=implementation
+  )
+  expected = _by_hand(query, key, value, counts, 0.7)
+  np.testing.assert_allclose(output, expected[0], atol=2e-6)
+  np.testing.assert_allclose(log_sum, expected[1], atol=2e-6)
+
+
+@implementations
+def test_mixtures_that_serve_nobody_have_no_gradient(implementation):
+  query, key, value = _inputs()
+  # Head 1 serves odd queries only, in both parts.
+  parts = (patterns.dilated(HEADS, 4, 2), patterns.dilated(HEADS, 8, 2))
+
+  def loss(query, key, value):
+    output = scca_jax.attention(
+      query, key, value, parts, implementation=implementation
+    )
+    return jnp.sum(output**2)
+
+  grads = jax.jit(jax.grad(loss, (0, 1, 2)))(query, key, value)
+  assert all(bool(jnp.all(jnp.isfinite(g))) for g in grads)
+  assert not np.any(grads[0][:, ::2, 1])
+  # Position 3 is served and has more than one key to choose from.
+  assert np.any(grads[0][:, 3, 1])
+
+
+def _leaks(pattern, implementation):
+  """Whether any output depends on a later key or value."""
+  query, key, value = _inputs()
+
+  def outputs(key, value):
+    return jnp.sum(
+      scca_jax.attention(
+        query, key, value, pattern, implementation=implementation
+      )
+      ** 2,
+      axis=(0, 2, 3),
+    )
+
+  for jacobian in jax.jit(jax.jacrev(outputs, (0, 1)))(key, value):
+    by_position = np.abs(jacobian).sum(axis=(1, 3, 4))  # [seq, kv_seq]
+    assert np.isfinite(by_position).all()
+    if np.triu(by_position, 1).any():
+      return True
+  return False
+
+
+@implementations
+@pytest.mark.parametrize("boundary", patterns.BOUNDARIES)
+def test_no_gradient_comes_from_the_future(implementation, boundary):
+  heads = tuple(head for pattern in NAMED for head in pattern.heads)
+  # Four heads at a time would be a compilation each: all at once.
+  pattern = patterns.AttentionPattern(heads, boundary)
+  query, key, value = _inputs(heads=len(heads), kv_heads=len(heads) // 2)
+
+  def loss_of(position):
+    def loss(key, value):
+      output = scca_jax.attention(
+        query, key, value, pattern, implementation=implementation
+      )
+      return jnp.sum(jnp.take(output, position, axis=1) ** 2)
+
+    return jax.grad(loss, (0, 1))(key, value)
+
+  loss_of = jax.jit(loss_of)
+  for position in range(SEQ_LEN):
+    for gradient in loss_of(position):
+      assert np.isfinite(gradient).all()
+      assert not np.any(gradient[:, position + 1 :])
+
+
+@implementations
+def test_slot_causality_leaks_as_it_is_known_to(implementation):
+  pattern = patterns.s2(HEADS, 4, causality="slot")
+  assert _leaks(pattern, implementation)
+  assert not _leaks(patterns.s2(HEADS, 4), implementation)
+
+
+@implementations
+def test_decoding_gives_the_rows_of_the_whole(implementation):
+  query, key, value = _inputs()
+  segment_ids = jnp.asarray([[1] * 5 + [2] * 6 + [0] * 2, [3] * SEQ_LEN])
+  pattern = patterns.mix(
+    patterns.scca_fixed(2, 4), patterns.sda(2, 2, boundary="drop")
+  )
+
+  @jax.jit
+  def run(query, offset):
+    return scca_jax.attention(
+      query,
+      key,
+      value,
+      pattern,
+      segment_ids=segment_ids,
+      query_offset=offset,
+      implementation=implementation,
+      return_lse=True,
+    )
+
+  whole = run(query, 0)
+  for offset in range(SEQ_LEN - 2):
+    part = run(query[:, offset : offset + 3], offset)
+    for a, b in zip(part, whole, strict=True):
+      np.testing.assert_allclose(a, b[:, offset : offset + 3], atol=2e-6)
+
+
+def test_the_default_is_one_of_the_implementations():
+  query, key, value = _inputs()
+  pattern = patterns.longmixed(HEADS, 4)
+  results = [
+    _jitted(query, key, value, pattern, implementation=name)[0]
+    for name in (None, *dispatch.AVAILABLE)
+  ]
+  for result in results[1:]:
+    np.testing.assert_allclose(results[0], result, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"query": jnp.zeros((2, 13, 4))}, "query"),
+    ({"query": jnp.zeros((2, 13, 4, 8), jnp.int32)}, "int32"),
+    ({"key": jnp.zeros((2, 13, 2, 8), jnp.float16)}, "float16"),
+    ({"key": jnp.zeros((2, 12, 2, 8))}, "key and value"),
+    ({"query": jnp.zeros((3, 13, 4, 8))}, "batch"),
+    ({"query": jnp.zeros((2, 13, 5, 8))}, "5 query heads.*2"),
+    ({"pattern": patterns.dense(3)}, "3 heads"),
+    ({"pattern": ()}, "empty tuple"),
+    ({"pattern": "dense"}, "'dense'"),
+    ({"segment_ids": jnp.zeros((2, 12), jnp.int32)}, "segment_ids"),
+    ({"segment_ids": jnp.zeros((2, 13))}, "float32"),
+    ({"query_offset": 1}, "query_offset=1"),
+    ({"query_offset": 0.5}, "0.5"),
+    ({"implementation": "cuda"}, "'cuda'.*mosaic"),
+  ],
+)
+def test_calls_that_do_not_fit_are_refused(change, said):
+  query, key, value = _inputs()
+  call = {"query": query, "key": key, "value": value} | {
+    "pattern": patterns.dense(HEADS)
+  }
+  with pytest.raises(ValueError, match=said):
+    scca_jax.attention(**(call | change))
+
+
+@pytest.mark.parametrize("name", ["cudnn", "triton", "mosaic"])
+def test_implementations_to_come_say_what_there_is(name):
+  query, key, value = _inputs()
+  with pytest.raises(NotImplementedError, match=f"{name}.*xla"):
+    scca_jax.attention(
+      query, key, value, patterns.dense(HEADS), implementation=name
+    )
