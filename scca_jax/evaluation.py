@@ -319,59 +319,19 @@ def _read(
   return rows
 
 
-def perplexity(
-  model: Any,
+def _find_windows(
   tokens: data.TokenFile | np.ndarray,
+  vocab_size: int,
   *,
   context_len: int,
-  protocol: str = "longlora",
-  patterns: AttentionPattern | tuple[AttentionPattern, ...] | None = None,
-  num_windows: int | None = None,
-  stride: int = LONGLORA_STRIDE,
-  batch_size: int = 1,
-  document_ends: np.ndarray | None = None,
-  bos_id: int | None = None,
-  implementation: str | None = None,
-  loss_chunk: int = 512,
-  on_progress: Callable[[int, int], None] | None = None,
-) -> Perplexity:
-  """Returns the perplexity of a model on a corpus.
-
-  With `num_windows` below the number there are, windows at equal distances in
-  the list of all are run; each scores what it would score among all of them.
-  (This choice, as `last_quarter`, is our own.)
-
-  Losses are float32, their sums float64. A token file made with BOS in front
-  of its documents is taken as it is: none is added.
-
-  Args:
-    model: A `Llama`, or a module with its `hidden_states`, `logits` and
-      `config`.
-    tokens: The corpus: a token file, or a flat array of ids.
-    context_len: Length of a window, in tokens.
-    protocol: "longlora", "strided" or "document"; see the module.
-    patterns: Attention pattern of all layers, or one a layer; None is dense.
-    num_windows: Most windows to run; None runs all.
-    stride: Tokens between windows; 256 under "longlora". A stride of
-      `context_len` leaves the first token of every later window unscored.
-    batch_size: Windows that are run at once.
-    document_ends: `[documents]` offset behind each document's last token, for
-      "document"; None takes those of the token file.
-    bos_id: BOS token, for "document"; None takes that of the token file.
-    implementation: Attention back end; None takes the best for the device.
-    loss_chunk: Tokens of each window whose logits are held at once.
-    on_progress: Called after every batch with the windows run and to run.
-
-  Raises:
-    ValueError: A setting is unknown or out of range, the corpus is too short
-      or does not fit the model or the protocol, or a loss is not finite.
-  """
+  protocol: str,
+  num_windows: int | None,
+  stride: int,
+  document_ends: np.ndarray | None,
+  bos_id: int | None,
+) -> tuple[np.ndarray, _Windows, int | None]:
+  """Returns the ids, the windows to run and the BOS that goes in front."""
   check_settings(protocol, context_len, num_windows=num_windows, stride=stride)
-  if batch_size < 1 or loss_chunk < 1:
-    raise ValueError(
-      "batch_size and loss_chunk must be at least 1, got"
-      f" {batch_size} and {loss_chunk}."
-    )
   name = "the corpus"
   add_bos = True
   if isinstance(tokens, data.TokenFile):
@@ -384,7 +344,6 @@ def perplexity(
     ids = tokens.tokens
   else:
     ids = np.asarray(tokens)
-  vocab_size = model.config.vocab_size
   _check_tokens(ids, vocab_size, name)
   if protocol == "document":
     if document_ends is None:
@@ -413,7 +372,111 @@ def perplexity(
     )
   if num_windows is not None:
     windows = _evenly_spaced(windows, num_windows)
+  return ids, windows, bos_id
 
+
+def count_windows(
+  tokens: data.TokenFile | np.ndarray,
+  *,
+  vocab_size: int,
+  context_len: int,
+  protocol: str = "longlora",
+  num_windows: int | None = None,
+  stride: int = LONGLORA_STRIDE,
+  document_ends: np.ndarray | None = None,
+  bos_id: int | None = None,
+) -> int:
+  """Returns how many windows `perplexity` would run, and checks its input.
+
+  Args:
+    tokens: The corpus; this and all that follows as for `perplexity`.
+    vocab_size: Vocabulary of the model.
+    context_len: Length of a window, in tokens.
+    protocol: "longlora", "strided" or "document".
+    num_windows: Most windows to run; None runs all.
+    stride: Tokens between windows.
+    document_ends: `[documents]` offset behind each document's last token.
+    bos_id: BOS token.
+
+  Raises:
+    ValueError: A setting is unknown or out of range, or the corpus is too
+      short or does not fit the vocabulary or the protocol.
+  """
+  _, windows, _ = _find_windows(
+    tokens,
+    vocab_size,
+    context_len=context_len,
+    protocol=protocol,
+    num_windows=num_windows,
+    stride=stride,
+    document_ends=document_ends,
+    bos_id=bos_id,
+  )
+  return len(windows)
+
+
+def perplexity(
+  model: Any,
+  tokens: data.TokenFile | np.ndarray,
+  *,
+  context_len: int,
+  protocol: str = "longlora",
+  patterns: AttentionPattern | tuple[AttentionPattern, ...] | None = None,
+  num_windows: int | None = None,
+  stride: int = LONGLORA_STRIDE,
+  batch_size: int = 1,
+  document_ends: np.ndarray | None = None,
+  bos_id: int | None = None,
+  implementation: str | None = None,
+  loss_chunk: int = 512,
+  on_windows: Callable[[int], None] | None = None,
+) -> Perplexity:
+  """Returns the perplexity of a model on a corpus.
+
+  With `num_windows` below the number there are, windows at equal distances in
+  the list of all are run; each scores what it would score among all of them.
+  (This choice, as `last_quarter`, is our own.)
+
+  Losses are float32, their sums float64. A token file made with BOS in front
+  of its documents is taken as it is: none is added.
+
+  Args:
+    model: A `Llama`, or a module with its `hidden_states`, `logits` and
+      `config`.
+    tokens: The corpus: a token file, or a flat array of ids.
+    context_len: Length of a window, in tokens.
+    protocol: "longlora", "strided" or "document"; see the module.
+    patterns: Attention pattern of all layers, or one a layer; None is dense.
+    num_windows: Most windows to run; None runs all.
+    stride: Tokens between windows; 256 under "longlora". A stride of
+      `context_len` leaves the first token of every later window unscored.
+    batch_size: Windows that are run at once.
+    document_ends: `[documents]` offset behind each document's last token, for
+      "document"; None takes those of the token file.
+    bos_id: BOS token, for "document"; None takes that of the token file.
+    implementation: Attention back end; None takes the best for the device.
+    loss_chunk: Tokens of each window whose logits are held at once.
+    on_windows: Called after every batch with the number of its windows.
+
+  Raises:
+    ValueError: A setting is unknown or out of range, the corpus is too short
+      or does not fit the model or the protocol, or a loss is not finite.
+  """
+  if batch_size < 1 or loss_chunk < 1:
+    raise ValueError(
+      "batch_size and loss_chunk must be at least 1, got"
+      f" {batch_size} and {loss_chunk}."
+    )
+  ids, windows, bos_id = _find_windows(
+    tokens,
+    model.config.vocab_size,
+    context_len=context_len,
+    protocol=protocol,
+    num_windows=num_windows,
+    stride=stride,
+    document_ends=document_ends,
+    bos_id=bos_id,
+  )
   bos = 0 if bos_id is None else bos_id  # None: no window begins with it.
   graphdef, state = nnx.split(model)
   if patterns is None:
@@ -441,7 +504,7 @@ def perplexity(
       scored = row[first - 1 :]
       if not np.isfinite(scored).all():
         raise ValueError(
-          f"the loss is not finite in the window at token {start:,} of {name}:"
+          f"the loss is not finite in the window at token {start:,}:"
           " the weights are damaged, or their dtype is too narrow."
         )
       in_quarter = row[max(first, quarter_start) - 1 :]
@@ -451,8 +514,8 @@ def perplexity(
       num_tokens += len(scored)
       quarter_total += in_quarter.sum()
       quarter_tokens += len(in_quarter)
-    if on_progress is not None:
-      on_progress(begin + len(part), len(windows))
+    if on_windows is not None:
+      on_windows(len(part))
   loss = total / num_tokens
   return Perplexity(
     perplexity=float(np.exp(loss)),
