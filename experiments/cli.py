@@ -12,6 +12,8 @@ from typing import Any
 
 from absl import app, flags
 
+from scca_jax import files
+
 _TRACEBACK = flags.DEFINE_boolean(
   "traceback", False, "Show the Python traceback of an error in the input."
 )
@@ -67,12 +69,4 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
   Raises:
     OSError: It cannot be written; what stood there before still does.
   """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.partial")
-  try:
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf8")
-    temporary.replace(path)
-  except OSError:
-    temporary.unlink(missing_ok=True)
-    raise
+  files.write(path, json.dumps(value, indent=2).encode() + b"\n")

@@ -181,7 +181,7 @@ def main() -> None:
   print(
     f"{model_folder.name}: {pretrained_len:,} -> {train.seq_len:,} tokens,"
     f" {run.pattern.name}, LoRA rank {run.lora.rank},"
-    f" {train_tokens.num_tokens:,} tokens to train on; {output_dir}",
+    f" {len(train_tokens):,} tokens to train on; {output_dir}",
     flush=True,
   )
   result = loop.fit(
@@ -214,9 +214,7 @@ def main() -> None:
     "interpolated": measure(
       load(target_config, None), context_lens, run.evaluation.num_windows
     ),
-    "tuned": measure(
-      result.model, context_lens, run.evaluation.num_windows
-    ),
+    "tuned": measure(result.model, context_lens, run.evaluation.num_windows),
   }
   cli.write_json(
     output_dir / "summary.json",

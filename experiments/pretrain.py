@@ -121,7 +121,7 @@ def main() -> None:
     }
 
   print(
-    f"{num_params:,} parameters, {train_tokens.num_tokens:,} tokens to train"
+    f"{num_params:,} parameters, {len(train_tokens):,} tokens to train"
     f" on, {train.steps * train.batch_size * train.seq_len:,} in all steps;"
     f" {output_dir}",
     flush=True,

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "scca_jax"
 
 # Each module may import those in layers above it, never below.
 LAYERS = (
-  ("patterns", "assets"),
+  ("patterns", "assets", "files"),
   ("receptive_field", "backends.reference", "backends.xla"),
   ("backends",),
   ("dispatch", "rope", "lora"),

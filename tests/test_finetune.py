@@ -1,0 +1,326 @@
+"""The commands `pretrain` and `finetune`, as a user runs them."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from scca_jax import assets
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Small enough that a step is a few milliseconds.
+SHORT = (
+  "--config.training.seq_len=64",
+  "--config.training.batch_size=2",
+  "--config.training.steps=12",
+  "--config.training.checkpoint_every=3",
+  "--config.evaluation.context_lens=(16,64)",
+  "--config.evaluation.num_windows=2",
+)
+
+
+def _command(name, *args):
+  return [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
+
+
+def _environment():
+  # One device, as a user has it: the claim is bitwise there.
+  return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def _run(name, *args, **options):
+  return subprocess.run(
+    _command(name, *args),
+    cwd=ROOT,
+    env=_environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+    **options,
+  )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("corpus")
+  rng = random.Random(0)
+  words = "the ship sailed over a grey sea and no one saw it come home".split()
+  text = " ".join(rng.choice(words) for _ in range(6000))
+  (folder / "train.txt").write_text(text[:24000], encoding="utf8")
+  (folder / "test.txt").write_text(text[24000:], encoding="utf8")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def base(corpus):
+  """A model of a few thousand parameters, made by `pretrain`."""
+  output = corpus / "pretrain"
+  done = _run(
+    "pretrain",
+    f"--data={corpus / 'train.txt'}",
+    f"--output_dir={output}",
+    f"--config.data.test={corpus / 'test.txt'}",
+    f"--config.data.tokenizer={assets.MODEL / 'tokenizer.model'}",
+    "--config.architecture.hidden_size=16",
+    "--config.architecture.intermediate_size=24",
+    "--config.architecture.num_layers=2",
+    "--config.architecture.num_heads=4",
+    "--config.architecture.num_kv_heads=2",
+    "--config.training.seq_len=16",
+    "--config.training.batch_size=4",
+    "--config.training.steps=6",
+    "--config.training.dtype=float32",
+    "--config.evaluation.num_windows=2",
+    "--config.evaluation.every=3",
+    "--config.save_dtype=float32",
+  )
+  assert done.returncode == 0, done.stderr
+  return output / "model"
+
+
+@pytest.fixture(scope="module")
+def arguments(corpus, base):
+  return (
+    f"--model={base}",
+    f"--data={corpus / 'train.txt'}",
+    f"--config.data.test={corpus / 'test.txt'}",
+    *SHORT,
+  )
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, arguments):
+  output = corpus / "undisturbed"
+  done = _run("finetune", f"--output_dir={output}", *arguments)
+  assert done.returncode == 0, done.stderr
+  return output, done.stdout
+
+
+def _losses(output):
+  lines = (output / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  return {r["step"]: r["loss"] for r in records if "loss" in r}
+
+
+def _num_logged(output):
+  metrics = output / "metrics.jsonl"
+  return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def _same_end(a, b):
+  assert _losses(a) == _losses(b)
+  first = load_file(a / "adapter" / "adapter_model.safetensors")
+  second = load_file(b / "adapter" / "adapter_model.safetensors")
+  assert first.keys() == second.keys()
+  for name, value in first.items():
+    np.testing.assert_array_equal(value, second[name], err_msg=name)
+  summaries = [json.loads((x / "summary.json").read_text()) for x in (a, b)]
+  assert summaries[0]["perplexity"] == summaries[1]["perplexity"]
+
+
+def test_a_run_leaves_all_that_was_promised(finished):
+  output, printed = finished
+  for name in ("config.json", "metrics.jsonl", "checkpoints", "adapter"):
+    assert (output / name).exists(), name
+  adapter = json.loads((output / "adapter/adapter_config.json").read_text())
+  assert adapter["peft_type"] == "LORA"
+  summary = json.loads((output / "summary.json").read_text())
+  assert summary["pattern"] == "scca_fixed"
+  assert (summary["pretrained_len"], summary["target_len"]) == (16, 64)
+  assert summary["steps"] == 12
+  assert summary["tokens_per_second"] > 0
+  perplexity = summary["perplexity"]
+  assert perplexity["protocol"] == "longlora"
+  for variant in ("untuned", "interpolated", "tuned"):
+    assert set(perplexity[variant]) == {"16", "64"}
+    assert all(value > 1 for value in perplexity[variant].values())
+    assert re.search(rf"^{variant} ", printed, re.MULTILINE)
+  assert perplexity["untuned"]["64"] != perplexity["interpolated"]["64"]
+  assert "last quarter" in printed
+  assert str(output / "adapter") in printed
+  assert sorted(_losses(output)) == list(range(1, 13))
+  assert list((output / "tensorboard").glob("events*"))
+
+
+def test_a_finished_run_is_not_done_again(finished, arguments):
+  output, printed = finished
+  before = (output / "metrics.jsonl").read_text()
+  again = _run("finetune", f"--output_dir={output}", *arguments)
+  assert again.returncode == 0, again.stderr
+  assert (output / "metrics.jsonl").read_text() == before
+  table = [x for x in printed.splitlines() if x.startswith("tuned")]
+  assert table[0] in again.stdout
+
+
+def _kill_once(command, *, when):
+  """Starts the command and kills it as soon as `when()` holds."""
+  process = subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=_environment(),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+  deadline = time.monotonic() + 120
+  while process.poll() is None and time.monotonic() < deadline and not when():
+    time.sleep(0.002)
+  process.kill()
+  process.wait()
+
+
+def test_a_killed_run_ends_as_if_undisturbed(finished, arguments, tmp_path):
+  output = tmp_path / "killed"
+  command = _command("finetune", f"--output_dir={output}", *arguments)
+  # In the middle of steps and saves: once some steps are logged, and again.
+  for logged in (2, 7):
+    metrics = output / "metrics.jsonl"
+    _kill_once(command, when=lambda n=logged: _num_logged(output) >= n)
+    # Cut in the midst of a line, as a kill while writing would leave it.
+    if metrics.exists():
+      with metrics.open("a") as file:
+        file.write('{"step": 99, "lo')
+  done = _run("finetune", f"--output_dir={output}", *arguments)
+  assert done.returncode == 0, done.stderr
+  _same_end(finished[0], output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_and_goes_on(finished, arguments, tmp_path, number):
+  output = tmp_path / "stopped"
+  process = subprocess.Popen(
+    _command("finetune", f"--output_dir={output}", *arguments),
+    cwd=ROOT,
+    env=_environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+  )
+  while process.poll() is None and _num_logged(output) < 1:
+    time.sleep(0.002)
+  process.send_signal(number)
+  printed, _ = process.communicate(timeout=120)
+  if process.returncode == 0:
+    # The run was through before the signal came.
+    assert sorted(_losses(output)) == list(range(1, 13))
+  else:
+    assert process.returncode == 128 + number
+    step = int(re.search(r"after step (\d+)", printed).group(1))
+    assert (output / "checkpoints" / str(step)).is_dir()
+  done = _run("finetune", f"--output_dir={output}", *arguments)
+  assert done.returncode == 0, done.stderr
+  _same_end(finished[0], output)
+
+
+def test_a_full_disk_keeps_earlier_checkpoints(finished, arguments, tmp_path):
+  output = tmp_path / "full"
+  command = _command("finetune", f"--output_dir={output}", *arguments)
+  checkpoints = output / "checkpoints"
+
+  def whole():
+    return [p.name for p in checkpoints.glob("*") if p.name.isdigit()]
+
+  _kill_once(command, when=whole)
+  before = whole()
+
+  def limit_file_size():
+    # Larger files fail to be written, as all do on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+  full = _run(
+    "finetune",
+    f"--output_dir={output}",
+    *arguments,
+    preexec_fn=limit_file_size,
+  )
+  assert full.returncode == 2, full.stderr
+  errors = [x for x in full.stderr.splitlines() if x.startswith("error: ")]
+  assert len(errors) == 1, full.stderr
+  assert before
+  assert set(before) <= set(whole())
+  done = _run("finetune", f"--output_dir={output}", *arguments)
+  assert done.returncode == 0, done.stderr
+  _same_end(finished[0], output)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    (["--model={tmp}/none"], "none"),
+    (["--data={tmp}/none.bin"], "none.bin"),
+    (["--data={tmp}/empty.bin"], "empty"),
+    (["--data={tmp}/odd.bin"], "odd.bin"),
+    (["--data={tmp}/beyond.bin"], "60000"),
+    (["--data={tmp}/short.bin"], "short"),
+    (["--data={tmp}/latin1.txt"], "latin1.txt"),
+    (["--config.pattern.name=flow"], "flow"),
+    (["--config.pattern.dilation=2"], "dilation"),
+    (["--config.training.steps=many"], "steps"),
+    (["--config.training.stepz=3"], "stepz"),
+    (["--config={tmp}/none.py"], "none.py"),
+    (["--config.lora.targets=('z_proj',)"], "z_proj"),
+    (["--config.rope.kind=cubic"], "cubic"),
+    (["--config.evaluation.protocol=mean"], "mean"),
+    (["--config.training.implementation=fast"], "fast"),
+    (["--config.evaluation.context_lens=(16,99999)"], "99,?999"),
+  ],
+)
+def test_bad_input_is_one_line(
+  run_command, capsys, arguments, tmp_path, change, said
+):
+  (tmp_path / "empty.bin").touch()
+  (tmp_path / "odd.bin").write_bytes(b"\0" * 2001)
+  ids = np.zeros(4000, np.uint16)
+  ids.tofile(tmp_path / "short.bin")
+  np.zeros(30, np.uint16).tofile(tmp_path / "short.bin")
+  ids[3] = 60000
+  ids.tofile(tmp_path / "beyond.bin")
+  (tmp_path / "latin1.txt").write_bytes("caf\xe9 ".encode("latin1") * 500)
+  change = [c.format(tmp=tmp_path) for c in change]
+  output = tmp_path / "run"
+  status = run_command(
+    "finetune", f"--output_dir={output}", *arguments, *change
+  )
+  errors = [
+    line
+    for line in capsys.readouterr().err.splitlines()
+    if line.startswith("error: ")
+  ]
+  assert status == 2
+  assert len(errors) == 1
+  assert re.search(said, errors[0])
+  assert not (output / "adapter").exists()
+
+
+def test_a_run_with_other_settings_is_not_mixed_in(
+  run_command, capsys, finished, arguments
+):
+  status = run_command(
+    "finetune",
+    f"--output_dir={finished[0]}",
+    *arguments,
+    "--config.training.seed=7",
+  )
+  assert status == 2
+  assert "training.seed" in capsys.readouterr().err
+
+
+def test_missing_rope_scaling_is_warned_of(arguments, tmp_path):
+  done = _run(
+    "finetune",
+    f"--output_dir={tmp_path / 'run'}",
+    *arguments,
+    "--config.rope.kind=None",
+    "--config.training.steps=1",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "exceeds the pretrained length" in done.stderr
