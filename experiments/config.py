@@ -308,8 +308,10 @@ def from_config_dict(
   for name in settings:
     if name not in names:
       near = difflib.get_close_matches(str(name), names, n=1)
-      hint = f"did you mean {prefix}{near[0]}" if near else "known are " + (
-        ", ".join(prefix + n for n in names)
+      hint = (
+        f"did you mean {prefix}{near[0]}"
+        if near
+        else "known are " + (", ".join(prefix + n for n in names))
       )
       raise ValueError(f"unknown setting {prefix}{name}: {hint}?")
   return kind(
