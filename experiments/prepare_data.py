@@ -63,7 +63,12 @@ def _documents(source: str, action: str) -> Iterator[str]:
   """Yields the documents under a progress bar over the bytes of `source`."""
   size = sum(f.stat().st_size for f in data.document_files(source))
   with tqdm(
-    total=size, desc=action, unit="B", unit_scale=True, mininterval=0.5
+    total=size,
+    desc=action,
+    unit="B",
+    unit_scale=True,
+    mininterval=0.5,
+    disable=None,  # In a log it would be a line every half second.
   ) as bar:
     yield from data.read_documents(
       source, text_field=_TEXT_FIELD.value, on_read=bar.update

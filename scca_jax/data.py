@@ -24,6 +24,7 @@ import hashlib
 import io
 import json
 import lzma
+import operator
 import os
 import pathlib
 import zlib
@@ -83,15 +84,15 @@ class _ZstdReader(io.RawIOBase):
     return size
 
 
-def _suffixes(path: pathlib.Path) -> tuple[str, str] | None:
-  """Returns the (text, compression) suffixes; None if they are unknown."""
+def _suffixes(path: pathlib.Path) -> tuple[str, str]:
+  """Returns the (text, compression) suffixes, empty where there is none."""
   suffixes = [suffix.lower() for suffix in path.suffixes]
   compression = ""
   if suffixes and suffixes[-1] in _COMPRESSIONS:
     compression = suffixes.pop()
   if suffixes and suffixes[-1] in _TEXT_SUFFIXES:
     return suffixes[-1], compression
-  return None
+  return "", compression
 
 
 def document_files(path: str | os.PathLike[str]) -> list[pathlib.Path]:
@@ -110,7 +111,7 @@ def document_files(path: str | os.PathLike[str]) -> list[pathlib.Path]:
   if not path.exists():
     raise FileNotFoundError(f"there is no {path}: name a text file or folder.")
   if not path.is_dir():
-    if _suffixes(path) is None:
+    if not _suffixes(path)[0]:
       raise ValueError(
         f"{path} is of no known kind: its name must end in {_KNOWN_SUFFIXES}."
       )
@@ -119,7 +120,7 @@ def document_files(path: str | os.PathLike[str]) -> list[pathlib.Path]:
     file
     for file in sorted(path.rglob("*"))
     if file.is_file()
-    and _suffixes(file) is not None
+    and _suffixes(file)[0]
     and not any(p.startswith(".") for p in file.relative_to(path).parts)
   ]
   if not found:
@@ -160,11 +161,11 @@ def _read_file(
   text_field: str,
   on_read: Callable[[int], object] | None,
 ) -> Iterator[str]:
-  suffixes = _suffixes(path)
-  if suffixes is None:
-    raise ValueError(f"{path} does not end in {_KNOWN_SUFFIXES}.")
-  kind, compression = suffixes
+  kind, compression = _suffixes(path)
   with open(path, "rb") as stored:
+    # Some readers take nothing for a whole archive of nothing.
+    if compression and not stored.peek(1):
+      raise ValueError(f"{path} is cut short: an archive is never empty.")
     stream: Any = stored
     if compression == ".gz":
       stream = gzip.GzipFile(fileobj=stored)
@@ -200,8 +201,9 @@ def _pieces(
       zlib.error,
       zstandard.ZstdError,
     ) as error:
+      behind = "" if whole else f" behind line {number}"
       raise ValueError(
-        f"{path} is damaged or cut short behind line {number}: {error}."
+        f"{path} is damaged or cut short{behind}: {error}."
       ) from error
     if not content:
       return
@@ -267,8 +269,8 @@ def write_token_file(
   """Writes the tokens of `documents` to a `.bin` with its JSON beside it.
 
   By default the file holds the tokens of the text and nothing else, which is
-  what the usual perplexity over a flat file expects. Empty documents are
-  left out. Both files appear only when whole, the `.bin` last: where it
+  what the usual perplexity over a flat file expects. Documents without a token
+  are left out. Both files appear only when whole, the `.bin` last: where it
   stands, the JSON that explains it does.
 
   Args:
@@ -304,8 +306,10 @@ def write_token_file(
   num_tokens = num_bytes = 0
   with files.AtomicFile(output) as file:
     for texts in _batch_texts(documents):
-      num_bytes += sum(len(text.encode()) for text in texts)
-      for ids in tokenizer.encode_batch(texts):
+      for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        if not ids:  # White space, to some tokenizers.
+          continue
+        num_bytes += len(text.encode())
         content = np.asarray(before + ids + after, dtype).tobytes()
         file.write(content)
         digest.update(content)
@@ -380,7 +384,6 @@ class TokenFile:
     path: str | os.PathLike[str],
     *,
     vocab_size: int | None = None,
-    check_sha256: bool = False,
   ) -> "TokenFile":
     """Opens a `.bin`, with the JSON beside it or without.
 
@@ -388,7 +391,6 @@ class TokenFile:
       path: The `.bin`.
       vocab_size: Vocabulary of the model that is to read the ids: every id is
         checked against it. None checks nothing.
-      check_sha256: Also read the file once to compare its hash with the JSON.
 
     Raises:
       FileNotFoundError: The file is not there.
@@ -418,14 +420,15 @@ class TokenFile:
     tokens = np.memmap(path, dtype, "r")
     if not about:
       _refuse_wide(path, tokens)
-    if check_sha256 and "sha256" in about:
-      _check_sha256(path, about["sha256"])
     if vocab_size is not None:
       _check_ids(path, tokens, vocab_size)
+    made_with = about.get("tokenizer")
     return cls(
       tokens=tokens,
       document_ends=_document_ends(path, about, num_tokens),
-      vocab_size=about.get("tokenizer", {}).get("vocab_size"),
+      vocab_size=made_with.get("vocab_size")
+      if isinstance(made_with, dict)
+      else None,
       name=str(path),
       about=about,
     )
@@ -458,16 +461,6 @@ def _refuse_wide(path: pathlib.Path, tokens: np.ndarray) -> None:
     raise ValueError(
       f"the token file {path} looks like uint32: say so in"
       f' {_json_path(path).name} beside it, {{"dtype": "uint32"}}.'
-    )
-
-
-def _check_sha256(path: pathlib.Path, expected: str) -> None:
-  with open(path, "rb") as file:
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-  if found != expected:
-    raise ValueError(
-      f"the token file {path} is damaged: its SHA-256 begins {found[:12]},"
-      f" its JSON says {expected[:12]}."
     )
 
 
@@ -566,7 +559,8 @@ class Batches:
           f"{saved.get(name)!r}, and now {name}={value!r}."
         )
     try:
-      self._iterator.set_state({"next_index": state["next_index"]})
+      index = operator.index(state["next_index"])
+      self._iterator.set_state({"next_index": index})
     except (KeyError, TypeError, IndexError) as error:
       raise ValueError(
         f"cannot go on in the data: no position {state.get('next_index')!r}."
@@ -625,6 +619,12 @@ def batches(
     raise ValueError(
       "seq_len and batch_size must be at least 1, got"
       f" {seq_len} and {batch_size}."
+    )
+  if seed < 0:
+    raise ValueError(f"seed must not be negative, got {seed}.")
+  if epochs is not None and epochs < 1:
+    raise ValueError(
+      f"epochs must be at least 1, or None for no end, got {epochs}."
     )
   if num_shards < 1 or batch_size % num_shards:
     raise ValueError(

@@ -1,0 +1,34 @@
+"""Files are there whole or not at all, and failures name them."""
+
+import pytest
+
+from scca_jax import files
+
+
+def test_a_file_appears_only_at_the_end(tmp_path):
+  path = tmp_path / "new" / "file.bin"
+  with files.AtomicFile(path) as file:
+    file.write(b"one, ")
+    file.write(memoryview(b"two"))
+    assert not path.exists()
+  assert path.read_bytes() == b"one, two"
+  assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file(tmp_path):
+  path = tmp_path / "file.bin"
+  files.write(path, b"old")
+  with pytest.raises(KeyboardInterrupt), files.AtomicFile(path) as file:
+    file.write(b"new")
+    raise KeyboardInterrupt
+  assert path.read_bytes() == b"old"
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+  (tmp_path / "file").write_bytes(b"")
+  (tmp_path / "folder").mkdir()
+  for path in (tmp_path / "file" / "inside.bin", tmp_path / "folder"):
+    with pytest.raises(OSError, match=rf"cannot write {path}: "):
+      files.write(path, b"new")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]

@@ -1,0 +1,242 @@
+"""Text to ids and back, with both kinds of tokenizer, and training one."""
+
+import importlib.resources
+import json
+import lzma
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scca_jax import tokenizer
+
+ASSETS = importlib.resources.files("scca_jax") / "assets"
+TEXT = "\n".join(
+  f"The {a} {b} of 19{n} went {c} the hill,\n  and they never came back."
+  for n, (a, b, c) in enumerate(
+    (a, b, c)
+    for a in ("old", "young", "other", "quiet")
+    for b in ("king", "children", "travellers")
+    for c in ("up", "over", "behind")
+  )
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+  return tokenizer.train([TEXT], 330, path), path
+
+
+def _write_hugging_face(folder, **settings):
+  """Writes a byte-level tokenizer.json that pads, cuts and adds a BOS."""
+  words = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      vocab={c: i for i, c in enumerate(_ALPHABET)}, merges=[]
+    )
+  )
+  words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  words.decoder = tokenizers.decoders.ByteLevel()
+  words.add_special_tokens(["<s>", "</s>", "<end>"])
+  words.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 256)]
+  )
+  words.enable_truncation(4)
+  words.enable_padding(length=16, pad_id=258, pad_token="<end>")
+  folder.mkdir(exist_ok=True)
+  (folder / "tokenizer.json").write_text(words.to_str(), encoding="utf8")
+  for name, content in settings.items():
+    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf8")
+  return folder
+
+
+_ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_embedded_tokenizer_gives_a_book_back():
+  words = tokenizer.load(str(ASSETS / "tiny"))
+  assert (words.vocab_size, words.bos_id, words.eos_id) == (4096, 1, 2)
+  with lzma.open(str(ASSETS / "books_test.jsonl.xz"), "rt") as file:
+    text = json.loads(file.readline())["text"]
+  ids = words.encode(text)
+  assert words.decode(ids) == text
+  assert not {0, 1, 2} & set(ids)
+  assert len(text.encode()) / len(ids) > 3
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text())
+def test_any_text_comes_back(trained, text):
+  words, _ = trained
+  expected = text.replace("\u2581", " ")  # SentencePiece's sign for a space.
+  assert words.decode(words.encode(text)) == expected
+
+
+@pytest.mark.parametrize(
+  "text", ["", " ", "  a", "a \n\n\tb\r\n", "1918", "é😀\u2028", "a\0b", "</s>"]
+)
+def test_both_kinds_give_text_back_whatever_their_settings(
+  trained, tmp_path, text
+):
+  words, _ = trained
+  hugging_face = tokenizer.load(_write_hugging_face(tmp_path / "model"))
+  assert words.decode(words.encode(text)) == text
+  assert hugging_face.decode(hugging_face.encode(text)) == text
+  # Bytes and nothing else: no BOS, no padding, no cut at four.
+  assert len(hugging_face.encode(text)) == len(text.encode())
+
+
+def test_what_looks_like_a_special_token_is_text(trained, tmp_path):
+  hugging_face = tokenizer.load(_write_hugging_face(tmp_path / "model"))
+  for words in (trained[0], hugging_face):
+    ids = words.encode("<s>a</s>")
+    assert words.bos_id not in ids
+    assert words.eos_id not in ids
+
+
+def test_many_texts_are_encoded_as_each_alone(trained, tmp_path):
+  texts = ["The king", "", "went\nup ", "19"]
+  for words in (trained[0], tokenizer.load(_write_hugging_face(tmp_path))):
+    assert words.encode_batch(texts) == [words.encode(t) for t in texts]
+
+
+def test_digits_and_line_breaks_are_tokens_of_their_own(trained):
+  words, _ = trained
+  pieces = [words.decode([i]) for i in range(words.vocab_size)]
+  assert "he" in pieces
+  assert {"\n", "1", "9"} <= set(pieces)
+  for piece in pieces:
+    alone = piece.strip(" ")
+    assert len(alone) == 1 or not any(c.isdigit() for c in alone)
+    assert alone == "\n" or "\n" not in alone
+
+
+def test_special_ids_are_read_from_the_files_beside(tmp_path):
+  def ids(name, **files):
+    words = tokenizer.load(_write_hugging_face(tmp_path / name, **files))
+    return words.bos_id, words.eos_id
+
+  assert ids("usual names") == (256, 257)
+  assert ids("config", config={"eos_token_id": [258, 257]}) == (256, 258)
+  assert ids(
+    "tokenizer_config",
+    tokenizer_config={"bos_token": None, "eos_token": {"content": "<end>"}},
+    config={"eos_token_id": 257},
+  ) == (256, 258)
+  with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+    folder = _write_hugging_face(tmp_path / "damaged")
+    (folder / "config.json").write_text("{")
+    tokenizer.load(folder)
+
+
+def test_a_tokenizer_without_special_tokens_says_so(tmp_path):
+  words = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 7}, []))
+  (tmp_path / "plain.json").write_text(words.to_str())
+  loaded = tokenizer.load(tmp_path / "plain.json")
+  assert (loaded.bos_id, loaded.eos_id) == (None, None)
+  assert loaded.vocab_size == 8  # The largest id decides, not their number.
+
+
+def test_a_folder_and_its_file_are_the_same_tokenizer(trained, tmp_path):
+  words, path = trained
+  _write_hugging_face(tmp_path)
+  (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
+  for loaded in (tokenizer.load(tmp_path), tokenizer.load(path)):
+    assert loaded.name == "tokenizer.model"
+    assert loaded.fingerprint == words.fingerprint
+  other = tokenizer.load(tmp_path / "tokenizer.json")
+  assert other.fingerprint != words.fingerprint
+
+
+def test_missing_tokenizers_are_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"no tokenizer .*absent\.model"):
+    tokenizer.load(tmp_path / "absent.model")
+  with pytest.raises(FileNotFoundError, match="in the folder"):
+    tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("words.txt", b"words"),
+    ("empty.model", b""),
+    ("damaged.model", b"\xff\xfe no model"),
+    ("cut.model", None),
+    ("empty.json", b""),
+    ("other.json", b'{"dtype": "uint16"}'),
+    ("damaged.json", b"\xff{"),
+  ],
+)
+def test_files_that_are_no_tokenizer_are_named(
+  trained, tmp_path, name, content
+):
+  if content is None:
+    content = trained[1].read_bytes()[:-100]
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+    tokenizer.load(tmp_path / name)
+
+
+def test_the_same_text_trains_the_same_tokenizer(trained, tmp_path):
+  words, path = trained
+  again = tokenizer.train(iter([TEXT]), 330, tmp_path / "again.model")
+  assert again.vocab_size == 330
+  assert again.fingerprint == words.fingerprint
+  assert (tmp_path / "again.model").read_bytes() == path.read_bytes()
+
+
+def test_text_without_line_breaks_is_learnt_from(tmp_path):
+  words = tokenizer.train(["abracadabra" * 2000], 270, tmp_path / "long.model")
+  assert len(words.encode("abracadabra")) < 6
+
+
+@pytest.mark.parametrize(
+  ("texts", "vocab_size", "message"),
+  [
+    ([], 300, "no text"),
+    (["", ""], 300, "no text"),
+    ([TEXT], 100_000, r"too short for vocab_size=100000.* at most \d+"),
+    ([TEXT], 100, "vocab_size=100 is too small"),
+    ([TEXT], 0, "vocab_size=0 is too small"),
+  ],
+)
+def test_failed_training_says_why_and_leaves_the_old_file(
+  tmp_path, texts, vocab_size, message
+):
+  output = tmp_path / "words.model"
+  output.write_bytes(b"old")
+  with pytest.raises(ValueError, match=message):
+    tokenizer.train(texts, vocab_size, output)
+  assert [p.name for p in tmp_path.iterdir()] == ["words.model"]
+  assert output.read_bytes() == b"old"
+
+
+def test_training_writes_a_model_file_only(tmp_path):
+  with pytest.raises(ValueError, match=r"words\.bin"):
+    tokenizer.train([TEXT], 330, tmp_path / "words.bin")
+
+
+def test_a_sample_is_passages_in_their_order_within_its_size():
+  texts = [chr(97 + n) * 20_000 for n in range(20)]
+  passages = list(tokenizer.sample(texts, 50_000))
+  assert passages == list(tokenizer.sample(iter(texts), 50_000))
+  assert passages == sorted(passages)
+  assert all(any(p in text for text in texts) for p in passages)
+  # Full up to a passage, and from all over the texts.
+  assert 50_000 - 8192 < sum(map(len, passages)) <= 50_000
+  assert passages != list(tokenizer.sample(texts, 50_000, seed=1))
+  seen = {
+    p[0] for n in range(30) for p in tokenizer.sample(texts, 50_000, seed=n)
+  }
+  assert len(seen) == 20
+
+
+def test_a_sample_of_little_text_is_all_of_it():
+  texts = ["é" * 10_000, "", "b"]
+  assert "".join(tokenizer.sample(texts, 20_001)) == "".join(texts)
+  assert list(tokenizer.sample([], 10)) == []
+  with pytest.raises(ValueError, match="got 0"):
+    list(tokenizer.sample(texts, 0))
