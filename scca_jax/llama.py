@@ -1,0 +1,520 @@
+"""The Llama architecture in Flax NNX, with the attention pattern an argument.
+
+Parameters are named as in Hugging Face's files; those of the layers are stacked
+along a first axis, so that the layers compile once.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from scca_jax import rope
+from scca_jax.dispatch import attention
+from scca_jax.lora import TARGETS, Linear, LoraConfig
+from scca_jax.patterns import AttentionPattern
+from scca_jax.rope import RopeScaling
+
+# What one layer attends by: a tuple is a mixture (see `scca_jax.attention`).
+LayerPattern = AttentionPattern | tuple[AttentionPattern, ...]
+# The same for all layers, or one a layer.
+Patterns = AttentionPattern | tuple[LayerPattern, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+  """Sizes of a model.
+
+  Attributes:
+    vocab_size: Tokens of the vocabulary.
+    hidden_size: Width of the residual stream.
+    intermediate_size: Width of the MLP.
+    num_layers: Layers.
+    num_heads: Query heads, a multiple of `num_kv_heads`.
+    num_kv_heads: Key and value heads.
+    head_dim: Width of a head, even.
+    context_len: Longest sequence that the model is meant for, in tokens.
+    rope_theta: Base of the rotary frequencies.
+    rope_scaling: How they are fitted to the context; None leaves them.
+    rms_norm_eps: Added to the mean square in the norms.
+    tie_embeddings: Whether the output head is the embedding.
+    initializer_range: Standard deviation of new weights.
+    bos_token_id: Token that starts a document, if there is one.
+    eos_token_id: Token that ends it, if there is one.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  context_len: int
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  rms_norm_eps: float = 1e-5
+  tie_embeddings: bool = False
+  initializer_range: float = 0.02
+  bos_token_id: int | None = None
+  eos_token_id: int | None = None
+
+  def __post_init__(self):
+    """Checks the sizes."""
+    for name in (
+      "vocab_size",
+      "hidden_size",
+      "intermediate_size",
+      "num_layers",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "context_len",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"{name} must be at least 1, got {getattr(self, name)}."
+        )
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"num_heads={self.num_heads} must be a multiple of"
+        f" num_kv_heads={self.num_kv_heads}."
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim must be even, got {self.head_dim}.")
+    if not self.rope_theta > 1:
+      raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}.")
+    for name in ("rms_norm_eps", "initializer_range"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+    for name in ("bos_token_id", "eos_token_id"):
+      token = getattr(self, name)
+      if token is not None and not 0 <= token < self.vocab_size:
+        raise ValueError(
+          f"{name} must be below vocab_size={self.vocab_size}, got {token}."
+        )
+
+
+class RMSNorm(nnx.Module):
+  """Division by the root mean square, then a scale (arXiv 1910.07467)."""
+
+  def __init__(self, size: int, *, eps: float, dtype: Any):
+    """Makes the scale, 1 in float32, `[size]`."""
+    self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
+    self.eps = eps
+    self.dtype = jnp.dtype(dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns `x` normalised over its last axis, computed in float32."""
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+    scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
+    return (x * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+  """A vector for each token."""
+
+  def __init__(
+    self,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    stddev: float,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Draws the vectors, `[vocab, hidden]` in `param_dtype`."""
+    self.embedding = nnx.Param(
+      stddev
+      * jax.random.normal(rngs.params(), (vocab_size, hidden_size), param_dtype)
+    )
+    self.dtype = jnp.dtype(dtype)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Returns the vectors of the tokens, `[batch, seq, hidden]`."""
+    # Taken before the cast: gradients of a token that occurs often are summed
+    # in the dtype of the parameter.
+    return self.embedding[...][tokens].astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Making:
+  """What the modules of a model are made with."""
+
+  config: LlamaConfig
+  lora: LoraConfig | None
+  dtype: Any
+  param_dtype: Any
+
+  def linear(
+    self, name: str, num_inputs: int, num_outputs: int, rngs: nnx.Rngs
+  ) -> Linear:
+    """Returns a linear map, adapted if its name is a target."""
+    adapted = self.lora is not None and name in self.lora.targets
+    return Linear(
+      num_inputs,
+      num_outputs,
+      lora=self.lora if adapted else None,
+      stddev=self.config.initializer_range,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      rngs=rngs,
+    )
+
+  def norm(self) -> RMSNorm:
+    """Returns a norm over the residual stream."""
+    return RMSNorm(
+      self.config.hidden_size, eps=self.config.rms_norm_eps, dtype=self.dtype
+    )
+
+
+class SelfAttention(nnx.Module):
+  """Grouped-query attention with rotary positions."""
+
+  def __init__(self, making: _Making, rngs: nnx.Rngs):
+    """Makes the four projections."""
+    config = making.config
+    hidden = config.hidden_size
+    heads = config.num_heads * config.head_dim
+    kv_heads = config.num_kv_heads * config.head_dim
+    self.q_proj = making.linear("q_proj", hidden, heads, rngs)
+    self.k_proj = making.linear("k_proj", hidden, kv_heads, rngs)
+    self.v_proj = making.linear("v_proj", hidden, kv_heads, rngs)
+    self.o_proj = making.linear("o_proj", heads, hidden, rngs)
+    self.head_dim = config.head_dim
+
+  def __call__(
+    self, x: jax.Array, pattern: LayerPattern, call: "_Call", keys: Any
+  ) -> jax.Array:
+    """Returns the attention's part of the residual stream, like `x`."""
+    batch, seq_len, _ = x.shape
+    heads = (batch, seq_len, -1, self.head_dim)
+    query = self.q_proj(x, keys["q_proj"]).reshape(heads)
+    key = self.k_proj(x, keys["k_proj"]).reshape(heads)
+    value = self.v_proj(x, keys["v_proj"]).reshape(heads)
+    output = attention(
+      rope.apply(query, *call.rotation),
+      rope.apply(key, *call.rotation),
+      value,
+      pattern,
+      segment_ids=call.segment_ids,
+      implementation=call.implementation,
+    )
+    return self.o_proj(output.reshape(batch, seq_len, -1), keys["o_proj"])
+
+
+class MLP(nnx.Module):
+  """The SwiGLU feed-forward layer (arXiv 2002.05202)."""
+
+  def __init__(self, making: _Making, rngs: nnx.Rngs):
+    """Makes the three projections."""
+    hidden = making.config.hidden_size
+    inner = making.config.intermediate_size
+    self.gate_proj = making.linear("gate_proj", hidden, inner, rngs)
+    self.up_proj = making.linear("up_proj", hidden, inner, rngs)
+    self.down_proj = making.linear("down_proj", inner, hidden, rngs)
+
+  def __call__(self, x: jax.Array, keys: Any) -> jax.Array:
+    """Returns the MLP's part of the residual stream, like `x`."""
+    gate = jax.nn.silu(self.gate_proj(x, keys["gate_proj"]))
+    inner = gate * self.up_proj(x, keys["up_proj"])
+    return self.down_proj(inner, keys["down_proj"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """What all layers of one call share.
+
+  Attributes:
+    rotation: Positions, frequencies and factor: arguments of `rope.apply`.
+    segment_ids: `[batch, seq]` or None.
+    implementation: Attention back end.
+  """
+
+  rotation: tuple[jax.Array, np.ndarray, float]
+  segment_ids: jax.Array | None
+  implementation: str | None
+
+
+class Layer(nnx.Module):
+  """One layer: attention and MLP, each on the normalised residual stream."""
+
+  def __init__(self, making: _Making, rngs: nnx.Rngs):
+    """Makes the norms and the two parts."""
+    self.input_layernorm = making.norm()
+    self.self_attn = SelfAttention(making, rngs)
+    self.post_attention_layernorm = making.norm()
+    self.mlp = MLP(making, rngs)
+
+  def __call__(
+    self,
+    x: jax.Array,
+    pattern: LayerPattern,
+    call: _Call,
+    dropout_key: jax.Array | None,
+  ) -> jax.Array:
+    """Returns the residual stream after the layer, `[batch, seq, hidden]`."""
+    keys: dict[str, jax.Array | None] = dict.fromkeys(TARGETS)
+    if dropout_key is not None:
+      split = jax.random.split(dropout_key, len(TARGETS))
+      keys.update(zip(TARGETS, split, strict=True))
+    x = x + self.self_attn(self.input_layernorm(x), pattern, call, keys)
+    return x + self.mlp(self.post_attention_layernorm(x), keys)
+
+
+def _period(patterns: Patterns, num_layers: int) -> tuple[LayerPattern, ...]:
+  """Returns the shortest cycle of patterns that gives each layer its own.
+
+  Its length divides the number of layers.
+  """
+  if isinstance(patterns, AttentionPattern):
+    return (patterns,)
+  if not isinstance(patterns, tuple) or len(patterns) != num_layers:
+    found = (
+      f"a tuple of {len(patterns)}"
+      if isinstance(patterns, tuple)
+      else repr(patterns)
+    )
+    raise ValueError(
+      "patterns must be an AttentionPattern or a tuple of one for each of the"
+      f" {num_layers} layers, got {found}."
+    )
+  length = next(
+    n
+    for n in range(1, num_layers + 1)
+    if num_layers % n == 0 and patterns == patterns[:n] * (num_layers // n)
+  )
+  return patterns[:length]
+
+
+def _default_positions(
+  seq_len: int, segment_ids: jax.Array | None
+) -> jax.Array:
+  """Returns positions that restart at each segment, `[batch or 1, seq]`."""
+  index = jnp.arange(seq_len, dtype=jnp.int32)[None, :]
+  if segment_ids is None:
+    return index
+  starts = jnp.pad(
+    segment_ids[:, 1:] != segment_ids[:, :-1],
+    ((0, 0), (1, 0)),
+    constant_values=True,
+  )
+  start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+  return index - start
+
+
+def _check_tokens(tokens: Any, positions: Any) -> None:
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(
+      "tokens must be integers [batch, seq], got"
+      f" {tokens.dtype} {list(tokens.shape)}."
+    )
+  if positions is not None and positions.shape not in (
+    tokens.shape,
+    (1, tokens.shape[1]),
+  ):
+    raise ValueError(
+      f"positions must be {list(tokens.shape)}, [batch, seq], got"
+      f" {list(positions.shape)}."
+    )
+
+
+class Llama(nnx.Module):
+  """A decoder of the Llama family (arXiv 2302.13971).
+
+  Norms, rotary positions, softmax and logits are float32 whatever the dtype of
+  the computation. The parameters of all layers are stacked, `[layers, ...]`.
+  """
+
+  def __init__(
+    self,
+    config: LlamaConfig,
+    *,
+    lora: LoraConfig | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    """Draws the weights.
+
+    Args:
+      config: Sizes.
+      lora: Adapters; None has none.
+      dtype: Dtype of the computation: float32, bfloat16 or float16.
+      param_dtype: Dtype that weights are held in. Norms and adapters are
+        float32, and so are embeddings that are trained beside adapters.
+      rngs: Its stream `params` draws the weights.
+    """
+    self.config = config
+    self.lora = lora
+    self.dtype = jnp.dtype(dtype)
+    making = _Making(
+      config=config, lora=lora, dtype=dtype, param_dtype=param_dtype
+    )
+    embedding_dtype = (
+      jnp.float32 if lora is not None and lora.train_embeddings else param_dtype
+    )
+    self.embed_tokens = Embedding(
+      config.vocab_size,
+      config.hidden_size,
+      stddev=config.initializer_range,
+      dtype=dtype,
+      param_dtype=embedding_dtype,
+      rngs=rngs,
+    )
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap
+    def make_layers(rngs: nnx.Rngs) -> Layer:
+      return Layer(making, rngs)
+
+    self.layers = make_layers(rngs)
+    self.norm = making.norm()
+    self.lm_head = (
+      None
+      if config.tie_embeddings
+      else Linear(
+        config.hidden_size,
+        config.vocab_size,
+        stddev=config.initializer_range,
+        dtype=dtype,
+        param_dtype=embedding_dtype,
+        rngs=rngs,
+      )
+    )
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    *,
+    patterns: Patterns,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+    remat: bool = False,
+    deterministic: bool = True,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """Returns the logits of the next tokens, float32 `[batch, seq, vocab]`.
+
+    The arguments are those of `hidden_states`.
+    """
+    hidden = self.hidden_states(
+      tokens,
+      patterns=patterns,
+      positions=positions,
+      segment_ids=segment_ids,
+      implementation=implementation,
+      remat=remat,
+      deterministic=deterministic,
+      rngs=rngs,
+    )
+    return self.logits(hidden)
+
+  def hidden_states(
+    self,
+    tokens: jax.Array,
+    *,
+    patterns: Patterns,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: str | None = None,
+    remat: bool = False,
+    deterministic: bool = True,
+    rngs: nnx.Rngs | None = None,
+  ) -> jax.Array:
+    """Returns what the output head reads, `[batch, seq, hidden]`.
+
+    Args:
+      tokens: Integers, `[batch, seq]`.
+      patterns: Attention pattern of all layers, or a tuple of one a layer;
+        static under jit. A schedule that repeats compiles one cycle of it.
+      positions: Integers for RoPE, `[batch, seq]`; None counts from 0, anew in
+        each segment. The patterns have positions of their own: those in the
+        sequence.
+      segment_ids: Documents packed in one sequence, `[batch, seq]`; see
+        `scca_jax.attention`.
+      implementation: Attention back end; None takes the best for the device.
+      remat: Whether the backward pass computes each layer anew from its input,
+        the only activation that is then kept.
+      deterministic: Whether dropout is off.
+      rngs: Its stream `dropout` is used if there is dropout.
+
+    Raises:
+      ValueError: Shapes or the number of patterns do not fit, or dropout has
+        no `rngs`.
+    """
+    _check_tokens(tokens, positions)
+    config = self.config
+    cycle = _period(patterns, config.num_layers)
+    num_cycles = config.num_layers // len(cycle)
+    if positions is None:
+      positions = _default_positions(tokens.shape[1], segment_ids)
+    inv_freq, attention_scaling = rope.frequencies(
+      config.head_dim, config.rope_theta, config.rope_scaling, tokens.shape[1]
+    )
+    call = _Call(
+      (positions, inv_freq, attention_scaling), segment_ids, implementation
+    )
+    graphdef, state = nnx.split(self.layers)
+
+    def run_layer(x, state, key, pattern):
+      return nnx.merge(graphdef, state)(x, pattern, call, key)
+
+    if remat:
+      # A scan of one step is inlined, and the compiler may then merge what is
+      # computed anew with what was computed first: this forbids it.
+      run_layer = jax.checkpoint(
+        run_layer, prevent_cse=num_cycles == 1, static_argnums=3
+      )
+
+    def run_cycle(x, of_cycle):
+      for i, pattern in enumerate(cycle):
+        state, key = jax.tree.map(lambda leaf, i=i: leaf[i], of_cycle)
+        x = run_layer(x, state, key, pattern)
+      return x, None
+
+    # jax.lax.scan over the pure state, not nnx.scan: layers change no variable,
+    # and nnx.scan has one body for one layer where a schedule needs a cycle of
+    # layers, each with its own static pattern.
+    of_layers = (state, self._dropout_keys(deterministic, rngs))
+    of_cycles = jax.tree.map(
+      lambda leaf: leaf.reshape(num_cycles, len(cycle), *leaf.shape[1:]),
+      of_layers,
+    )
+    x, _ = jax.lax.scan(run_cycle, self.embed_tokens(tokens), of_cycles)
+    return self.norm(x)
+
+  def _dropout_keys(
+    self, deterministic: bool, rngs: nnx.Rngs | None
+  ) -> jax.Array | None:
+    """Returns a key for each layer, `[layers]`, or None without dropout."""
+    if deterministic or self.lora is None or self.lora.dropout == 0:
+      return None
+    if rngs is None:
+      raise ValueError(
+        f"dropout {self.lora.dropout} needs rngs: pass"
+        " rngs=nnx.Rngs(dropout=seed) or deterministic=True."
+      )
+    return jax.random.split(rngs.dropout(), self.config.num_layers)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """Returns the logits of hidden states, float32 `[..., vocab]`.
+
+    Args:
+      hidden: From `hidden_states`, or a part of it: `[..., hidden]`.
+    """
+    if self.lm_head is None:
+      kernel = self.embed_tokens.embedding[...].T
+    else:
+      kernel = self.lm_head.kernel[...]
+    return jnp.matmul(
+      hidden.astype(self.dtype),
+      kernel.astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
