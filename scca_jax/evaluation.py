@@ -429,7 +429,7 @@ def perplexity(
   bos_id: int | None = None,
   implementation: str | None = None,
   loss_chunk: int = 512,
-  on_windows: Callable[[int], None] | None = None,
+  on_windows: Callable[[int], object] | None = None,
 ) -> Perplexity:
   """Returns the perplexity of a model on a corpus.
 

@@ -262,7 +262,7 @@ def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
 
 
 def _global_norm(tree) -> jax.Array:
-  return optax.global_norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+  return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
 
 
 def train_step(

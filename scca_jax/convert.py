@@ -1,0 +1,705 @@
+"""Models and adapters to and from the files of Hugging Face and PEFT.
+
+A model folder holds `config.json` and safetensors, whole or in shards; an
+adapter folder what PEFT writes, `adapter_config.json` and
+`adapter_model.safetensors`, and beside them `scca_config.json`, of which PEFT
+knows nothing: the rope scaling, without which an adapter tuned with it is worth
+little, and the patterns it was tuned with.
+
+The module is long because names, shapes and damage are checked where each file
+is read: what is wrong is said by the name it has there.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.flax
+from flax import nnx, traverse_util
+
+from scca_jax import files
+from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.lora import TARGETS, LoraConfig, init_lora_a
+from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.rope import RopeScaling
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_OWN_CONFIG = "scca_config.json"
+_PEFT_PREFIX = "base_model.model."
+# Kinds of rope scaling that config.json can name; "ntk" is not one of them.
+_HF_ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+_Path = tuple[str, ...]
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"there is no {path}: name a folder that holds {path.name}."
+    )
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON ({error}): copy it again.") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} is no JSON object: copy it again.")
+  return content
+
+
+def _to_json(value: Any) -> bytes:
+  return json.dumps(value, indent=2).encode() + b"\n"
+
+
+# Configurations.
+
+
+def _rope_scaling(
+  path: pathlib.Path, config: dict[str, Any]
+) -> tuple[float, RopeScaling | None]:
+  """Returns the base and the scaling, from either spelling of config.json."""
+  settings = dict(
+    config.get("rope_parameters") or config.get("rope_scaling") or {}
+  )
+  theta = float(settings.pop("rope_theta", config.get("rope_theta", 10000.0)))
+  old_kind = settings.pop("type", "default")
+  kind = settings.pop("rope_type", old_kind)
+  if kind == "default":
+    return theta, None
+  if kind not in _HF_ROPE_KINDS:
+    raise ValueError(
+      f"{path}: unknown rope scaling {kind!r}; known are"
+      f" {', '.join(_HF_ROPE_KINDS)}."
+    )
+  known = {field.name for field in dataclasses.fields(RopeScaling)}
+  for name in settings:
+    if name not in known:
+      raise ValueError(f"{path}: unknown setting {name!r} of {kind} rope.")
+  if settings.get("original_max_position_embeddings") is None:
+    # As transformers takes it.
+    settings["original_max_position_embeddings"] = config.get(
+      "original_max_position_embeddings", config.get("max_position_embeddings")
+    )
+  try:
+    return theta, RopeScaling(kind=kind, **settings)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def load_config(folder: str | os.PathLike[str]) -> LlamaConfig:
+  """Returns the sizes of a model, from its folder's `config.json`.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: It is damaged, or describes what `Llama` does not compute.
+  """
+  path = pathlib.Path(folder) / _CONFIG
+  config = _read_json(path)
+  for name, wanted in (
+    ("model_type", "llama"),
+    ("hidden_act", "silu"),
+    ("attention_bias", False),
+    ("mlp_bias", False),
+  ):
+    if config.get(name, wanted) != wanted:
+      raise ValueError(
+        f"{path}: {name}={config[name]!r} is not supported, only {wanted!r}."
+      )
+  theta, scaling = _rope_scaling(path, config)
+  eos_id = config.get("eos_token_id")
+  try:
+    return LlamaConfig(
+      vocab_size=config["vocab_size"],
+      hidden_size=config["hidden_size"],
+      intermediate_size=config["intermediate_size"],
+      num_layers=config["num_hidden_layers"],
+      num_heads=config["num_attention_heads"],
+      num_kv_heads=config.get("num_key_value_heads")
+      or config["num_attention_heads"],
+      head_dim=config.get("head_dim")
+      or config["hidden_size"] // config["num_attention_heads"],
+      context_len=config["max_position_embeddings"],
+      rope_theta=theta,
+      rope_scaling=scaling,
+      rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+      tie_embeddings=config.get("tie_word_embeddings", False),
+      initializer_range=config.get("initializer_range", 0.02),
+      bos_token_id=config.get("bos_token_id"),
+      # Llama 3 lists several ends.
+      eos_token_id=eos_id[0] if isinstance(eos_id, list) else eos_id,
+    )
+  except KeyError as error:
+    raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _rope_to_json(scaling: RopeScaling) -> dict[str, Any]:
+  """Returns the settings that are not at their defaults."""
+  return {
+    field.name: getattr(scaling, field.name)
+    for field in dataclasses.fields(RopeScaling)
+    if field.name != "kind" and getattr(scaling, field.name) != field.default
+  }
+
+
+def _config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
+  """Returns config.json, with the rope scaling in both spellings."""
+  theta, scaling = config.rope_theta, config.rope_scaling
+  rope = {"rope_type": "default"}
+  if scaling is not None and scaling.kind == "ntk":
+    # Other code need not know it: it is another base.
+    theta *= scaling.factor ** (config.head_dim / (config.head_dim - 2))
+  elif scaling is not None:
+    # Transformers requires the factor, default or not.
+    rope = {
+      "rope_type": scaling.kind,
+      "factor": scaling.factor,
+      **_rope_to_json(scaling),
+    }
+  dtype_name = jnp.dtype(dtype).name
+  return {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.hidden_size,
+    "intermediate_size": config.intermediate_size,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "max_position_embeddings": config.context_len,
+    "rope_theta": theta,
+    "rope_scaling": None if rope["rope_type"] == "default" else rope,
+    "rope_parameters": {"rope_theta": theta, **rope},
+    "rms_norm_eps": config.rms_norm_eps,
+    "tie_word_embeddings": config.tie_embeddings,
+    "initializer_range": config.initializer_range,
+    "bos_token_id": config.bos_token_id,
+    "eos_token_id": config.eos_token_id,
+    "dtype": dtype_name,
+    "torch_dtype": dtype_name,
+  }
+
+
+# Names.
+
+
+def _file_names(path: _Path, num_layers: int) -> list[str]:
+  """Returns the Hugging Face names of a parameter, one a layer if stacked."""
+  *modules, leaf = path
+  suffix = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}.get(
+    leaf, "weight"
+  )
+  if modules[0] == "layers":
+    rest = ".".join((*modules[1:], suffix))
+    return [f"model.layers.{i}.{rest}" for i in range(num_layers)]
+  prefix = "" if modules[0] == "lm_head" else "model."
+  return [prefix + ".".join((*modules, suffix))]
+
+
+def _is_matrix(path: _Path) -> bool:
+  """Whether the files hold the parameter as `[out, in]`, ours `[in, out]`."""
+  return path[-1] in ("kernel", "lora_a", "lora_b")
+
+
+def _is_adapter(path: _Path) -> bool:
+  return path[-1] in ("lora_a", "lora_b")
+
+
+def _is_saved_whole(path: _Path, config: LoraConfig) -> bool:
+  """Whether an adapter's files hold the parameter as a trained copy."""
+  if path[0] in ("embed_tokens", "lm_head"):
+    return config.train_embeddings
+  return path[-1] == "scale" and config.train_norms
+
+
+# Reading.
+
+
+class _Tensors(Mapping[str, Callable[[], np.ndarray]]):
+  """The tensors of safetensors files by name, read one at a time."""
+
+  def __init__(self, paths: Sequence[pathlib.Path]):
+    self._file_of: dict[str, Any] = {}
+    for path in paths:
+      if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: the model lacks a file.")
+      try:
+        file = safetensors.safe_open(path, framework="flax")
+        names = file.keys()
+      except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(
+          f"{path} is damaged or cut short ({error}): copy it again."
+        ) from error
+      self._file_of |= dict.fromkeys(names, file)
+
+  def __getitem__(self, name: str) -> Callable[[], np.ndarray]:
+    file = self._file_of[name]
+    return lambda: np.asarray(file.get_tensor(name))
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._file_of)
+
+  def __len__(self) -> int:
+    return len(self._file_of)
+
+
+def _model_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  if (folder / _INDEX).is_file():
+    index = _read_json(folder / _INDEX).get("weight_map", {})
+    return [folder / name for name in sorted(set(index.values()))]
+  if not (folder / _WEIGHTS).is_file():
+    pickled = sorted(
+      [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]
+    )
+    if pickled:
+      raise ValueError(
+        f"{pickled[0]} is pickled, which can run any code when read: convert"
+        " the model with transformers,"
+        " model.save_pretrained(folder, safe_serialization=True)."
+      )
+  return [folder / _WEIGHTS]
+
+
+def _fill(
+  target: jax.ShapeDtypeStruct,
+  path: _Path,
+  names: Sequence[str],
+  tensors: _Tensors,
+  source: pathlib.Path,
+) -> jax.Array:
+  """Returns a parameter from the tensors of its layers, checked."""
+  stacked = path[0] == "layers"
+  result = np.empty(target.shape, target.dtype)
+  for i, name in enumerate(names):
+    if name not in tensors:
+      raise ValueError(f"{source} lacks the tensor {name}.")
+    value = tensors[name]()
+    wanted = target.shape[1:] if stacked else target.shape
+    if _is_matrix(path):
+      wanted = wanted[::-1]
+    if value.shape != wanted:
+      raise ValueError(
+        f"{source}: the tensor {name} is {list(value.shape)}, config.json asks"
+        f" for {list(wanted)}."
+      )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      raise ValueError(
+        f"{source}: the tensor {name} is {value.dtype}; float32, bfloat16 and"
+        " float16 can be read."
+      )
+    if _is_matrix(path):
+      value = value.T
+    if stacked:
+      result[i] = value
+    else:
+      result[...] = value
+  return jnp.asarray(result)
+
+
+def _flatten(state: nnx.State) -> dict[_Path, Any]:
+  """Returns the arrays of a state by path."""
+  flat: Any = traverse_util.flatten_dict(nnx.to_pure_dict(state))
+  return flat
+
+
+def _abstract(
+  config: LlamaConfig, lora: LoraConfig | None, dtype: Any, param_dtype: Any
+) -> tuple[nnx.GraphDef, nnx.State, dict[_Path, jax.ShapeDtypeStruct]]:
+  """Returns a model's structure, and its parameters' shapes by path."""
+  model = nnx.eval_shape(
+    lambda: Llama(
+      config,
+      lora=lora,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      rngs=nnx.Rngs(0),
+    )
+  )
+  graphdef, state = nnx.split(model)
+  return graphdef, state, _flatten(state)
+
+
+def _merge(
+  graphdef: nnx.GraphDef, state: nnx.State, arrays: dict[_Path, jax.Array]
+) -> Llama:
+  nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(arrays))
+  return nnx.merge(graphdef, state)
+
+
+def _arrays(model: Llama) -> dict[_Path, jax.Array]:
+  return _flatten(nnx.state(model, nnx.Param))
+
+
+def load_model(
+  folder: str | os.PathLike[str],
+  *,
+  config: LlamaConfig | None = None,
+  lora: LoraConfig | None = None,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+  rngs: nnx.Rngs | None = None,
+) -> Llama:
+  """Returns the model of a Hugging Face folder, with new adapters if asked for.
+
+  Weights are read one at a time, so that the model is never held twice.
+
+  Args:
+    folder: Holds `config.json` and `model.safetensors`, or shards and their
+      index.
+    config: What to take instead of the folder's; for a longer context. The
+      sizes must be those of the weights.
+    lora: New adapters: they change nothing yet.
+    dtype: Dtype of the computation.
+    param_dtype: Dtype that weights are held in.
+    rngs: Its stream `params` draws the adapters; None has seed 0.
+
+  Raises:
+    FileNotFoundError: A file is missing.
+    ValueError: A file is damaged or pickled, or a tensor is missing, unknown
+      or of the wrong shape; the message names it.
+  """
+  folder = pathlib.Path(folder)
+  config = load_config(folder) if config is None else config
+  tensors = _Tensors(_model_files(folder))
+  graphdef, state, targets = _abstract(config, lora, dtype, param_dtype)
+  names = {
+    path: _file_names(path, config.num_layers)
+    for path in targets
+    if not _is_adapter(path)
+  }
+  known = {name for of_path in names.values() for name in of_path}
+  for name in tensors:
+    # Old files keep the frequencies of RoPE, tied ones may keep the head.
+    ignored = name.endswith("rotary_emb.inv_freq") or (
+      config.tie_embeddings and name == "lm_head.weight"
+    )
+    if name not in known and not ignored:
+      raise ValueError(
+        f"{folder} has a tensor that the model does not: {name}."
+      )
+  rngs = nnx.Rngs(0) if rngs is None else rngs
+  arrays = {}
+  for path, target in sorted(targets.items()):
+    if path[-1] == "lora_a":
+      arrays[path] = init_lora_a(rngs.params(), target.shape)
+    elif path[-1] == "lora_b":
+      arrays[path] = jnp.zeros(target.shape, target.dtype)
+    else:
+      arrays[path] = _fill(target, path, names[path], tensors, folder)
+  return _merge(graphdef, state, arrays)
+
+
+# Writing.
+
+
+def _file_tensors(
+  path: _Path, array: jax.Array, num_layers: int, dtype: Any, prefix: str = ""
+) -> dict[str, jax.Array]:
+  """Returns a parameter as the files have it: a tensor a layer."""
+  names = _file_names(path, num_layers)
+  parts = array if path[0] == "layers" else array[None]
+  return {
+    prefix + name: (part.T if _is_matrix(path) else part).astype(dtype)
+    for name, part in zip(names, parts, strict=True)
+  }
+
+
+def _write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
+  # The metadata is what transformers looks for.
+  content = safetensors.flax.save(tensors, metadata={"format": "pt"})
+  files.write(path, content)
+
+
+def save_model(
+  model: Llama,
+  folder: str | os.PathLike[str],
+  *,
+  dtype: Any,
+  tokenizer_file: str | os.PathLike[str] | None = None,
+) -> None:
+  """Writes a model in Hugging Face's layout, adapters fused into the weights.
+
+  The products of the adapters are summed in float32. `config.json` comes last:
+  a folder without it is not whole.
+
+  Args:
+    model: The model.
+    folder: Where to; made if it is not there.
+    dtype: Dtype of the tensors.
+    tokenizer_file: A `.model` or `tokenizer.json` to copy beside them.
+
+  Raises:
+    OSError: A file cannot be written.
+    ValueError: The tokenizer is of neither kind.
+  """
+  folder = pathlib.Path(folder)
+  if tokenizer_file is not None:
+    tokenizer_file = pathlib.Path(tokenizer_file)
+    if tokenizer_file.suffix not in (".model", ".json"):
+      raise ValueError(
+        f"the tokenizer {tokenizer_file} is neither a .model nor a .json."
+      )
+    name = _TOKENIZER_FILES[tokenizer_file.suffix == ".json"]
+    files.write(folder / name, tokenizer_file.read_bytes())
+  arrays = _arrays(model)
+  tensors: dict[str, jax.Array] = {}
+  for path, array in arrays.items():
+    if _is_adapter(path):
+      continue
+    lora_a = arrays.get((*path[:-1], "lora_a"))
+    lora_b = arrays.get((*path[:-1], "lora_b"))
+    if lora_a is not None and lora_b is not None and model.lora is not None:
+      product = jnp.einsum(
+        "lir,lro->lio", lora_a, lora_b, precision=jax.lax.Precision.HIGHEST
+      )
+      array = array.astype(jnp.float32) + model.lora.scaling * product
+    tensors |= _file_tensors(path, array, model.config.num_layers, dtype)
+  _write_tensors(folder / _WEIGHTS, tensors)
+  files.write(folder / _CONFIG, _to_json(_config_to_json(model.config, dtype)))
+
+
+def _pattern_to_json(pattern: AttentionPattern) -> dict[str, Any]:
+  groups = pattern.head_groups()
+  return {
+    "boundary": pattern.boundary,
+    "causality": pattern.causality,
+    "head_groups": [
+      {**dataclasses.asdict(head), "heads": list(indices)}
+      for head, indices in groups.items()
+    ],
+  }
+
+
+def _pattern_from_json(content: dict[str, Any]) -> AttentionPattern:
+  heads: dict[int, HeadPattern] = {}
+  for group in content["head_groups"]:
+    fields = {name: value for name, value in group.items() if name != "heads"}
+    heads |= dict.fromkeys(group["heads"], HeadPattern(**fields))
+  return AttentionPattern(
+    tuple(heads[i] for i in range(len(heads))),
+    content["boundary"],
+    content["causality"],
+  )
+
+
+def save_adapter(
+  model: Llama,
+  folder: str | os.PathLike[str],
+  *,
+  base_model: str,
+  patterns: Sequence[AttentionPattern] | None = None,
+) -> None:
+  """Writes a model's adapters, and what was trained with them, for PEFT.
+
+  Args:
+    model: A model with adapters.
+    folder: Where to; made if it is not there.
+    base_model: Name or path of the model they belong to.
+    patterns: Attention pattern of each layer in training, to be kept.
+
+  Raises:
+    OSError: A file cannot be written.
+    ValueError: The model has no adapters.
+  """
+  folder = pathlib.Path(folder)
+  config, lora = model.config, model.lora
+  if lora is None:
+    raise ValueError("the model has no adapter to save.")
+  tensors: dict[str, jax.Array] = {}
+  saved_whole: list[str] = []
+  for path, array in _arrays(model).items():
+    if not _is_adapter(path):
+      if not _is_saved_whole(path, lora):
+        continue
+      saved_whole.append(path[-2])
+    tensors |= _file_tensors(
+      path, array, config.num_layers, jnp.float32, _PEFT_PREFIX
+    )
+  _write_tensors(folder / _ADAPTER_WEIGHTS, tensors)
+  scaling = config.rope_scaling
+  layers = list(patterns) if patterns is not None else []
+  distinct = list(dict.fromkeys(layers))
+  files.write(
+    folder / _OWN_CONFIG,
+    _to_json(
+      {
+        "context_len": config.context_len,
+        "rope_scaling": None
+        if scaling is None
+        else {"kind": scaling.kind, **_rope_to_json(scaling)},
+        "patterns": [_pattern_to_json(p) for p in distinct],
+        "pattern_of_layer": [distinct.index(p) for p in layers],
+      }
+    ),
+  )
+  files.write(
+    folder / _ADAPTER_CONFIG,
+    _to_json(
+      {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.targets),
+        "use_rslora": lora.rslora,
+        "bias": "none",
+        "modules_to_save": sorted(set(saved_whole)) or None,
+        # Without it PEFT would give a tied head a copy of its own.
+        "ensure_weight_tying": config.tie_embeddings and lora.train_embeddings,
+        "inference_mode": True,
+      }
+    ),
+  )
+
+
+# Adapters, read.
+
+
+def _adapter_config(path: pathlib.Path) -> LoraConfig:
+  content = _read_json(path)
+  if content.get("peft_type") != "LORA":
+    raise ValueError(
+      f"{path}: peft_type={content.get('peft_type')!r} is not supported, only"
+      " 'LORA'."
+    )
+  for name in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+    if content.get(name):
+      raise ValueError(f"{path}: {name} is not supported.")
+  if content.get("bias", "none") != "none":
+    raise ValueError(f"{path}: bias={content['bias']!r} is not supported.")
+  targets = content.get("target_modules")
+  if not isinstance(targets, list):
+    raise ValueError(
+      f"{path}: target_modules={targets!r} must be a list of names."
+    )
+  whole = content.get("modules_to_save") or []
+  try:
+    return LoraConfig(
+      rank=content["r"],
+      alpha=float(content["lora_alpha"]),
+      dropout=float(content.get("lora_dropout", 0.0)),
+      # PEFT writes a set: in the order of the model, equal adapters are equal.
+      targets=tuple(sorted(targets, key=lambda t: (t not in TARGETS, t))),
+      rslora=bool(content.get("use_rslora", False)),
+      train_embeddings=bool({"embed_tokens", "lm_head"} & set(whole)),
+      train_norms=any(name.endswith("norm") for name in whole),
+    )
+  except KeyError as error:
+    raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _own_config(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns what is kept beside PEFT's files; None where PEFT wrote them."""
+  path = folder / _OWN_CONFIG
+  return _read_json(path) if path.is_file() else None
+
+
+def load_patterns(
+  folder: str | os.PathLike[str],
+) -> tuple[AttentionPattern, ...] | None:
+  """Returns the pattern of each layer that an adapter was tuned with.
+
+  Args:
+    folder: Of the adapter.
+
+  Returns:
+    One pattern a layer; None if the adapter does not say.
+
+  Raises:
+    ValueError: The file that says it is damaged.
+  """
+  folder = pathlib.Path(folder)
+  content = _own_config(folder) or {}
+  if not content.get("patterns"):
+    return None
+  try:
+    distinct = [_pattern_from_json(p) for p in content["patterns"]]
+    return tuple(distinct[i] for i in content["pattern_of_layer"])
+  except (KeyError, IndexError, TypeError, ValueError) as error:
+    raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}.") from error
+
+
+def _adapted_config(folder: pathlib.Path, base: LlamaConfig) -> LlamaConfig:
+  content = _own_config(folder)
+  if content is None:
+    return base
+  try:
+    scaling = content["rope_scaling"]
+    return dataclasses.replace(
+      base,
+      context_len=content["context_len"],
+      rope_scaling=None if scaling is None else RopeScaling(**scaling),
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}.") from error
+
+
+def load_adapter(
+  base_folder: str | os.PathLike[str],
+  folder: str | os.PathLike[str],
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+) -> Llama:
+  """Returns a model with an adapter, its rope scaling and its context.
+
+  Args:
+    base_folder: The model's folder.
+    folder: The adapter's, from `save_adapter` or from PEFT.
+    dtype: Dtype of the computation.
+    param_dtype: Dtype that frozen weights are held in.
+
+  Raises:
+    FileNotFoundError: A file is missing.
+    ValueError: A file is damaged, or does not fit the model; the message
+      names the tensor.
+  """
+  folder = pathlib.Path(folder)
+  lora = _adapter_config(folder / _ADAPTER_CONFIG)
+  config = _adapted_config(folder, load_config(base_folder))
+  tensors = _Tensors([folder / _ADAPTER_WEIGHTS])
+  model = load_model(
+    base_folder, config=config, lora=lora, dtype=dtype, param_dtype=param_dtype
+  )
+  graphdef, state = nnx.split(model)
+  arrays = _flatten(state)
+  used: set[str] = set()
+  for path, array in arrays.items():
+    names = [
+      _PEFT_PREFIX + name for name in _file_names(path, config.num_layers)
+    ]
+    # PEFT may train the embedding and not the head, or some of the norms.
+    if not _is_adapter(path) and not (
+      _is_saved_whole(path, lora) and names[0] in tensors
+    ):
+      continue
+    used |= set(names)
+    target = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    arrays[path] = _fill(target, path, names, tensors, folder)
+  for name in tensors:
+    tied = config.tie_embeddings and name.endswith("lm_head.weight")
+    if name not in used and not tied:
+      raise ValueError(
+        f"{folder} has a tensor that the model does not: {name}."
+      )
+  return _merge(graphdef, state, arrays)

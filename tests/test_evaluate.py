@@ -1,0 +1,300 @@
+"""The command `evaluate` against the function it calls, and on bad input."""
+
+import dataclasses
+import json
+import types
+
+import absl.logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from scca_jax import convert, data, evaluation, lora, patterns, tokenizer
+from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.rope import RopeScaling
+
+CONTEXT = 16
+WORDS = "the ship sailed over a grey sea and no one saw it come home".split()
+
+
+def _text(length, seed):
+  return " ".join(np.random.default_rng(seed).choice(WORDS, length))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """A model without tokenizer, one with, an adapter, and a corpus."""
+  folder = tmp_path_factory.mktemp("evaluate")
+  texts = [_text(length, n) for n, length in enumerate((150, 5, 200))]
+  (folder / "corpus.jsonl").write_text(
+    "".join(json.dumps({"text": text}) + "\n" for text in texts),
+    encoding="utf8",
+  )
+  words = tokenizer.train(texts, 300, folder / "words.model")
+  data.write_token_file(texts, words, folder / "corpus.bin")
+  tokens = np.fromfile(folder / "corpus.bin", np.uint16)
+  tokens.tofile(folder / "bare.bin")
+  config = LlamaConfig(
+    vocab_size=words.vocab_size,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    context_len=CONTEXT,
+  )
+  model = Llama(config, rngs=nnx.Rngs(0))
+  convert.save_model(model, folder / "bare", dtype=jnp.float32)
+  convert.save_model(
+    model,
+    folder / "model",
+    dtype=jnp.float32,
+    tokenizer_file=folder / "words.model",
+  )
+  extended = dataclasses.replace(
+    config,
+    context_len=2 * CONTEXT,
+    rope_scaling=RopeScaling(
+      kind="linear", factor=2.0, original_max_position_embeddings=CONTEXT
+    ),
+  )
+  tuned = convert.load_model(
+    folder / "model",
+    config=extended,
+    lora=lora.LoraConfig(rank=2),
+    dtype=jnp.float32,
+    rngs=nnx.Rngs(0),
+  )
+  adapter = nnx.state(tuned, lora.LoraParam)
+  nnx.update(tuned, jax.tree.map(lambda x: x + 0.3, adapter))
+  schedule = (patterns.s2(2, 8), patterns.local(2, 8))
+  convert.save_adapter(
+    tuned,
+    folder / "adapter",
+    base_model=str(folder / "model"),
+    patterns=schedule,
+  )
+  return types.SimpleNamespace(
+    folder=folder,
+    model=model,
+    extended=extended,
+    tuned=tuned,
+    schedule=schedule,
+    bos_id=words.bos_id,
+    tokens=data.TokenFile.open(folder / "corpus.bin"),
+  )
+
+
+@pytest.fixture
+def evaluate(run_command, files, tmp_path, capsys):
+  """Runs the command on the tiny model; gives its JSON and what it printed."""
+
+  def run(*args, model="model", corpus="corpus.bin"):
+    output = tmp_path / "results.json"
+    status = run_command(
+      "evaluate",
+      f"--model={files.folder / model}",
+      f"--data={files.folder / corpus}",
+      f"--output={output}",
+      *args,
+    )
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return json.loads(output.read_text(encoding="utf8")), captured.out
+
+  return run
+
+
+def expect(found, results):
+  for name, field in (
+    ("perplexity", "perplexity"),
+    ("last_quarter_perplexity", "last_quarter"),
+    ("num_windows", "num_windows"),
+    ("num_tokens", "num_tokens"),
+    ("num_skipped", "num_skipped"),
+  ):
+    assert found[name] == {
+      str(n): pytest.approx(getattr(result, field), rel=1e-6)
+      for n, result in results.items()
+    }, name
+
+
+def test_results_are_those_of_the_function_and_say_what_they_are(
+  evaluate, files
+):
+  results = {
+    n: evaluation.perplexity(files.model, files.tokens, context_len=n)
+    for n in (16, 8)
+  }
+  found, printed = evaluate("--context_lens=16,8")
+  expect(found, results)
+  assert found["model"] == str(files.folder / "model")
+  assert found["data"] == str(files.folder / "corpus.bin")
+  assert found["adapter"] is None and found["rope_scaling"] is None
+  assert (found["protocol"], found["pattern"]) == ("longlora", "dense")
+  assert (found["stride"], found["jax"]) == (256, jax.__version__)
+  assert found["device"] == jax.devices()[0].device_kind
+  lines = printed.splitlines()
+  assert "longlora protocol, dense attention, windows every 256" in lines[1]
+  assert len({len(line) for line in lines[2:5]}) == 1
+  assert lines[3].split() == [
+    "16",
+    f"{results[16].num_windows}",
+    f"{results[16].num_tokens:,}",
+    f"{results[16].perplexity:.3f}",
+    f"{results[16].last_quarter:.3f}",
+  ]
+
+
+def test_bare_ids_need_no_tokenizer_and_default_to_the_models_length(
+  evaluate, files
+):
+  found, _ = evaluate(model="bare", corpus="bare.bin")
+  expect(
+    found,
+    {
+      CONTEXT: evaluation.perplexity(
+        files.model, files.tokens, context_len=CONTEXT
+      )
+    },
+  )
+
+
+@pytest.mark.parametrize("protocol", evaluation.PROTOCOLS[1:])
+def test_text_gives_what_its_token_file_gives(evaluate, files, protocol):
+  result = evaluation.perplexity(
+    files.model,
+    files.tokens,
+    context_len=CONTEXT,
+    protocol=protocol,
+    stride=5,
+    num_windows=7,
+    bos_id=files.bos_id,
+  )
+  flags = (f"--protocol={protocol}", "--stride=5", "--num_windows=7")
+  found, printed = evaluate(*flags, corpus="corpus.jsonl")
+  expect(found, {CONTEXT: result})
+  assert result.num_skipped == (protocol == "document")
+  assert ("skipped" in printed) == (protocol == "document")
+  assert f"{protocol} protocol" in printed
+  assert "up to 7 evenly spaced windows" in printed
+  again, _ = evaluate(*flags)
+  assert again["perplexity"] == found["perplexity"]
+
+
+@pytest.mark.parametrize("pattern", [None, "training", "scca_fixed"])
+def test_adapter_is_measured_with_its_rope_scaling_and_any_pattern(
+  evaluate, files, pattern
+):
+  schedule = {
+    None: None,
+    "training": files.schedule,
+    "scca_fixed": patterns.scca_fixed(2, chunk_size=8),
+  }[pattern]
+  found, _ = evaluate(
+    f"--adapter={files.folder / 'adapter'}",
+    *([f"--pattern={pattern}"] if pattern else []),
+  )
+  expect(
+    found,
+    {
+      2 * CONTEXT: evaluation.perplexity(
+        files.tuned, files.tokens, context_len=2 * CONTEXT, patterns=schedule
+      )
+    },
+  )
+  assert found["pattern"] == (pattern or "dense")
+  assert found["rope_scaling"]["factor"] == 2.0
+
+
+def test_a_model_is_interpolated_to_the_longest_length(
+  evaluate, files, monkeypatch
+):
+  warnings = []
+  monkeypatch.setattr(
+    absl.logging, "warning", lambda text, *args: warnings.append(text % args)
+  )
+  interpolated = convert.load_model(
+    files.folder / "model", config=files.extended, dtype=jnp.float32
+  )
+  found, _ = evaluate("--context_lens=16,32", "--rope_scaling=linear")
+  expect(
+    found,
+    {
+      n: evaluation.perplexity(interpolated, files.tokens, context_len=n)
+      for n in (16, 32)
+    },
+  )
+  assert not warnings
+  evaluate("--context_lens=16,32")
+  assert len(warnings) == 1 and "32 exceeds the model's 16" in warnings[0]
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--protocol=sliding"], "--protocol=sliding"),
+    (["--dtype=int8"], "--dtype=int8"),
+    (["--context_lens=16,long"], "got 16,long"),
+    (["--context_lens="], "--context_lens is empty"),
+    (["--context_lens=1"], "context_len must be at least 2"),
+    (["--num_windows=0"], "num_windows must be at least 1"),
+    (["--stride=8"], "stride of 256, got 8"),
+    (
+      ["--protocol=strided", "--stride=17"],
+      "stride 17 exceeds context_len 16",
+    ),
+    (["--context_lens=99999"], "windows of 99,999 need 100,256"),
+    (["--pattern=zigzag"], "unknown --pattern=zigzag"),
+    (["--pattern=training"], "needs the --adapter"),
+    (["--implementation=magic"], "unknown implementation 'magic'"),
+    (["--batch_tokens=0"], "--batch_tokens must be at least 1"),
+    (["--rope_factor=2"], "--rope_factor needs --rope_scaling"),
+    (["--rope_scaling=linear"], "--rope_scaling needs the lengths"),
+    (["--rope_scaling=bent", "--context_lens=32"], "bent"),
+    (["--model=no/model"], "--model=no/model is not there"),
+    (["--adapter=no/adapter"], "--adapter=no/adapter is not there"),
+    (["--data=no.bin"], "--data=no.bin is not there"),
+    (["--tokenizer=no.model"], "--tokenizer=no.model is not there"),
+    (["--output=results.txt"], "--output must be a file in .json"),
+    (
+      ["--protocol=document", "--stride=4"],
+      "needs the document ends",
+    ),
+  ],
+)
+def test_bad_flags_end_in_one_line(
+  run_command, files, capsys, monkeypatch, flags, message
+):
+  def refuse(*args, **kwargs):
+    raise AssertionError("weights were loaded before the flags were checked")
+
+  monkeypatch.setattr(convert, "load_model", refuse)
+  status = run_command(
+    "evaluate",
+    f"--model={files.folder / 'bare'}",
+    f"--data={files.folder / 'bare.bin'}",
+    *flags,
+  )
+  captured = capsys.readouterr()
+  assert status == 2
+  assert captured.out == ""
+  assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+  assert message in captured.err
+
+
+def test_rope_scaling_is_not_put_on_an_adapter(run_command, files, capsys):
+  status = run_command(
+    "evaluate",
+    f"--model={files.folder / 'model'}",
+    f"--adapter={files.folder / 'adapter'}",
+    "--rope_scaling=linear",
+    "--context_lens=32",
+  )
+  assert status == 2
+  assert (
+    "an adapter brings the one it was tuned with" in capsys.readouterr().err
+  )
