@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from scca_jax import files
 
@@ -53,6 +53,9 @@ def run(main: Callable[[], None]) -> None:
 
   def guarded(argv: list[str]) -> None:
     del argv
+    if not flags.FLAGS["verbosity"].present:
+      # Orbax reports every step of every save.
+      logging.set_verbosity(logging.WARNING)
     try:
       main()
     except (ValueError, OSError, NotImplementedError) as error:

@@ -3,8 +3,6 @@
 import hashlib
 import pathlib
 
-from absl import logging
-
 from experiments.config import PatternConfig
 from scca_jax import data, patterns
 from scca_jax.llama import LlamaConfig
@@ -44,7 +42,7 @@ def open_tokens(
   name = path.name.split(".")[0]
   target = cache / f"{name}-{digest.hexdigest()[:16]}.bin"
   if not target.exists():
-    logging.info("Tokenising %s.", path)
+    print(f"Tokenising {path.name}.", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     data.write_token_file(data.read_documents(path), tokenizer, target)
   return data.TokenFile.open(target, vocab_size=tokenizer.vocab_size)

@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import tensorboardX
 import tqdm
-from absl import logging
 from flax import nnx
 
 from experiments import cli
@@ -222,7 +221,7 @@ def fit(
   if done:
     state, position = checkpoints.restore(done, state)
     batches.set_state(position)
-    logging.info("Going on from the checkpoint of step %d.", done)
+    print(f"Going on from the checkpoint of step {done}.", flush=True)
   metrics = Metrics(output_dir, done)
   step_fn = training.compile_step(graphdef, optimizer, step_config)
   waiting: collections.deque[tuple[int, Any]] = collections.deque()
@@ -295,7 +294,6 @@ def fit(
           checkpoints.wait()
           name = signal.Signals(received[0]).name
           progress.close()
-          logging.info("%s: stopped after step %d.", name, step)
           print(
             f"Stopped by {name} after step {step}; the same command goes on"
             " from there.",
