@@ -45,6 +45,9 @@ _KNOWN_SUFFIXES = ".txt or .jsonl, alone or with .gz, .xz or .zst"
 # Documents are encoded together until they have so many characters: enough to
 # keep all cores busy, little to hold.
 _BATCH_CHARACTERS = 1 << 23
+# Epochs that no run ends; Grain's own endless repetition has as many windows as
+# an index can count, and overflows in batches of one.
+_ENDLESS = 1 << 30
 # Read at once, in bytes; and checked at once, in ids.
 _BLOCK = 1 << 20
 
@@ -649,7 +652,7 @@ def batches(
     grain.MapDataset.source(windows)
     .seed(seed)
     .shuffle()
-    .repeat(epochs)
+    .repeat(_ENDLESS if epochs is None else epochs)
     .batch(
       batch_size,
       batch_fn=functools.partial(

@@ -440,6 +440,12 @@ def test_a_batch_is_tokens_what_follows_them_and_a_mask():
   assert batch["mask"].all()
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batches_go_on_for_ever(batch_size):
+  batches = data.batches(CORPUS, seq_len=101, batch_size=batch_size, seed=0)
+  assert all(next(batches)["mask"].all() for _ in range(9))
+
+
 @pytest.mark.parametrize("seq_len", [1, 7, 8, 101, 202])
 def test_windows_cover_the_corpus_once_an_epoch(seq_len):
   offsets = set()
