@@ -202,7 +202,13 @@ def _make_patterns(config: LlamaConfig, context_len: int) -> Any:
   if _PATTERN.value is None:
     return None
   if _PATTERN.value == _TRAINING and _ADAPTER.value is not None:
-    return convert.load_patterns(pathlib.Path(_ADAPTER.value))
+    schedule = convert.load_patterns(_ADAPTER.value)
+    if schedule is None:
+      raise ValueError(
+        f"the adapter {_ADAPTER.value} does not say what pattern it was tuned"
+        " with: give --pattern=NAME."
+      )
+    return schedule
   return patterns.make_schedule(
     _PATTERN.value,
     num_heads=config.num_heads,
@@ -219,7 +225,9 @@ def _open_tokens(
   if path.suffix == ".bin":
     return data.TokenFile.open(path, vocab_size=config.vocab_size), None
   words = tokenizer.load(_TOKENIZER.value or folder)
-  return inputs.open_tokens(path, words, cache), words.bos_id
+  tokens = inputs.open_tokens(path, words, cache)
+  # Messages should name what the user gave, not the file in the cache.
+  return dataclasses.replace(tokens, name=str(path)), words.bos_id
 
 
 def print_table(results: dict[int, evaluation.Perplexity]) -> None:

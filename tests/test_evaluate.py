@@ -108,6 +108,17 @@ def evaluate(run_command, files, tmp_path, capsys):
   return run
 
 
+def measure(model, files, context_len, **settings):
+  """Returns the perplexity, in the command's batches: one compilation."""
+  return evaluation.perplexity(
+    model,
+    files.tokens,
+    context_len=context_len,
+    batch_size=8192 // context_len,
+    **settings,
+  )
+
+
 def expect(found, results):
   for name, field in (
     ("perplexity", "perplexity"),
@@ -125,10 +136,7 @@ def expect(found, results):
 def test_results_are_those_of_the_function_and_say_what_they_are(
   evaluate, files
 ):
-  results = {
-    n: evaluation.perplexity(files.model, files.tokens, context_len=n)
-    for n in (16, 8)
-  }
+  results = {n: measure(files.model, files, n) for n in (16, 8)}
   found, printed = evaluate("--context_lens=16,8")
   expect(found, results)
   assert found["model"] == str(files.folder / "model")
@@ -155,20 +163,16 @@ def test_bare_ids_need_no_tokenizer_and_default_to_the_models_length(
   found, _ = evaluate(model="bare", corpus="bare.bin")
   expect(
     found,
-    {
-      CONTEXT: evaluation.perplexity(
-        files.model, files.tokens, context_len=CONTEXT
-      )
-    },
+    {CONTEXT: measure(files.model, files, CONTEXT)},
   )
 
 
 @pytest.mark.parametrize("protocol", evaluation.PROTOCOLS[1:])
 def test_text_gives_what_its_token_file_gives(evaluate, files, protocol):
-  result = evaluation.perplexity(
+  result = measure(
     files.model,
-    files.tokens,
-    context_len=CONTEXT,
+    files,
+    CONTEXT,
     protocol=protocol,
     stride=5,
     num_windows=7,
@@ -200,11 +204,7 @@ def test_adapter_is_measured_with_its_rope_scaling_and_any_pattern(
   )
   expect(
     found,
-    {
-      2 * CONTEXT: evaluation.perplexity(
-        files.tuned, files.tokens, context_len=2 * CONTEXT, patterns=schedule
-      )
-    },
+    {2 * CONTEXT: measure(files.tuned, files, 2 * CONTEXT, patterns=schedule)},
   )
   assert found["pattern"] == (pattern or "dense")
   assert found["rope_scaling"]["factor"] == 2.0
@@ -223,13 +223,10 @@ def test_a_model_is_interpolated_to_the_longest_length(
   found, _ = evaluate("--context_lens=16,32", "--rope_scaling=linear")
   expect(
     found,
-    {
-      n: evaluation.perplexity(interpolated, files.tokens, context_len=n)
-      for n in (16, 32)
-    },
+    {n: measure(interpolated, files, n) for n in (16, 32)},
   )
   assert not warnings
-  evaluate("--context_lens=16,32")
+  evaluate("--context_lens=32", "--num_windows=1")
   assert len(warnings) == 1 and "32 exceeds the model's 16" in warnings[0]
 
 
@@ -298,3 +295,31 @@ def test_rope_scaling_is_not_put_on_an_adapter(run_command, files, capsys):
   assert (
     "an adapter brings the one it was tuned with" in capsys.readouterr().err
   )
+
+
+def test_an_adapter_without_its_pattern_cannot_be_run_with_it(
+  run_command, files, tmp_path, capsys
+):
+  convert.save_adapter(files.tuned, tmp_path / "adapter", base_model="model")
+  status = run_command(
+    "evaluate",
+    f"--model={files.folder / 'model'}",
+    f"--adapter={tmp_path / 'adapter'}",
+    f"--data={files.folder / 'corpus.bin'}",
+    "--pattern=training",
+  )
+  assert status == 2
+  assert "does not say what pattern" in capsys.readouterr().err
+
+
+def test_text_that_is_too_short_is_named_by_its_own_path(
+  run_command, files, capsys
+):
+  status = run_command(
+    "evaluate",
+    f"--model={files.folder / 'model'}",
+    f"--data={files.folder / 'corpus.jsonl'}",
+    "--context_lens=99999",
+  )
+  assert status == 2
+  assert f"{files.folder / 'corpus.jsonl'} has" in capsys.readouterr().err
