@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -81,13 +82,28 @@ def _precision(dtype: Any) -> jax.lax.Precision:
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Returns an einsum, accumulated and given in float32."""
-  return jnp.einsum(
-    subscripts,
+  """Returns an einsum, accumulated and given in float32.
+
+  A float32 `a` that meets a smaller `b` is rounded to its dtype, for the
+  matrix units of a GPU. A CPU would only widen it again: it is left exact.
+  """
+
+  def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(
+      subscripts,
+      a,
+      b,
+      precision=_precision(a.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+  if a.dtype == b.dtype:
+    return multiply(a, b)
+  return jax.lax.platform_dependent(
     a,
     b,
-    precision=_precision(a.dtype),
-    preferred_element_type=jnp.float32,
+    cpu=multiply,
+    default=lambda a, b: multiply(a.astype(b.dtype), b),
   )
 
 
@@ -118,6 +134,7 @@ def _safe(maximum: jax.Array) -> jax.Array:
 
 
 def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
+  """Returns what `_core` does, the output in float32."""
   split = functools.partial(_to_blocks, num_blocks=band.num_blocks)
   queries, keys, values = split(query), split(key), split(value)
   ids_q, ids_k = split(query_ids), split(key_ids)
@@ -130,7 +147,7 @@ def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
       shift = _safe(new_maximum)
       weights = jnp.exp(scores - shift[:, :, None])
       keep = jnp.exp(maximum - shift)
-      part = _product("xqk,xkd->xqd", weights.astype(value.dtype), values[j])
+      part = _product("xqk,xkd->xqd", weights, values[j])
       return (
         new_maximum,
         keep * total + jnp.sum(weights, axis=-1),
@@ -150,7 +167,7 @@ def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     log_sum = jnp.where(empty, -jnp.inf, _safe(maximum) + jnp.log(total))
-    return None, ((output / total[:, :, None]).astype(query.dtype), log_sum)
+    return None, (output / total[:, :, None], log_sum)
 
   _, (output, log_sum) = jax.lax.scan(
     of_query_block, None, jnp.arange(band.num_blocks)
@@ -158,8 +175,14 @@ def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
   return _from_blocks(output), _from_blocks(log_sum)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _core(band: _Band, query, key, value, query_ids, key_ids):
+def _core_primal(
+  band: _Band,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  query_ids: jax.Array,
+  key_ids: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
   """Returns attention within strips.
 
   Args:
@@ -173,13 +196,19 @@ def _core(band: _Band, query, key, value, query_ids, key_ids):
   Returns:
     The output, like `query`, and its log-sum-exp, float32 `[strips, slots]`.
   """
-  return _core_forward(band, query, key, value, query_ids, key_ids)
+  output, log_sum = _core_forward(band, query, key, value, query_ids, key_ids)
+  return output.astype(query.dtype), log_sum
+
+
+_core = jax.custom_vjp(_core_primal, nondiff_argnums=(0,))
 
 
 def _core_save(band: _Band, query, key, value, query_ids, key_ids):
   output, log_sum = _core_forward(band, query, key, value, query_ids, key_ids)
+  # Float32: where one key has nearly all the weight, the gradient of the
+  # scores is what dp - sum(do o) leaves, and a rounded o would drown it.
   saved = (query, key, value, query_ids, key_ids, output, log_sum)
-  return (output, log_sum), saved
+  return (output.astype(query.dtype), log_sum), saved
 
 
 def _core_backward(band: _Band, saved, cotangents):
@@ -187,9 +216,8 @@ def _core_backward(band: _Band, saved, cotangents):
   d_output, d_log_sum = cotangents
   empty = log_sum == -jnp.inf
   # With p the weights, ds = p (dp - sum(do o) + dlse).
-  delta = jnp.sum(
-    d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1
-  ) - jnp.where(empty, 0.0, d_log_sum)
+  delta = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1)
+  delta = delta - jnp.where(empty, 0.0, d_log_sum)
   split = functools.partial(_to_blocks, num_blocks=band.num_blocks)
   queries, keys, values = split(query), split(key), split(value)
   ids_q, ids_k = split(query_ids), split(key_ids)
@@ -206,8 +234,6 @@ def _core_backward(band: _Band, saved, cotangents):
       weights = jnp.exp(scores - log_sums[i][:, :, None])
       d_weights = _product("xqd,xkd->xqk", d_outputs[i], values[j])
       d_scores = band.scale * weights * (d_weights - deltas[i][:, :, None])
-      d_scores = d_scores.astype(query.dtype)
-      weights = weights.astype(value.dtype)
       return (
         d_query + _product("xqk,xkd->xqd", d_scores, keys[j]),
         d_keys.at[j].add(_product("xqk,xqd->xkd", d_scores, queries[i])),
@@ -544,7 +570,7 @@ def _unchunked_start(
   length = int(falls_back.any(axis=1).sum())
   if not length:
     return result
-  start = _Arrays(*(x[:, :length] for x in dataclasses.astuple(arrays)))
+  start = jax.tree.map(lambda x: x[:, :length], arrays)
   heads = [dataclasses.replace(head, shift=0) for head in pattern.heads]
   output, log_sum = _by_position(start, heads, "drop", scale)
   after = seq_len - length
@@ -575,82 +601,169 @@ def _by_slot(
     result = _by_position(rolled, [plain] * len(indices), "drop", scale)
     parts.append([jnp.roll(x, head.offset, axis=1) for x in result])
   back = np.argsort(order).tolist()
-  output, log_sum = (
-    _take_heads(jnp.concatenate(x, axis=2), back)
-    for x in zip(*parts, strict=True)
+  outputs, log_sums = zip(*parts, strict=True)
+  return (
+    _take_heads(jnp.concatenate(outputs, axis=2), back),
+    _take_heads(jnp.concatenate(log_sums, axis=2), back),
   )
-  return output, log_sum
 
 
-def _with_cache(
-  arrays: _Arrays, pattern: AttentionPattern, offset: Any, scale: float
-) -> tuple[jax.Array, jax.Array]:
-  """Returns attention of queries from `offset` on over a cache of keys.
+# Queries beside a cache of keys.
 
-  Every key is read: time grows with the keys, memory too.
+
+def _cache_blocks(x: jax.Array) -> jax.Array:
+  """Returns `[blocks, batch, keys, ...]` of `[batch, kv_seq, ...]`."""
+  kv_len = x.shape[1]
+  num_blocks = -(-kv_len // _CACHE_BLOCK)
+  # Blocks alike in length: little is padded.
+  block = -(-kv_len // num_blocks)
+  return _to_blocks(_pad_seq(x, num_blocks * block - kv_len), num_blocks)
+
+
+def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
+  """Returns `[batch, kv_heads, group, seq, ...]` of `[batch, seq, heads, ...]`.
+
+  Query heads that share a key head then lie together.
   """
-  batch, seq_len, num_heads, head_dim = arrays.query.shape
-  kv_len, kv_heads = arrays.key.shape[1:3]
-  block = min(_CACHE_BLOCK, kv_len)
-  num_blocks = -(-kv_len // block)
+  x = jnp.moveaxis(x, 2, 1)
+  return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
 
-  def blocks(x: jax.Array) -> jax.Array:
-    x = _pad_seq(x, num_blocks * block - kv_len)
-    return _to_blocks(x, num_blocks)
 
-  grouped = arrays.query.reshape(batch, seq_len, kv_heads, -1, head_dim)
-  queries = jnp.arange(seq_len)[:, None] + offset
+def _ungrouped(x: jax.Array) -> jax.Array:
+  """Undoes `_grouped`."""
+  return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
 
-  @jax.checkpoint
-  def meet(carry, inputs):
+
+def _cache_scores(
+  pattern: AttentionPattern,
+  scale: float,
+  kv_len: int,
+  query: jax.Array,
+  query_ids: jax.Array,
+  offset: jax.Array,
+  block: tuple[jax.Array, jax.Array, jax.Array],
+) -> jax.Array:
+  """Returns `[batch, kv_heads, group, seq, keys]`, -inf where not seen."""
+  key, ids, index = block
+  batch, kv_heads, _, seq_len, _ = query.shape
+  queries = offset + jnp.arange(seq_len)[:, None]
+  keys = (index * key.shape[1] + jnp.arange(key.shape[1]))[None, :]
+  # Padding has segment 0.
+  same = query_ids[:, :, None] == ids[:, None, :]
+  same = same & (ids != 0)[:, None, :]
+  seen = pattern.seen(queries, keys, kv_len)
+  seen = seen.reshape(1, kv_heads, -1, seq_len, key.shape[1])
+  scores = scale * _product("bhgqd,bkhd->bhgqk", query, key)
+  return jnp.where(
+    seen & same.reshape(batch, 1, 1, seq_len, -1), scores, -jnp.inf
+  )
+
+
+def _with_cache_forward(
+  pattern, scale, query, key, value, query_ids, key_ids, offset
+):
+  """Returns what `_with_cache` does, grouped and the output in float32."""
+  kv_len, kv_heads = key.shape[1:3]
+  query = _grouped(query, kv_heads)
+
+  def meet(carry, block):
     maximum, total, output = carry
-    key, value, ids, index = inputs
-    keys = (index * block + jnp.arange(block))[None, :]
-    seen = pattern.seen(queries, keys, kv_len) & (keys < kv_len)[None]
-    seen = seen.reshape(1, kv_heads, -1, seq_len, block)
-    same = arrays.query_ids[:, :, None] == ids[:, None, :]
-    same = same & (ids != 0)[:, None, :]
-    scores = scale * _product("bqhgd,bkhd->bhgqk", grouped, key)
-    scores = jnp.where(seen & same[:, None, None], scores, -jnp.inf)
-    new_maximum = jax.lax.stop_gradient(
-      jnp.maximum(maximum, jnp.max(scores, axis=-1))
+    key, value, ids, index = block
+    scores = _cache_scores(
+      pattern, scale, kv_len, query, query_ids, offset, (key, ids, index)
     )
+    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
     base = _safe(new_maximum)
     weights = jnp.exp(scores - base[..., None])
     keep = jnp.exp(maximum - base)
-    part = _product("bhgqk,bkhd->bhgqd", weights.astype(value.dtype), value)
+    part = _product("bhgqk,bkhd->bhgqd", weights, value)
     return (
       new_maximum,
       keep * total + jnp.sum(weights, axis=-1),
       keep[..., None] * output + part,
     ), None
 
-  shape = (batch, kv_heads, num_heads // kv_heads, seq_len)
+  blocks = [_cache_blocks(x) for x in (key, value, key_ids)]
   (maximum, total, output), _ = jax.lax.scan(
     meet,
     (
-      jnp.full(shape, -jnp.inf, jnp.float32),
-      jnp.zeros(shape, jnp.float32),
-      jnp.zeros((*shape, head_dim), jnp.float32),
+      jnp.full(query.shape[:-1], -jnp.inf, jnp.float32),
+      jnp.zeros(query.shape[:-1], jnp.float32),
+      jnp.zeros(query.shape, jnp.float32),
     ),
-    (
-      blocks(arrays.key),
-      blocks(arrays.value),
-      blocks(arrays.key_ids),
-      jnp.arange(num_blocks),
-    ),
+    (*blocks, jnp.arange(len(blocks[0]))),
   )
   empty = total == 0
   total = jnp.where(empty, 1.0, total)
   log_sum = jnp.where(empty, -jnp.inf, _safe(maximum) + jnp.log(total))
-  output = (output / total[..., None]).reshape(
-    batch, num_heads, seq_len, head_dim
+  return output / total[..., None], log_sum
+
+
+def _with_cache_primal(
+  pattern: AttentionPattern,
+  scale: float,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  query_ids: jax.Array,
+  key_ids: jax.Array,
+  offset: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns attention of queries from `offset` on over a cache of keys.
+
+  Every key is read: time grows with the keys times the queries, memory with
+  their sum.
+  """
+  output, log_sum = _with_cache_forward(
+    pattern, scale, query, key, value, query_ids, key_ids, offset
   )
-  log_sum = log_sum.reshape(batch, num_heads, seq_len)
-  return (
-    output.swapaxes(1, 2).astype(arrays.query.dtype),
-    log_sum.swapaxes(1, 2),
+  return _ungrouped(output.astype(query.dtype)), _ungrouped(log_sum)
+
+
+_with_cache = jax.custom_vjp(_with_cache_primal, nondiff_argnums=(0, 1))
+
+
+def _with_cache_save(pattern, scale, *arrays):
+  output, log_sum = _with_cache_forward(pattern, scale, *arrays)
+  results = _ungrouped(output.astype(arrays[0].dtype)), _ungrouped(log_sum)
+  return results, (*arrays, output, log_sum)
+
+
+def _with_cache_backward(pattern, scale, saved, cotangents):
+  query, key, value, query_ids, key_ids, offset, output, log_sum = saved
+  kv_len, kv_heads = key.shape[1:3]
+  grouped = _grouped(query, kv_heads)
+  d_output, d_log_sum = (_grouped(x, kv_heads) for x in cotangents)
+  # As in `_core_backward`.
+  delta = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1)
+  delta = delta - jnp.where(log_sum == -jnp.inf, 0.0, d_log_sum)
+  log_sum = _safe(log_sum)
+
+  def meet(d_query, block):
+    key, value, ids, index = block
+    scores = _cache_scores(
+      pattern, scale, kv_len, grouped, query_ids, offset, (key, ids, index)
+    )
+    weights = jnp.exp(scores - log_sum[..., None])
+    d_weights = _product("bhgqd,bkhd->bhgqk", d_output, value)
+    d_scores = scale * weights * (d_weights - delta[..., None])
+    return d_query + _product("bhgqk,bkhd->bhgqd", d_scores, key), (
+      _product("bhgqk,bhgqd->bkhd", d_scores, grouped).astype(key.dtype),
+      _product("bhgqk,bhgqd->bkhd", weights, d_output).astype(value.dtype),
+    )
+
+  blocks = [_cache_blocks(x) for x in (key, value, key_ids)]
+  d_query, of_keys = jax.lax.scan(
+    meet,
+    jnp.zeros(grouped.shape, jnp.float32),
+    (*blocks, jnp.arange(len(blocks[0]))),
   )
+  d_key, d_value = (_from_blocks(x)[:, :kv_len] for x in of_keys)
+  d_query = _ungrouped(d_query.astype(query.dtype))
+  return d_query, d_key, d_value, None, None, None
+
+
+_with_cache.defvjp(_with_cache_save, _with_cache_backward)
 
 
 def attention(
@@ -672,21 +785,32 @@ def attention(
     raise NotImplementedError(
       "xla computes in float32 and does not serve float64: use reference."
     )
-  seq_len, kv_len = query.shape[1], key.shape[1]
+  seq_len = query.shape[1]
+  from_start = (
+    not isinstance(query_offset, jax.core.Tracer) and int(query_offset) == 0
+  )
+  if from_start and pattern.causality == "position":
+    # Later keys are never seen.
+    key, value = key[:, :seq_len], value[:, :seq_len]
+    segment_ids = None if segment_ids is None else segment_ids[:, :seq_len]
+  kv_len = key.shape[1]
   if segment_ids is None:
     segment_ids = jnp.ones((query.shape[0], kv_len), jnp.int32)
-  whole = isinstance(query_offset, int) and query_offset == 0
-  whole = whole and seq_len == kv_len
-  query_ids = (
-    segment_ids
-    if whole
-    else jax.lax.dynamic_slice_in_dim(
+  if not from_start or seq_len < kv_len:
+    query_ids = jax.lax.dynamic_slice_in_dim(
       segment_ids, query_offset, seq_len, axis=1
     )
-  )
-  arrays = _Arrays(query, key, value, query_ids, segment_ids)
-  if not whole:
-    return _with_cache(arrays, pattern, query_offset, scale)
+    return _with_cache(
+      pattern,
+      scale,
+      query,
+      key,
+      value,
+      query_ids,
+      segment_ids,
+      jnp.asarray(query_offset),
+    )
+  arrays = _Arrays(query, key, value, segment_ids, segment_ids)
   if pattern.causality == "slot":
     result = _by_slot(arrays, pattern, scale)
   else:
