@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
+from scca_jax import evaluation
 from scca_jax.lora import LoraConfig
 from scca_jax.training import OptimizerConfig
 
@@ -149,6 +150,7 @@ class EvaluationConfig:
     context_lens: Lengths in tokens; None takes the pretrained and the target.
     protocol: "longlora", "strided" or "document".
     num_windows: Evenly spaced windows a length; None takes all.
+    stride: Tokens between windows; "longlora" has 256.
     batch_tokens: Tokens of a batch of windows.
     every: Steps between evaluations on the way; 0 has none.
     windows_on_the_way: Windows of those, at the target length.
@@ -157,6 +159,7 @@ class EvaluationConfig:
   context_lens: tuple[int, ...] | None = None
   protocol: str = "longlora"
   num_windows: int | None = 64
+  stride: int = evaluation.LONGLORA_STRIDE
   batch_tokens: int = 8192
   every: int = 0
   windows_on_the_way: int = 16

@@ -8,6 +8,8 @@ untuned, with rope scaling alone, and tuned, all with dense attention.
 """
 
 import dataclasses
+import functools
+import math
 import pathlib
 from typing import Any
 
@@ -18,7 +20,15 @@ from ml_collections import config_flags
 
 from experiments import cli, inputs, loop
 from experiments.config import FinetuneConfig, from_config_dict, to_json
-from scca_jax import assets, convert, data, evaluation, lora, tokenizer
+from scca_jax import (
+  assets,
+  convert,
+  data,
+  dispatch,
+  evaluation,
+  lora,
+  tokenizer,
+)
 from scca_jax.llama import LlamaConfig
 from scca_jax.rope import RopeScaling
 from scca_jax.training import StepConfig
@@ -101,7 +111,8 @@ def print_table(rows: dict[str, dict[int, evaluation.Perplexity]]) -> None:
   print(f"{'perplexity at':<14}" + "".join(f"  {h:>10}" for h in heads))
   for name, results in rows.items():
     values = [results[n].perplexity for n in context_lens]
-    values.append(results[longest].last_quarter)
+    last_quarter = results[longest].last_quarter
+    values.append(math.nan if last_quarter is None else last_quarter)
     print(
       f"{name:<14}"
       + "".join(
@@ -115,6 +126,7 @@ def main() -> None:
   """Runs the command."""
   run = _read_settings()
   train = run.training
+  dispatch.check_implementation(train.implementation)
   model_folder = pathlib.Path(run.model) if run.model else assets.MODEL
   base_config = convert.load_config(model_folder)
   target_config = extended(base_config, run)
@@ -155,26 +167,22 @@ def main() -> None:
     sorted({pretrained_len, train.seq_len})
   )
 
-  def measure(
-    model: Any, lengths: tuple[int, ...], num_windows: int | None
-  ) -> dict[int, evaluation.Perplexity]:
-    return {
-      length: evaluation.perplexity(
-        model,
-        test_tokens,
-        context_len=length,
-        protocol=run.evaluation.protocol,
-        num_windows=num_windows,
-        batch_size=max(1, run.evaluation.batch_tokens // length),
-        bos_id=words.bos_id,
-        implementation=train.implementation,
-      )
-      for length in lengths
-    }
+  inputs.check_evaluation(
+    test_tokens, context_lens, run.evaluation, base_config, words.bos_id
+  )
+  measure = functools.partial(
+    inputs.perplexities,
+    tokens=test_tokens,
+    config=run.evaluation,
+    bos_id=words.bos_id,
+    implementation=train.implementation,
+  )
 
   def on_the_way(model: Any) -> dict[str, Any]:
     results = measure(
-      model, (train.seq_len,), run.evaluation.windows_on_the_way
+      model,
+      context_lens=(train.seq_len,),
+      num_windows=run.evaluation.windows_on_the_way,
     )
     return {str(n): result.perplexity for n, result in results.items()}
 
@@ -208,13 +216,14 @@ def main() -> None:
     result.model, adapter, base_model=str(model_folder), patterns=schedule
   )
   rows = {
-    "untuned": measure(
-      load(base_config, None), context_lens, run.evaluation.num_windows
-    ),
-    "interpolated": measure(
-      load(target_config, None), context_lens, run.evaluation.num_windows
-    ),
-    "tuned": measure(result.model, context_lens, run.evaluation.num_windows),
+    name: measure(
+      model, context_lens=context_lens, num_windows=run.evaluation.num_windows
+    )
+    for name, model in (
+      ("untuned", load(base_config, None)),
+      ("interpolated", load(target_config, None)),
+      ("tuned", result.model),
+    )
   }
   cli.write_json(
     output_dir / "summary.json",

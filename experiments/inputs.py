@@ -2,9 +2,11 @@
 
 import hashlib
 import pathlib
+from collections.abc import Iterable
+from typing import Any
 
-from experiments.config import PatternConfig
-from scca_jax import data, patterns
+from experiments.config import EvaluationConfig, PatternConfig
+from scca_jax import data, evaluation, patterns
 from scca_jax.llama import LlamaConfig
 from scca_jax.tokenizer import Tokenizer
 
@@ -82,3 +84,54 @@ def make_patterns(
   if config.interleaved:
     schedule = tuple(p.interleaved(model.num_kv_heads) for p in schedule)
   return schedule
+
+
+def check_evaluation(
+  tokens: data.TokenFile,
+  context_lens: Iterable[int],
+  config: EvaluationConfig,
+  model: LlamaConfig,
+  bos_id: int | None,
+) -> None:
+  """Checks what evaluation after a run will need, before the run.
+
+  Raises:
+    ValueError: A setting is out of range, or the corpus is too short.
+  """
+  for length in context_lens:
+    evaluation.count_windows(
+      tokens,
+      vocab_size=model.vocab_size,
+      context_len=length,
+      protocol=config.protocol,
+      num_windows=config.num_windows,
+      stride=config.stride,
+      bos_id=bos_id,
+    )
+
+
+def perplexities(
+  model: Any,
+  tokens: data.TokenFile,
+  context_lens: Iterable[int],
+  config: EvaluationConfig,
+  *,
+  num_windows: int | None,
+  bos_id: int | None,
+  implementation: str | None,
+) -> dict[int, evaluation.Perplexity]:
+  """Returns the perplexity at each length, with dense attention."""
+  return {
+    length: evaluation.perplexity(
+      model,
+      tokens,
+      context_len=length,
+      protocol=config.protocol,
+      num_windows=num_windows,
+      stride=config.stride,
+      batch_size=max(1, config.batch_tokens // length),
+      bos_id=bos_id,
+      implementation=implementation,
+    )
+    for length in context_lens
+  }

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import tensorboardX
 import tqdm
 from flax import nnx
@@ -229,17 +230,18 @@ def fit(
   timed_from = done + _UNTIMED_STEPS
   saved = done
 
-  def flush() -> dict[str, Any] | None:
-    """Writes the steps done since; waits for the device."""
+  def flush() -> dict[str, Any]:
+    """Writes the steps done since, and returns the last; waits for them."""
     nonlocal last_flush
-    if not waiting:
-      return None
     fetched = jax.device_get([values for _, values in waiting])
     now = time.perf_counter()
     first = waiting[0][0]
     lines = []
     for (step, _), values in zip(waiting, fetched, strict=True):
-      line = {"step": step, "learning_rate": float(schedule(step - 1))}
+      line = {
+        "step": step,
+        "learning_rate": float(np.asarray(schedule(step - 1))),
+      }
       line |= {name: float(value) for name, value in values.items()}
       lines.append(line)
     if first > timed_from:

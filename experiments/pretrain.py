@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from experiments import cli, inputs, loop
 from experiments.config import PretrainConfig, from_config_dict, to_json
-from scca_jax import convert, data, evaluation, lora, tokenizer
+from scca_jax import convert, data, dispatch, lora, tokenizer
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.training import StepConfig
 
@@ -64,6 +64,7 @@ def main() -> None:
   """Runs the command."""
   run = _read_settings()
   train, sizes = run.training, run.architecture
+  dispatch.check_implementation(train.implementation)
   words = tokenizer.load(run.data.tokenizer or "")
   model_config = LlamaConfig(
     vocab_size=words.vocab_size,
@@ -103,22 +104,27 @@ def main() -> None:
     leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))
   )
 
+  context_lens = run.evaluation.context_lens or (train.seq_len,)
+  if test_tokens is not None:
+    inputs.check_evaluation(
+      test_tokens, context_lens, run.evaluation, model_config, words.bos_id
+    )
+
   def measure(
     model: Any, lengths: tuple[int, ...], num_windows: int | None
   ) -> dict[str, float]:
-    return {
-      str(length): evaluation.perplexity(
-        model,
-        test_tokens,
-        context_len=length,
-        protocol=run.evaluation.protocol,
-        num_windows=num_windows,
-        batch_size=max(1, run.evaluation.batch_tokens // length),
-        bos_id=words.bos_id,
-        implementation=train.implementation,
-      ).perplexity
-      for length in lengths
-    }
+    if test_tokens is None:
+      return {}
+    results = inputs.perplexities(
+      model,
+      test_tokens,
+      lengths,
+      run.evaluation,
+      num_windows=num_windows,
+      bos_id=words.bos_id,
+      implementation=train.implementation,
+    )
+    return {str(n): result.perplexity for n, result in results.items()}
 
   print(
     f"{num_params:,} parameters, {len(train_tokens):,} tokens to train"
@@ -165,7 +171,6 @@ def main() -> None:
     "tokens_per_second": result.tokens_per_second,
   }
   if test_tokens is not None:
-    context_lens = run.evaluation.context_lens or (train.seq_len,)
     summary["perplexity"] = {
       "protocol": run.evaluation.protocol,
       **measure(result.model, context_lens, run.evaluation.num_windows),

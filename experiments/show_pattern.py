@@ -6,6 +6,7 @@ python -m experiments.show_pattern --pattern=longmixed --seq_len=64
 import math
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -95,7 +96,7 @@ def main() -> None:
   output = pathlib.Path(_OUTPUT.value)
   if output.suffix != ".png":
     raise ValueError(f"--output must end in .png, got {output}.")
-  settings = {
+  settings: dict[str, Any] = {
     flag.name: flag.value
     for flag in (_CHUNK_SIZE, _SHIFT, _NUM_CHUNKS, _WINDOW, _DILATION)
     if flag.value is not None
