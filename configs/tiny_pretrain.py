@@ -31,7 +31,7 @@ def get_config():
       training=TrainingConfig(
         seq_len=256,
         batch_size=128,
-        steps=12000,
+        steps=14000,
         dtype="bfloat16",
         loss_chunk=256,
         log_every=100,
