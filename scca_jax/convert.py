@@ -86,7 +86,8 @@ def _rope_scaling(
   for name in settings:
     if name not in known:
       raise ValueError(f"{path}: unknown setting {name!r} of {kind} rope.")
-  if settings.get("original_max_position_embeddings") is None:
+  length = settings.get("original_max_position_embeddings")
+  if length is None and kind != "linear":
     # As transformers takes it.
     settings["original_max_position_embeddings"] = config.get(
       "original_max_position_embeddings", config.get("max_position_embeddings")
@@ -596,8 +597,11 @@ def _adapter_config(path: pathlib.Path) -> LoraConfig:
       rank=content["r"],
       alpha=float(content["lora_alpha"]),
       dropout=float(content.get("lora_dropout", 0.0)),
-      # PEFT writes a set: in the order of the model, equal adapters are equal.
-      targets=tuple(sorted(targets, key=lambda t: (t not in TARGETS, t))),
+      # PEFT writes a set: in one order, equal adapters are equal.
+      targets=(
+        *(name for name in TARGETS if name in targets),
+        *(name for name in targets if name not in TARGETS),
+      ),
       rslora=bool(content.get("use_rslora", False)),
       train_embeddings=bool({"embed_tokens", "lm_head"} & set(whole)),
       train_norms=any(name.endswith("norm") for name in whole),
