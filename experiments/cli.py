@@ -8,9 +8,11 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+import ml_collections
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from scca_jax import files
 
@@ -25,7 +27,7 @@ def _one_line(error: BaseException) -> str:
   return text or type(error).__name__
 
 
-def _fail(error: BaseException) -> None:
+def _fail(error: BaseException) -> NoReturn:
   print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
   sys.exit(EXIT_BAD_INPUT)
 
@@ -40,6 +42,42 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except Exception as error:  # A config file may fail in any way of its own.
     _fail(error)
   return rest
+
+
+def define_config(default: pathlib.Path) -> flags.FlagHolder:
+  """Returns the flag `--config`, with `--config.name` for each setting.
+
+  The settings are read where the flag is defined, so a wrong one ends the
+  command there.
+
+  Args:
+    default: The config file that is taken if no other is named.
+  """
+  try:
+    return config_flags.DEFINE_config_file(
+      "config", str(default), "Settings of the run (configs/*.py)."
+    )
+  except (AttributeError, KeyError) as error:
+    _fail(ValueError(f"unknown setting: {str(error.args[0]).strip()}"))
+  except Exception as error:  # A config file may fail in any way of its own.
+    _fail(error)
+
+
+def read_config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
+  """Returns the settings behind `--config`.
+
+  Raises:
+    ValueError: The file is missing or fails.
+  """
+  settings = flag.value
+  if not isinstance(settings, ml_collections.ConfigDict):
+    # ml_collections keeps the failure and raises it on the first access.
+    try:
+      _ = settings.settings
+    except Exception as error:
+      raise ValueError(f"the config file cannot be read: {error}") from error
+    raise ValueError("get_config() of the config file returns no ConfigDict.")
+  return settings
 
 
 def run(main: Callable[[], None]) -> None:

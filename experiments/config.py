@@ -268,7 +268,8 @@ def to_config_dict(settings: Any) -> ml_collections.ConfigDict:
 def _checked(value: Any, kind: Any, name: str) -> Any:
   """Returns the value if it is of the annotated type."""
   allowed = _without_none(kind)
-  if value is None and allowed is not kind:
+  # A flag cannot say None otherwise.
+  if allowed is not kind and (value is None or value in ("None", "none")):
     return None
   if dataclasses.is_dataclass(allowed):
     return from_config_dict(allowed, value, prefix=f"{name}.")  # pyright: ignore

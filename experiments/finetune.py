@@ -16,7 +16,6 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags, logging
 from flax import nnx
-from ml_collections import config_flags
 
 from experiments import cli, inputs, loop
 from experiments.config import FinetuneConfig, from_config_dict, to_json
@@ -35,9 +34,7 @@ from scca_jax.training import StepConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", str(_CONFIGS / "tiny.py"), "Settings of the run (configs/*.py)."
-)
+_CONFIG = cli.define_config(_CONFIGS / "tiny.py")
 _MODEL = flags.DEFINE_string(
   "model", None, "Hugging Face folder to start from; overrides config.model."
 )
@@ -90,7 +87,7 @@ def extended(config: LlamaConfig, run: FinetuneConfig) -> LlamaConfig:
 
 
 def _read_settings() -> FinetuneConfig:
-  run = from_config_dict(FinetuneConfig, _CONFIG.value)
+  run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
   if _MODEL.value is not None:
     run = dataclasses.replace(run, model=_MODEL.value)
   if _DATA.value is not None:

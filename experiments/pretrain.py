@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 from experiments import cli, inputs, loop
 from experiments.config import PretrainConfig, from_config_dict, to_json
@@ -25,11 +24,7 @@ from scca_jax.training import StepConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  str(_CONFIGS / "tiny_pretrain.py"),
-  "Settings of the run (configs/*.py).",
-)
+_CONFIG = cli.define_config(_CONFIGS / "tiny_pretrain.py")
 _DATA = flags.DEFINE_string(
   "data",
   None,
@@ -43,7 +38,7 @@ _OUTPUT_DIR = flags.DEFINE_string(
 
 
 def _read_settings() -> PretrainConfig:
-  run = from_config_dict(PretrainConfig, _CONFIG.value)
+  run = from_config_dict(PretrainConfig, cli.read_config(_CONFIG))
   if _DATA.value is not None:
     run = dataclasses.replace(
       run, data=dataclasses.replace(run.data, train=_DATA.value)

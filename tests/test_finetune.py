@@ -82,6 +82,7 @@ def base(corpus):
     "--config.training.dtype=float32",
     "--config.evaluation.num_windows=2",
     "--config.evaluation.every=3",
+    "--config.evaluation.context_lens=(16,)",
     "--config.save_dtype=float32",
   )
   assert done.returncode == 0, done.stderr
@@ -288,7 +289,7 @@ def test_bad_input_is_one_line(
   change = [c.format(tmp=tmp_path) for c in change]
   output = tmp_path / "run"
   status = run_command(
-    "finetune", f"--output_dir={output}", *arguments, *change
+    "finetune", *change, f"--output_dir={output}", *arguments
   )
   errors = [
     line
