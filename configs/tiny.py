@@ -33,12 +33,12 @@ def get_config():
       training=TrainingConfig(
         seq_len=1024,
         batch_size=2,
-        steps=190,
+        steps=175,
         checkpoint_every=50,
         log_every=1,
       ),
       evaluation=EvaluationConfig(
-        context_lens=(256, 512, 1024), num_windows=32
+        context_lens=(256, 512, 1024), num_windows=24
       ),
     )
   )
