@@ -393,7 +393,9 @@ def _sources_of(
 
 def _block_size(num_strips: int, cut: _Cut) -> int:
   """Returns the length of a block, in slots."""
+  # Powers of two, like most chunks: others would need padding, a copy of all.
   block = math.isqrt(_SCORE_BYTES // (4 * num_strips))
+  block = 1 << max(block.bit_length() - 1, 0)
   block = min(max(block, _MIN_BLOCK), _MAX_BLOCK)
   if cut.lo is not None:
     # Much larger blocks than the window would compute what is masked.
