@@ -35,6 +35,7 @@ from scca_jax.training import StepConfig
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 _CONFIG = cli.define_config(_CONFIGS / "tiny.py")
+flags.declare_key_flag("config")
 _MODEL = flags.DEFINE_string(
   "model", None, "Hugging Face folder to start from; overrides config.model."
 )

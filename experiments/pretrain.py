@@ -25,6 +25,7 @@ from scca_jax.training import StepConfig
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 _CONFIG = cli.define_config(_CONFIGS / "tiny_pretrain.py")
+flags.declare_key_flag("config")
 _DATA = flags.DEFINE_string(
   "data",
   None,

@@ -91,12 +91,21 @@ class Checkpointer:
 
     Raises:
       ValueError: The checkpoint is damaged or of another model.
+      OSError: An earlier checkpoint could not be written.
     """
+    self.wait()
     abstract = {
       name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
       for name, leaf in _to_save(like).items()
     }
     try:
+      # Before reading: Orbax would leave other reads behind on the first error.
+      saved = self._manager.item_metadata(step)[_STATE]
+      for name, leaf in abstract.items():
+        if tuple(saved[name].shape) != leaf.shape:
+          raise ValueError(
+            f"{name} has the shape {saved[name].shape}, not {leaf.shape}"
+          )
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
@@ -107,11 +116,6 @@ class Checkpointer:
         ),
       )
       saved, position = restored[_STATE], restored[_DATA]["position"]
-      for name, leaf in abstract.items():
-        if saved[name].shape != leaf.shape:
-          raise ValueError(
-            f"{name} has the shape {saved[name].shape}, not {leaf.shape}"
-          )
     except Exception as error:  # Orbax and TensorStore raise many kinds.
       reason = " ".join(str(error).split())[:300] or type(error).__name__
       raise ValueError(

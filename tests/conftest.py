@@ -20,13 +20,13 @@ def _forget_commands():
   """Takes back the flags that commands define: each has its own `--data`."""
   for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
     # A command run as a script is known by its file; `--config` and
-    # `--config.name` come from libraries. Other flags of libraries and of
+    # `--config.name` count as others'. Other flags of libraries and of
     # experiments.cli stay: those modules are not imported again.
     for flag in list(its_flags):
       if flag.name in flags.FLAGS and (
         module.endswith(".py")
         or module.startswith("ml_collections")
-        or flag.name.startswith("config.")
+        or flag.name.split(".")[0] == "config"
       ):
         delattr(flags.FLAGS, flag.name)
   flags.FLAGS.unparse_flags()
