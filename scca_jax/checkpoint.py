@@ -45,6 +45,10 @@ class Checkpointer:
     self._folder = pathlib.Path(folder).absolute()
     self._manager = ocp.CheckpointManager(
       self._folder,
+      item_handlers={
+        _STATE: ocp.StandardCheckpointHandler(),
+        _DATA: ocp.JsonCheckpointHandler(),
+      },
       options=ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=True,
