@@ -34,7 +34,9 @@ from scca_jax.rope import RopeScaling
 _TRAINING = "training"
 
 _MODEL = flags.DEFINE_string(
-  "model", None, "Hugging Face folder; by default the embedded model."
+  "model",
+  None,
+  "Hugging Face folder or .gguf file; by default the embedded model.",
 )
 _ADAPTER = flags.DEFINE_string(
   "adapter", None, "Folder of an adapter to put on it."

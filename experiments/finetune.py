@@ -37,7 +37,9 @@ _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 _CONFIG = cli.define_config(_CONFIGS / "tiny.py")
 flags.declare_key_flag("config")
 _MODEL = flags.DEFINE_string(
-  "model", None, "Hugging Face folder to start from; overrides config.model."
+  "model",
+  None,
+  "Hugging Face folder or .gguf file to start from; overrides config.model.",
 )
 _DATA = flags.DEFINE_string(
   "data",

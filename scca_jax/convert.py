@@ -1,10 +1,10 @@
 """Models and adapters to and from the files of Hugging Face and PEFT.
 
-A model folder holds `config.json` and safetensors, whole or in shards; an
-adapter folder what PEFT writes, `adapter_config.json` and
-`adapter_model.safetensors`, and beside them `scca_config.json`, of which PEFT
-knows nothing: the rope scaling, without which an adapter tuned with it is worth
-little, and the patterns it was tuned with.
+A model folder holds `config.json` and safetensors, whole or in shards; a GGUF
+file all of a model; an adapter folder what PEFT writes, `adapter_config.json`
+and `adapter_model.safetensors`, and beside them `scca_config.json`, of which
+PEFT knows nothing: the rope scaling, without which an adapter tuned with it is
+worth little, and the patterns it was tuned with.
 
 The module is long because names, shapes and damage are checked where each file
 is read: what is wrong is said by the name it has there.
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ import safetensors
 import safetensors.flax
 from flax import nnx, traverse_util
 
-from scca_jax import files
+from scca_jax import files, gguf_file
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import TARGETS, LoraConfig, init_lora_a
 from scca_jax.patterns import AttentionPattern, HeadPattern
@@ -40,6 +41,15 @@ _PEFT_PREFIX = "base_model.model."
 # Kinds of rope scaling that config.json can name; "ntk" is not one of them.
 _HF_ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+_TOKENIZER_SETTINGS = (
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "generation_config.json",
+)
+
+_MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 _Path = tuple[str, ...]
 
@@ -56,6 +66,10 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
   if not isinstance(content, dict):
     raise ValueError(f"{path} is no JSON object: copy it again.")
   return content
+
+
+def _is_gguf(path: str | os.PathLike[str]) -> bool:
+  return pathlib.Path(path).suffix == gguf_file.SUFFIX
 
 
 def _to_json(value: Any) -> bytes:
@@ -98,14 +112,19 @@ def _rope_scaling(
     raise ValueError(f"{path}: {error}") from error
 
 
-def load_config(folder: str | os.PathLike[str]) -> LlamaConfig:
-  """Returns the sizes of a model, from its folder's `config.json`.
+def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
+  """Returns the sizes of a model.
+
+  Args:
+    source: A folder with `config.json`, or a GGUF file.
 
   Raises:
     FileNotFoundError: There is no such file.
     ValueError: It is damaged, or describes what `Llama` does not compute.
   """
-  path = pathlib.Path(folder) / _CONFIG
+  if _is_gguf(source):
+    return gguf_file.GgufFile(source).config
+  path = pathlib.Path(source) / _CONFIG
   config = _read_json(path)
   for name, wanted in (
     ("model_type", "llama"),
@@ -138,7 +157,7 @@ def load_config(folder: str | os.PathLike[str]) -> LlamaConfig:
       initializer_range=config.get("initializer_range", 0.02),
       bos_token_id=config.get("bos_token_id"),
       # Llama 3 lists several ends.
-      eos_token_id=eos_id[0] if isinstance(eos_id, list) else eos_id,
+      eos_token_id=tuple(eos_id) if isinstance(eos_id, list) else eos_id,
     )
   except KeyError as error:
     raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
@@ -153,6 +172,16 @@ def _rope_to_json(scaling: RopeScaling) -> dict[str, Any]:
     for field in dataclasses.fields(RopeScaling)
     if field.name != "kind" and getattr(scaling, field.name) != field.default
   }
+
+
+def _old_rope(rope: dict[str, Any]) -> dict[str, Any] | None:
+  """Returns the spelling of transformers before `rope_parameters`."""
+  if rope["rope_type"] == "default":
+    return None
+  if rope["rope_type"] == "linear":
+    # The first versions take these two fields and no other.
+    return {"type": "linear", "factor": rope["factor"]}
+  return rope
 
 
 def _config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
@@ -185,7 +214,7 @@ def _config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
     "mlp_bias": False,
     "max_position_embeddings": config.context_len,
     "rope_theta": theta,
-    "rope_scaling": None if rope["rope_type"] == "default" else rope,
+    "rope_scaling": _old_rope(rope),
     "rope_parameters": {"rope_theta": theta, **rope},
     "rms_norm_eps": config.rms_norm_eps,
     "tie_word_embeddings": config.tie_embeddings,
@@ -237,21 +266,40 @@ class _Tensors(Mapping[str, Callable[[], np.ndarray]]):
 
   def __init__(self, paths: Sequence[pathlib.Path]):
     self._file_of: dict[str, Any] = {}
+    self._path_of: dict[str, pathlib.Path] = {}
     for path in paths:
       if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: the model lacks a file.")
       try:
-        file = safetensors.safe_open(path, framework="flax")
+        file = safetensors.safe_open(path, framework="numpy")
         names = file.keys()
       except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
           f"{path} is damaged or cut short ({error}): copy it again."
         ) from error
-      self._file_of |= dict.fromkeys(names, file)
+      for name in names:
+        if name in self._path_of:
+          raise ValueError(
+            f"the tensor {name} is in two files, {self._path_of[name]} and"
+            f" {path}: remove the one that is not of this model."
+          )
+        self._file_of[name], self._path_of[name] = file, path
+
+  def path_of(self, name: str) -> pathlib.Path:
+    return self._path_of[name]
 
   def __getitem__(self, name: str) -> Callable[[], np.ndarray]:
     file = self._file_of[name]
-    return lambda: np.asarray(file.get_tensor(name))
+
+    def read() -> np.ndarray:
+      try:
+        return file.get_tensor(name)
+      except (TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(
+          f"{self._path_of[name]}: the tensor {name} cannot be read ({error})."
+        ) from error
+
+    return read
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._file_of)
@@ -260,10 +308,33 @@ class _Tensors(Mapping[str, Callable[[], np.ndarray]]):
     return len(self._file_of)
 
 
-def _model_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  if (folder / _INDEX).is_file():
-    index = _read_json(folder / _INDEX).get("weight_map", {})
-    return [folder / name for name in sorted(set(index.values()))]
+def _open_folder(folder: pathlib.Path) -> _Tensors:
+  """Returns the tensors of a model's folder."""
+  path = folder / _INDEX
+  if path.is_file():
+    shard_of = _read_json(path).get("weight_map")
+    if (
+      not isinstance(shard_of, dict)
+      or not shard_of
+      or not all(isinstance(name, str) for name in shard_of.values())
+    ):
+      raise ValueError(
+        f"{path} has no weight_map of tensors to files: copy it again."
+      )
+    tensors = _Tensors([folder / n for n in sorted(set(shard_of.values()))])
+    for name, shard in shard_of.items():
+      if name not in tensors or tensors.path_of(name).name != shard:
+        raise ValueError(
+          f"{path} says that {shard} has the tensor {name}, which it has not:"
+          " copy both again."
+        )
+    for name in tensors:
+      if name not in shard_of:
+        raise ValueError(
+          f"{tensors.path_of(name)} has the tensor {name}, which {path.name}"
+          " does not list: copy both again."
+        )
+    return tensors
   if not (folder / _WEIGHTS).is_file():
     pickled = sorted(
       [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]
@@ -274,42 +345,53 @@ def _model_files(folder: pathlib.Path) -> list[pathlib.Path]:
         " the model with transformers,"
         " model.save_pretrained(folder, safe_serialization=True)."
       )
-  return [folder / _WEIGHTS]
+  return _Tensors([folder / _WEIGHTS])
 
 
 def _fill(
   target: jax.ShapeDtypeStruct,
   path: _Path,
   names: Sequence[str],
-  tensors: _Tensors,
+  tensors: _Tensors | gguf_file.GgufFile,
   source: pathlib.Path,
 ) -> jax.Array:
   """Returns a parameter from the tensors of its layers, checked."""
   stacked = path[0] == "layers"
   result = np.empty(target.shape, target.dtype)
   for i, name in enumerate(names):
+    shown = (
+      tensors.name_in_file(name)
+      if isinstance(tensors, gguf_file.GgufFile)
+      else name
+    )
     if name not in tensors:
-      raise ValueError(f"{source} lacks the tensor {name}.")
+      raise ValueError(f"{source} lacks the tensor {shown}.")
     value = tensors[name]()
     wanted = target.shape[1:] if stacked else target.shape
     if _is_matrix(path):
       wanted = wanted[::-1]
     if value.shape != wanted:
       raise ValueError(
-        f"{source}: the tensor {name} is {list(value.shape)}, config.json asks"
-        f" for {list(wanted)}."
+        f"{source}: the tensor {shown} is {list(value.shape)}, the model's"
+        f" configuration asks for {list(wanted)}."
       )
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise ValueError(
-        f"{source}: the tensor {name} is {value.dtype}; float32, bfloat16 and"
+        f"{source}: the tensor {shown} is {value.dtype}; float32, bfloat16 and"
         " float16 can be read."
       )
     if _is_matrix(path):
       value = value.T
-    if stacked:
-      result[i] = value
-    else:
-      result[...] = value
+    part = result[i] if stacked else result
+    with np.errstate(over="ignore"):
+      part[...] = value
+    if not np.isfinite(part).all():
+      reason = (
+        f"exceeds {target.dtype}: load it as bfloat16 or float32"
+        if np.isfinite(value).all()
+        else "holds a NaN or an infinity: copy the model again"
+      )
+      raise ValueError(f"{source}: the tensor {shown} {reason}.")
   return jnp.asarray(result)
 
 
@@ -348,7 +430,7 @@ def _arrays(model: Llama) -> dict[_Path, jax.Array]:
 
 
 def load_model(
-  folder: str | os.PathLike[str],
+  source: str | os.PathLike[str],
   *,
   config: LlamaConfig | None = None,
   lora: LoraConfig | None = None,
@@ -356,14 +438,15 @@ def load_model(
   param_dtype: Any = jnp.float32,
   rngs: nnx.Rngs | None = None,
 ) -> Llama:
-  """Returns the model of a Hugging Face folder, with new adapters if asked for.
+  """Returns the model of a folder or GGUF file, with new adapters if wanted.
 
   Weights are read one at a time, so that the model is never held twice.
 
   Args:
-    folder: Holds `config.json` and `model.safetensors`, or shards and their
-      index.
-    config: What to take instead of the folder's; for a longer context. The
+    source: A Hugging Face folder, which holds `config.json` and
+      `model.safetensors`, or shards and their index; or a GGUF file, which is
+      dequantised.
+    config: What to take instead of the source's; for a longer context. The
       sizes must be those of the weights.
     lora: New adapters: they change nothing yet.
     dtype: Dtype of the computation.
@@ -372,12 +455,17 @@ def load_model(
 
   Raises:
     FileNotFoundError: A file is missing.
-    ValueError: A file is damaged or pickled, or a tensor is missing, unknown
-      or of the wrong shape; the message names it.
+    ValueError: A file is damaged or pickled, or a tensor is missing, unknown,
+      of the wrong shape or not finite; the message names it.
   """
-  folder = pathlib.Path(folder)
-  config = load_config(folder) if config is None else config
-  tensors = _Tensors(_model_files(folder))
+  source = pathlib.Path(source)
+  tensors: _Tensors | gguf_file.GgufFile
+  if _is_gguf(source):
+    tensors = gguf_file.GgufFile(source)
+    config = tensors.config if config is None else config
+  else:
+    config = load_config(source) if config is None else config
+    tensors = _open_folder(source)
   graphdef, state, targets = _abstract(config, lora, dtype, param_dtype)
   names = {
     path: _file_names(path, config.num_layers)
@@ -392,7 +480,7 @@ def load_model(
     )
     if name not in known and not ignored:
       raise ValueError(
-        f"{folder} has a tensor that the model does not: {name}."
+        f"{source} has a tensor that the model does not: {name}."
       )
   rngs = nnx.Rngs(0) if rngs is None else rngs
   arrays = {}
@@ -402,7 +490,7 @@ def load_model(
     elif path[-1] == "lora_b":
       arrays[path] = jnp.zeros(target.shape, target.dtype)
     else:
-      arrays[path] = _fill(target, path, names[path], tensors, folder)
+      arrays[path] = _fill(target, path, names[path], tensors, source)
   return _merge(graphdef, state, arrays)
 
 
@@ -416,9 +504,18 @@ def _file_tensors(
   names = _file_names(path, num_layers)
   parts = array if path[0] == "layers" else array[None]
   return {
-    prefix + name: (part.T if _is_matrix(path) else part).astype(dtype)
+    prefix + name: _file_tensor(path, part, dtype)
     for name, part in zip(names, parts, strict=True)
   }
+
+
+def _file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
+  tensor = (part.T if _is_matrix(path) else part).astype(dtype)
+  if jnp.dtype(dtype) == jnp.float16 and not jnp.all(jnp.isfinite(tensor)):
+    raise ValueError(
+      f"{'.'.join(path)} has values beyond float16: write bfloat16 or float32."
+    )
+  return tensor
 
 
 def _write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
@@ -427,29 +524,74 @@ def _write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
   files.write(path, content)
 
 
+def _fused(
+  arrays: dict[_Path, jax.Array], path: _Path, layer: int, scaling: float
+) -> jax.Array:
+  """Returns a parameter of one layer with its adapter in it."""
+
+  array = arrays[path]
+  part = array[layer] if path[0] == "layers" else array
+  lora_a = arrays.get((*path[:-1], "lora_a"))
+  lora_b = arrays.get((*path[:-1], "lora_b"))
+  if lora_a is None or lora_b is None:
+    return part
+  product = jnp.matmul(
+    lora_a[layer], lora_b[layer], precision=jax.lax.Precision.HIGHEST
+  )
+  return part.astype(jnp.float32) + scaling * product
+
+
+def _shards(
+  sizes: dict[str, int], max_shard_bytes: int
+) -> dict[str, list[str]]:
+  """Returns the names of the tensors of each file, in their order."""
+  groups: list[list[str]] = [[]]
+  used = 0
+  for name, size in sizes.items():
+    if groups[-1] and used + size > max_shard_bytes:
+      groups.append([])
+      used = 0
+    groups[-1].append(name)
+    used += size
+  if len(groups) == 1:
+    return {_WEIGHTS: groups[0]}
+  stem, suffix = _WEIGHTS.split(".")
+  return {
+    f"{stem}-{i:05d}-of-{len(groups):05d}.{suffix}": group
+    for i, group in enumerate(groups, start=1)
+  }
+
+
 def save_model(
   model: Llama,
   folder: str | os.PathLike[str],
   *,
   dtype: Any,
   tokenizer_file: str | os.PathLike[str] | None = None,
+  max_shard_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes a model in Hugging Face's layout, adapters fused into the weights.
 
-  The products of the adapters are summed in float32. `config.json` comes last:
-  a folder without it is not whole.
+  The products of the adapters are summed in float32. No more than one shard is
+  held beside the model. `config.json` comes last: a folder without it is not
+  whole.
 
   Args:
     model: The model.
     folder: Where to; made if it is not there.
     dtype: Dtype of the tensors.
     tokenizer_file: A `.model` or `tokenizer.json` to copy beside them.
+    max_shard_bytes: Size from which on the weights are written in several
+      files with an index.
 
   Raises:
     OSError: A file cannot be written.
-    ValueError: The tokenizer is of neither kind.
+    ValueError: The tokenizer is of neither kind, or a weight is beyond the
+      range of `dtype`.
   """
   folder = pathlib.Path(folder)
+  if max_shard_bytes < 1:
+    raise ValueError(f"max_shard_bytes must be above 0, got {max_shard_bytes}.")
   if tokenizer_file is not None:
     tokenizer_file = pathlib.Path(tokenizer_file)
     if tokenizer_file.suffix not in (".model", ".json"):
@@ -458,21 +600,61 @@ def save_model(
       )
     name = _TOKENIZER_FILES[tokenizer_file.suffix == ".json"]
     files.write(folder / name, tokenizer_file.read_bytes())
+  num_layers = model.config.num_layers
+  scaling = model.lora.scaling if model.lora is not None else 0.0
   arrays = _arrays(model)
-  tensors: dict[str, jax.Array] = {}
+  # By name: where it is, layer for layer as other tools have them.
+  places: dict[str, tuple[_Path, int]] = {}
+  sizes: dict[str, int] = {}
   for path, array in arrays.items():
     if _is_adapter(path):
       continue
-    lora_a = arrays.get((*path[:-1], "lora_a"))
-    lora_b = arrays.get((*path[:-1], "lora_b"))
-    if lora_a is not None and lora_b is not None and model.lora is not None:
-      product = jnp.einsum(
-        "lir,lro->lio", lora_a, lora_b, precision=jax.lax.Precision.HIGHEST
-      )
-      array = array.astype(jnp.float32) + model.lora.scaling * product
-    tensors |= _file_tensors(path, array, model.config.num_layers, dtype)
-  _write_tensors(folder / _WEIGHTS, tensors)
+    names = _file_names(path, num_layers)
+    places |= {name: (path, i) for i, name in enumerate(names)}
+    size = array.size // len(names) * jnp.dtype(dtype).itemsize
+    sizes |= dict.fromkeys(names, size)
+  order = sorted(places, key=lambda name: (places[name][1], name))
+  shards = _shards({name: sizes[name] for name in order}, max_shard_bytes)
+  for file_name, names in shards.items():
+    tensors = {}
+    for name in names:
+      path, layer = places[name]
+      part = _fused(arrays, path, layer, scaling)
+      tensors[name] = _file_tensor(path, part, dtype)
+    _write_tensors(folder / file_name, tensors)
+  if len(shards) > 1:
+    index = {
+      "metadata": {"total_size": sum(sizes.values())},
+      "weight_map": {n: file for file, names in shards.items() for n in names},
+    }
+    files.write(folder / _INDEX, _to_json(index))
   files.write(folder / _CONFIG, _to_json(_config_to_json(model.config, dtype)))
+
+
+def copy_tokenizer(
+  source: str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> None:
+  """Writes the tokenizer of a model beside another, as other tools read it.
+
+  Args:
+    source: A model's folder, whose tokenizer files are copied, or a GGUF file.
+    folder: Where to; made if it is not there.
+
+  Raises:
+    OSError: A file cannot be written.
+    ValueError: The GGUF file's vocabulary cannot be read.
+  """
+  folder = pathlib.Path(folder)
+  if _is_gguf(source):
+    file = gguf_file.GgufFile(source)
+    name, content = file.tokenizer_file()
+    files.write(folder / name, content)
+    files.write(folder / "tokenizer_config.json", file.tokenizer_settings())
+    return
+  for name in (*_TOKENIZER_FILES, *_TOKENIZER_SETTINGS):
+    path = pathlib.Path(source) / name
+    if path.is_file():
+      files.write(folder / name, path.read_bytes())
 
 
 def _pattern_to_json(pattern: AttentionPattern) -> dict[str, Any]:
@@ -505,6 +687,7 @@ def save_adapter(
   *,
   base_model: str,
   patterns: Sequence[AttentionPattern] | None = None,
+  dtype: Any = jnp.float32,
 ) -> None:
   """Writes a model's adapters, and what was trained with them, for PEFT.
 
@@ -513,10 +696,11 @@ def save_adapter(
     folder: Where to; made if it is not there.
     base_model: Name or path of the model they belong to.
     patterns: Attention pattern of each layer in training, to be kept.
+    dtype: Dtype of the tensors.
 
   Raises:
     OSError: A file cannot be written.
-    ValueError: The model has no adapters.
+    ValueError: The model has no adapters, or one beyond the range of `dtype`.
   """
   folder = pathlib.Path(folder)
   config, lora = model.config, model.lora
@@ -530,7 +714,7 @@ def save_adapter(
         continue
       saved_whole.append(path[-2])
     tensors |= _file_tensors(
-      path, array, config.num_layers, jnp.float32, _PEFT_PREFIX
+      path, array, config.num_layers, dtype, _PEFT_PREFIX
     )
   _write_tensors(folder / _ADAPTER_WEIGHTS, tensors)
   scaling = config.rope_scaling
@@ -571,7 +755,59 @@ def save_adapter(
   )
 
 
+def stored_dtype(source: str | os.PathLike[str]) -> np.dtype:
+  """Returns the dtype that a model's or an adapter's matrices are stored in.
+
+  Args:
+    source: A model's or an adapter's folder, or a GGUF file: what is
+      dequantised is float32.
+
+  Raises:
+    FileNotFoundError: A file is missing.
+    ValueError: A file is damaged.
+  """
+  if _is_gguf(source):
+    return np.dtype(np.float32)
+  folder = pathlib.Path(source)
+  tensors = (
+    _Tensors([folder / _ADAPTER_WEIGHTS])
+    if (folder / _ADAPTER_CONFIG).is_file()
+    else _open_folder(folder)
+  )
+  for name in tensors:
+    if name.endswith("_proj.weight") or ".lora_A." in name:
+      return tensors[name]().dtype
+  raise ValueError(f"{source} has no projection of a Llama.")
+
+
 # Adapters, read.
+
+
+def _matching_targets(path: pathlib.Path, expression: str) -> list[str]:
+  """Returns the projections whose full names match, as PEFT finds them."""
+  if expression == "all-linear":
+    return list(TARGETS)
+  try:
+    found = [
+      name
+      for name in TARGETS
+      if re.fullmatch(
+        expression,
+        f"model.layers.0.{'mlp' if name in _MLP_TARGETS else 'self_attn'}"
+        f".{name}",
+      )
+    ]
+  except re.error as error:
+    raise ValueError(
+      f"{path}: target_modules={expression!r} is no regular expression"
+      f" ({error})."
+    ) from error
+  if not found:
+    raise ValueError(
+      f"{path}: target_modules={expression!r} matches none of"
+      f" {', '.join(TARGETS)}."
+    )
+  return found
 
 
 def _adapter_config(path: pathlib.Path) -> LoraConfig:
@@ -581,15 +817,28 @@ def _adapter_config(path: pathlib.Path) -> LoraConfig:
       f"{path}: peft_type={content.get('peft_type')!r} is not supported, only"
       " 'LORA'."
     )
-  for name in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
+  for name in (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layers_to_transform",
+    "exclude_modules",
+    "target_parameters",
+    "trainable_token_indices",
+    "lora_bias",
+  ):
     if content.get(name):
       raise ValueError(f"{path}: {name} is not supported.")
   if content.get("bias", "none") != "none":
     raise ValueError(f"{path}: bias={content['bias']!r} is not supported.")
   targets = content.get("target_modules")
+  if isinstance(targets, str):
+    targets = _matching_targets(path, targets)
   if not isinstance(targets, list):
     raise ValueError(
-      f"{path}: target_modules={targets!r} must be a list of names."
+      f"{path}: target_modules={targets!r} must be a list of names or a regular"
+      " expression."
     )
   whole = content.get("modules_to_save") or []
   try:

@@ -43,7 +43,7 @@ class LlamaConfig:
     tie_embeddings: Whether the output head is the embedding.
     initializer_range: Standard deviation of new weights.
     bos_token_id: Token that starts a document, if there is one.
-    eos_token_id: Token that ends it, if there is one.
+    eos_token_id: Token that ends it, or several of them, if there is one.
   """
 
   vocab_size: int
@@ -60,7 +60,7 @@ class LlamaConfig:
   tie_embeddings: bool = False
   initializer_range: float = 0.02
   bos_token_id: int | None = None
-  eos_token_id: int | None = None
+  eos_token_id: int | tuple[int, ...] | None = None
 
   def __post_init__(self):
     """Checks the sizes."""
@@ -90,12 +90,21 @@ class LlamaConfig:
     for name in ("rms_norm_eps", "initializer_range"):
       if not getattr(self, name) > 0:
         raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-    for name in ("bos_token_id", "eos_token_id"):
-      token = getattr(self, name)
+    for token in (self.bos_token_id, *self.eos_token_ids):
       if token is not None and not 0 <= token < self.vocab_size:
         raise ValueError(
-          f"{name} must be below vocab_size={self.vocab_size}, got {token}."
+          "bos_token_id and eos_token_id must be below"
+          f" vocab_size={self.vocab_size}, got {token}."
         )
+
+  @property
+  def eos_token_ids(self) -> tuple[int, ...]:
+    """The tokens that end a document."""
+    if self.eos_token_id is None:
+      return ()
+    if isinstance(self.eos_token_id, int):
+      return (self.eos_token_id,)
+    return self.eos_token_id
 
 
 class RMSNorm(nnx.Module):
@@ -189,23 +198,36 @@ class SelfAttention(nnx.Module):
     self.head_dim = config.head_dim
 
   def __call__(
-    self, x: jax.Array, pattern: LayerPattern, call: "_Call", keys: Any
-  ) -> jax.Array:
-    """Returns the attention's part of the residual stream, like `x`."""
+    self,
+    x: jax.Array,
+    pattern: LayerPattern,
+    call: "_Call",
+    keys: Any,
+    cache: "_LayerCache | None",
+  ) -> tuple[jax.Array, "_LayerCache | None"]:
+    """Returns its part of the residual stream, like `x`, and the cache."""
     batch, seq_len, _ = x.shape
     heads = (batch, seq_len, -1, self.head_dim)
     query = self.q_proj(x, keys["q_proj"]).reshape(heads)
     key = self.k_proj(x, keys["k_proj"]).reshape(heads)
     value = self.v_proj(x, keys["v_proj"]).reshape(heads)
-    output = attention(
-      rope.apply(query, *call.rotation),
-      rope.apply(key, *call.rotation),
-      value,
-      pattern,
-      segment_ids=call.segment_ids,
-      implementation=call.implementation,
-    )
-    return self.o_proj(output.reshape(batch, seq_len, -1), keys["o_proj"])
+    query = rope.apply(query, *call.rotation)
+    key = rope.apply(key, *call.rotation)
+    if cache is None or call.starts is None:
+      output = attention(
+        query,
+        key,
+        value,
+        pattern,
+        segment_ids=call.segment_ids,
+        implementation=call.implementation,
+      )
+    if cache is not None:
+      cache = cache.write(key, value, call.starts)
+      if call.starts is not None:
+        output = cache.attend(query, pattern, call)
+    output = output.reshape(batch, seq_len, -1)
+    return self.o_proj(output, keys["o_proj"]), cache
 
 
 class MLP(nnx.Module):
@@ -234,11 +256,79 @@ class _Call:
     rotation: Positions, frequencies and factor: arguments of `rope.apply`.
     segment_ids: `[batch, seq]` or None.
     implementation: Attention back end.
+    starts: With a cache: position of the first token of each sequence,
+      `[batch]`; None is the start of all, where no key is in the cache yet.
   """
 
-  rotation: tuple[jax.Array, np.ndarray, float]
+  rotation: tuple[jax.Array, np.ndarray | jax.Array, float]
   segment_ids: jax.Array | None
   implementation: str | None
+  starts: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of the tokens before, so that they are computed once.
+
+  Attributes:
+    key: Rotated keys, `[layers, batch, capacity, kv_heads, head_dim]`.
+    value: Values, likewise.
+  """
+
+  key: jax.Array
+  value: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayerCache:
+  """The part of one layer, `layer`, of a cache that is carried along."""
+
+  cache: Cache
+  layer: Any
+
+  def write(
+    self, key: jax.Array, value: jax.Array, starts: jax.Array | None
+  ) -> "_LayerCache":
+    """Puts keys and values, `[batch, seq, ...]`, at `starts` and after."""
+    batch, seq_len = key.shape[:2]
+    rows = jnp.arange(batch)[:, None]
+    columns = jnp.arange(seq_len)[None, :]
+    if starts is not None:
+      columns = columns + starts[:, None]
+    return dataclasses.replace(
+      self,
+      cache=Cache(
+        self.cache.key.at[self.layer, rows, columns].set(key),
+        self.cache.value.at[self.layer, rows, columns].set(value),
+      ),
+    )
+
+  def attend(
+    self, query: jax.Array, pattern: LayerPattern, call: _Call
+  ) -> jax.Array:
+    """Returns attention over the cache, each sequence from its own start.
+
+    Keys that are not written yet lie behind every query: no pattern with
+    position causality shows them.
+    """
+
+    def of_sequence(query, key, value, start):
+      return attention(
+        query[None],
+        key[None],
+        value[None],
+        pattern,
+        query_offset=start,
+        implementation=call.implementation,
+      )[0]
+
+    return jax.vmap(of_sequence)(
+      query,
+      self.cache.key[self.layer],
+      self.cache.value[self.layer],
+      call.starts,
+    )
 
 
 class Layer(nnx.Module):
@@ -257,14 +347,18 @@ class Layer(nnx.Module):
     pattern: LayerPattern,
     call: _Call,
     dropout_key: jax.Array | None,
-  ) -> jax.Array:
-    """Returns the residual stream after the layer, `[batch, seq, hidden]`."""
+    cache: _LayerCache | None = None,
+  ) -> tuple[jax.Array, _LayerCache | None]:
+    """Returns the residual stream, `[batch, seq, hidden]`, and the cache."""
     keys: dict[str, jax.Array | None] = dict.fromkeys(TARGETS)
     if dropout_key is not None:
       split = jax.random.split(dropout_key, len(TARGETS))
       keys.update(zip(TARGETS, split, strict=True))
-    x = x + self.self_attn(self.input_layernorm(x), pattern, call, keys)
-    return x + self.mlp(self.post_attention_layernorm(x), keys)
+    attended, cache = self.self_attn(
+      self.input_layernorm(x), pattern, call, keys, cache
+    )
+    x = x + attended
+    return x + self.mlp(self.post_attention_layernorm(x), keys), cache
 
 
 def _period(patterns: Patterns, num_layers: int) -> tuple[LayerPattern, ...]:
@@ -464,7 +558,7 @@ class Llama(nnx.Module):
     graphdef, state = nnx.split(self.layers)
 
     def run_layer(x, state, key, pattern):
-      return nnx.merge(graphdef, state)(x, pattern, call, key)
+      return nnx.merge(graphdef, state)(x, pattern, call, key)[0]
 
     if remat:
       # A scan of one step is inlined, and the compiler may then merge what is
@@ -489,6 +583,102 @@ class Llama(nnx.Module):
     )
     x, _ = jax.lax.scan(run_cycle, self.embed_tokens(tokens), of_cycles)
     return self.norm(x)
+
+  def init_cache(self, batch: int, capacity: int) -> Cache:
+    """Returns an empty cache for sequences of up to `capacity` tokens."""
+    config = self.config
+    shape = (
+      config.num_layers,
+      batch,
+      capacity,
+      config.num_kv_heads,
+      config.head_dim,
+    )
+    return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+  def cached_hidden_states(
+    self,
+    tokens: jax.Array,
+    cache: Cache,
+    *,
+    patterns: Patterns,
+    starts: jax.Array | None = None,
+    inv_freq: jax.Array | np.ndarray | None = None,
+    implementation: str | None = None,
+  ) -> tuple[jax.Array, Cache]:
+    """Returns the hidden states of tokens that go on from a cache.
+
+    Args:
+      tokens: Integers, `[batch, seq]`.
+      cache: From `init_cache` or from an earlier call.
+      patterns: As in `hidden_states`, with position causality.
+      starts: Position of the first token of each sequence, integers `[batch]`;
+        None begins the sequences, at the cost of the pattern: later calls read
+        the whole cache. What the cache has from there on is overwritten.
+      inv_freq: Frequencies of RoPE, `[head_dim / 2]`; None takes those of the
+        cache's capacity, of which only "dynamic" scaling depends.
+      implementation: Attention back end; None takes the best for the device.
+
+    Returns:
+      `[batch, seq, hidden]` and the cache with the tokens in it.
+
+    Raises:
+      ValueError: Shapes or the number of patterns do not fit, or a pattern is
+        causal by slot.
+    """
+    _check_tokens(tokens, None)
+    config = self.config
+    cycle = _period(patterns, config.num_layers)
+    for pattern in cycle:
+      for one in pattern if isinstance(pattern, tuple) else (pattern,):
+        if one.causality != "position":
+          raise ValueError(
+            "a cache needs patterns with causality='position', got"
+            f" {one.causality!r}."
+          )
+    seq_len = tokens.shape[1]
+    if cache.key.shape[1] != tokens.shape[0] or cache.key.shape[2] < seq_len:
+      raise ValueError(
+        f"the cache has {cache.key.shape[1]} sequences of"
+        f" {cache.key.shape[2]} tokens, the tokens are {list(tokens.shape)}."
+      )
+    default, attention_scaling = rope.frequencies(
+      config.head_dim,
+      config.rope_theta,
+      config.rope_scaling,
+      cache.key.shape[2],
+    )
+    positions = jnp.arange(seq_len, dtype=jnp.int32)[None, :]
+    if starts is not None:
+      positions = positions + starts[:, None]
+    rotation = (
+      positions,
+      default if inv_freq is None else inv_freq,
+      attention_scaling,
+    )
+    call = _Call(rotation, None, implementation, starts)
+    graphdef, state = nnx.split(self.layers)
+
+    def run_cycle(carry, of_cycle):
+      x, cache = carry
+      for i, pattern in enumerate(cycle):
+        state, layer = jax.tree.map(lambda leaf, i=i: leaf[i], of_cycle)
+        x, of_layer = nnx.merge(graphdef, state)(
+          x, pattern, call, None, _LayerCache(cache, layer)
+        )
+        cache = of_layer.cache  # pyright: ignore[reportOptionalMemberAccess]
+      return (x, cache), None
+
+    # The cache is carried, not scanned over: it is written in place.
+    num_cycles = config.num_layers // len(cycle)
+    of_cycles = jax.tree.map(
+      lambda leaf: leaf.reshape(num_cycles, len(cycle), *leaf.shape[1:]),
+      (state, jnp.arange(config.num_layers)),
+    )
+    (x, cache), _ = jax.lax.scan(
+      run_cycle, (self.embed_tokens(tokens), cache), of_cycles
+    )
+    return self.norm(x), cache
 
   def _dropout_keys(
     self, deterministic: bool, rngs: nnx.Rngs | None

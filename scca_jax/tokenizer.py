@@ -1,8 +1,9 @@
 """Text to token ids and back, whatever file the vocabulary comes in.
 
 Two kinds of file are read, SentencePiece's `tokenizer.model` and the
-`tokenizer.json` of Hugging Face's tokenizers, behind one small interface.
-`train` makes a SentencePiece model of the kind LLaMA uses.
+`tokenizer.json` of Hugging Face's tokenizers, behind one small interface; a
+GGUF file holds one of them. `train` makes a SentencePiece model of the kind
+LLaMA uses.
 """
 
 import abc
@@ -16,11 +17,12 @@ import pathlib
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import sentencepiece
 import tokenizers
 
-from scca_jax import files
+from scca_jax import files, gguf_file
 
 _FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 # Where Hugging Face folders say which tokens begin and end a text, and what
@@ -51,6 +53,7 @@ class Tokenizer(abc.ABC):
     vocab_size: One more than the largest id, in tokens.
     bos_id: Id of the token that begins a text; None where there is none.
     eos_id: Id of the token that ends a text; None where there is none.
+    adds_bos: Whether a prompt begins with `bos_id`, as its files say.
   """
 
   name: str
@@ -58,6 +61,7 @@ class Tokenizer(abc.ABC):
   vocab_size: int
   bos_id: int | None
   eos_id: int | None
+  adds_bos: bool
 
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -117,8 +121,9 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
   """Returns the tokenizer of a file or of a model folder.
 
   Args:
-    path: A SentencePiece `.model`, a Hugging Face tokenizer `.json`, or a
-      folder that holds `tokenizer.model` or, else, `tokenizer.json`.
+    path: A SentencePiece `.model`, a Hugging Face tokenizer `.json`, a model
+      in `.gguf`, or a folder that holds `tokenizer.model` or, else,
+      `tokenizer.json`.
 
   Raises:
     FileNotFoundError: No such file, or no tokenizer in the folder.
@@ -132,10 +137,12 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
         f"no {' or '.join(_FILE_NAMES)} in the folder {path}."
       )
     path = found[0]
+  if path.suffix == gguf_file.SUFFIX:
+    return _load_gguf(path)
   if path.suffix not in (".model", ".json"):
     raise ValueError(
       f"{path} is no tokenizer: give a SentencePiece .model, a tokenizer"
-      " .json or a folder holding one."
+      " .json, a .gguf or a folder holding one."
     )
   if not path.exists():
     raise FileNotFoundError(f"there is no tokenizer {path}.")
@@ -143,6 +150,18 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
   if path.suffix == ".model":
     return _load_sentencepiece(path, content)
   return _load_hugging_face(path, content)
+
+
+def _load_gguf(path: pathlib.Path) -> Tokenizer:
+  file = gguf_file.GgufFile(path)
+  name, content = file.tokenizer_file()
+  read = _load_sentencepiece if name.endswith(".model") else _load_hugging_face
+  return dataclasses.replace(
+    read(path, content),
+    bos_id=file.special_id("bos"),
+    eos_id=file.special_id("eos"),
+    adds_bos=file.adds_bos,
+  )
 
 
 def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
@@ -163,6 +182,9 @@ def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
     vocab_size=vocab_size,
     bos_id=bos_id if bos_id >= 0 else None,
     eos_id=eos_id if eos_id >= 0 else None,
+    # As LLaMA does.
+    adds_bos=bos_id >= 0
+    and bool(_setting(path.parent, "add_bos_token", default=True)),
     processor=processor,
   )
 
@@ -181,14 +203,30 @@ def _load_hugging_face(path: pathlib.Path, content: bytes) -> Tokenizer:
   processor.no_truncation()
   processor.no_padding()
   processor.encode_special_tokens = True
+  bos_id = _special_id(path.parent, "bos", vocabulary)
+  with_special = processor.encode("a", add_special_tokens=True).ids
   return HuggingFaceTokenizer(
     name=path.name,
     fingerprint=hashlib.sha256(content).hexdigest(),
     vocab_size=max(vocabulary.values()) + 1,
-    bos_id=_special_id(path.parent, "bos", vocabulary),
+    bos_id=bos_id,
     eos_id=_special_id(path.parent, "eos", vocabulary),
+    adds_bos=bos_id is not None and with_special[:1] == [bos_id],
     processor=processor,
   )
+
+
+def _setting(folder: pathlib.Path, name: str, *, default: Any) -> Any:
+  """Returns a setting of the tokenizer_config.json beside, if there is one."""
+  path = folder / _SETTING_FILES[0]
+  if not path.is_file():
+    return default
+  try:
+    settings = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}.") from error
+  value = settings.get(name) if isinstance(settings, dict) else None
+  return default if value is None else value
 
 
 def _special_id(

@@ -338,6 +338,12 @@ def _cut(folder):
   path.write_bytes(path.read_bytes()[:-7])
 
 
+def _put_nan(folder):
+  tensors = _tensors(False)
+  tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = np.nan
+  _write(folder, tensors)
+
+
 def _only_pickled(folder):
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -364,6 +370,7 @@ def _unset(folder, name):
       r"2.mlp.up_proj.weight is \[12, 9\].*\[12, 8\]",
     ),
     (_cut, "cut short"),
+    (_put_nan, "0.mlp.up_proj.weight holds a NaN"),
     (_only_pickled, "pytorch_model.bin.*safe_serialization"),
     (lambda f: _set(f, model_type="gpt2"), "gpt2"),
     (lambda f: _set(f, hidden_act="gelu"), "gelu"),
@@ -398,7 +405,7 @@ def test_missing_files_are_named(tmp_path, folder):
     ({"peft_type": "IA3"}, "IA3"),
     ({"use_dora": True}, "use_dora"),
     ({"bias": "all"}, "bias"),
-    ({"target_modules": "all-linear"}, "all-linear"),
+    ({"target_modules": "neither_.*"}, "neither_.*"),
     ({"target_modules": ["c_attn"]}, "c_attn"),
     ({"r": 3}, r"lora_A.weight is \[2, 8\]"),
     ({"modules_to_save": None}, "lm_head.weight"),
@@ -411,3 +418,149 @@ def test_adapters_that_do_not_fit_are_named(folder, tmp_path, change, said):
   path.write_text(json.dumps(json.loads(path.read_text()) | change))
   with pytest.raises(ValueError, match=said):
     convert.load_adapter(folder, tmp_path / "a")
+
+
+@pytest.fixture
+def sharded(tmp_path, folder):
+  model = convert.load_model(folder)
+  # 23 x 8 float32 are 736 bytes: no other tensor fits beside an embedding.
+  convert.save_model(
+    model, tmp_path / "shards", dtype=jnp.float32, max_shard_bytes=800
+  )
+  return tmp_path / "shards"
+
+
+def test_shards_hold_what_one_file_holds(sharded):
+  tensors = _tensors(False)
+  index = json.loads((sharded / "model.safetensors.index.json").read_text())
+  assert index["metadata"]["total_size"] == sum(
+    t.nbytes for t in tensors.values()
+  )
+  files = sorted(sharded.glob("model-*.safetensors"))
+  assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+  found = {}
+  for file in files:
+    in_file = load_file(file)
+    assert sum(t.nbytes for t in in_file.values()) <= 800
+    assert {index["weight_map"][name] for name in in_file} == {file.name}
+    found |= in_file
+  assert found.keys() == tensors.keys() == index["weight_map"].keys()
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_shards_are_read(sharded, folder):
+  np.testing.assert_array_equal(
+    _logits(convert.load_model(sharded)), _logits(convert.load_model(folder))
+  )
+
+
+def _index(folder):
+  return json.loads((folder / "model.safetensors.index.json").read_text())
+
+
+def _change_index(folder, change):
+  index = _index(folder)
+  change(index["weight_map"])
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+  ("damage", "kind", "said"),
+  [
+    (
+      lambda f: _change_index(
+        f, lambda m: m.update({NORM: m["lm_head.weight"]})
+      ),
+      ValueError,
+      "index.json says.*model.norm.weight",
+    ),
+    (
+      lambda f: _change_index(f, lambda m: m.pop(NORM)),
+      ValueError,
+      "model.norm.weight, which model.safetensors.index.json does not list",
+    ),
+    (
+      lambda f: _change_index(f, lambda m: m.update({NORM: "gone"})),
+      FileNotFoundError,
+      "gone",
+    ),
+    (lambda f: _change_index(f, lambda m: m.clear()), ValueError, "weight_map"),
+    (
+      lambda f: (f / _index(f)["weight_map"][NORM]).unlink(),
+      FileNotFoundError,
+      "model-000.*lacks a file",
+    ),
+    (
+      lambda f: (f / _index(f)["weight_map"][NORM]).write_bytes(b"1234"),
+      ValueError,
+      "cut short",
+    ),
+    (
+      lambda f: save_file(
+        {NORM: np.zeros(9, np.float32)}, f / _index(f)["weight_map"][NORM]
+      ),
+      ValueError,
+      "index.json says|norm.weight is",
+    ),
+  ],
+)
+def test_damaged_shards_are_named(sharded, damage, kind, said):
+  damage(sharded)
+  with pytest.raises(kind, match=said) as error:
+    convert.load_model(sharded)
+  assert "\n" not in str(error.value)
+
+
+def test_weights_beyond_float16_are_named(tmp_path):
+  tensors = _tensors(True)
+  tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
+  source = _write(tmp_path / "in", tensors, tie_word_embeddings=True)
+  with pytest.raises(ValueError, match="1.mlp.up_proj.weight exceeds float16"):
+    convert.load_model(source, param_dtype=jnp.float16)
+  model = convert.load_model(source)
+  with pytest.raises(ValueError, match="mlp.up_proj.kernel.*beyond float16"):
+    convert.save_model(model, tmp_path / "out", dtype=jnp.float16)
+  assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_several_ends_are_kept(tmp_path):
+  source = _write(tmp_path / "in", _tensors(False), eos_token_id=[2, 5])
+  model = convert.load_model(source)
+  assert model.config.eos_token_ids == (2, 5)
+  convert.save_model(model, tmp_path / "out", dtype=jnp.float32)
+  assert convert.load_config(tmp_path / "out") == model.config
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_an_adapter_round_trip_keeps_every_bit(folder, tmp_path, dtype):
+  model = _adapted(folder, LoraConfig(rank=2))
+  convert.save_adapter(model, tmp_path / "a", base_model="base", dtype=dtype)
+  read = convert.load_adapter(folder, tmp_path / "a")
+  convert.save_adapter(read, tmp_path / "b", base_model="base", dtype=dtype)
+  assert convert.stored_dtype(tmp_path / "b") == dtype
+  for name in ("adapter_model.safetensors", "adapter_config.json"):
+    assert (tmp_path / "a" / name).read_bytes() == (
+      tmp_path / "b" / name
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+  ("targets", "wanted"),
+  [
+    (r".*\.self_attn\.(q|v)_proj", ("q_proj", "v_proj")),
+    (r"model\.layers\.\d+\.mlp\..*", ("gate_proj", "up_proj", "down_proj")),
+  ],
+)
+def test_targets_may_be_a_regular_expression(folder, tmp_path, targets, wanted):
+  model = _adapted(folder, LoraConfig(rank=2, targets=wanted))
+  convert.save_adapter(model, tmp_path / "a", base_model="base")
+  path = tmp_path / "a" / "adapter_config.json"
+  content = json.loads(path.read_text()) | {"target_modules": targets}
+  path.write_text(json.dumps(content))
+  read = convert.load_adapter(folder, tmp_path / "a")
+  assert read.lora.targets == wanted
+  np.testing.assert_array_equal(_logits(read), _logits(model))

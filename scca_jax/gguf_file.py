@@ -1,0 +1,425 @@
+"""Models in GGUF files: sizes, weights and vocabulary from one file.
+
+The `gguf` library reads the file and dequantises; here are the names, and what
+llama.cpp changes when it writes a LLaMA: query and key rows are permuted to
+rotate neighbouring channels, and the rope scaling of Llama 3.1 is a tensor.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from scca_jax import rope
+from scca_jax.llama import LlamaConfig
+from scca_jax.rope import RopeScaling
+
+SUFFIX = ".gguf"
+
+_NAMES = {
+  "token_embd": "model.embed_tokens",
+  "output_norm": "model.norm",
+  "output": "lm_head",
+  "attn_norm": "input_layernorm",
+  "attn_q": "self_attn.q_proj",
+  "attn_k": "self_attn.k_proj",
+  "attn_v": "self_attn.v_proj",
+  "attn_output": "self_attn.o_proj",
+  "ffn_norm": "post_attention_layernorm",
+  "ffn_gate": "mlp.gate_proj",
+  "ffn_up": "mlp.up_proj",
+  "ffn_down": "mlp.down_proj",
+}
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_ROPE_FACTORS = "rope_freqs.weight"
+
+# How text is cut before byte pairs are merged, by the name that GGUF has for
+# it; the expressions are those of the models' own tokenizer.json.
+_LLAMA_3_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA_3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_PRE_TOKENIZERS = ("gpt-2", "smollm", *_LLAMA_3_NAMES)
+# Kinds of pieces: GGUF takes SentencePiece's numbers.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+
+def _hugging_face_name(name: str) -> str:
+  """Returns the Hugging Face name of a tensor; its own if it has none."""
+  layer = _LAYER_TENSOR.fullmatch(name)
+  if layer is not None and layer.group(2) in _NAMES:
+    return f"model.layers.{layer.group(1)}.{_NAMES[layer.group(2)]}.weight"
+  stem = name.removesuffix(".weight")
+  return f"{_NAMES[stem]}.weight" if stem in _NAMES else name
+
+
+def _channels_apart(weight: np.ndarray, num_heads: int) -> np.ndarray:
+  """Undoes llama.cpp's order of query and key rows.
+
+  It rotates channels `2i` and `2i + 1` of a head; ours are `i` and
+  `i + head_dim / 2`.
+  """
+  pairs = weight.reshape(num_heads, -1, 2, weight.shape[-1])
+  return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
+  """A model of the Llama architecture in a GGUF file.
+
+  It maps the Hugging Face name of each tensor to a function that reads it:
+  dequantised, float32, in Hugging Face's layout.
+
+  Attributes:
+    path: The file.
+    config: Sizes of the model.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    """Opens a file and checks its metadata; tensors are read later.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: It is damaged, or no model of the Llama architecture.
+    """
+    # Here, so that only those who read GGUF need what it imports.
+    import gguf
+
+    self.path = pathlib.Path(path)
+    if not self.path.is_file():
+      raise FileNotFoundError(f"there is no GGUF file {self.path}.")
+    try:
+      reader = gguf.GGUFReader(self.path)
+      self._fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        # Long, and of no use but for the tokenizer.
+        if not name.startswith("tokenizer.ggml.")
+      }
+    except (
+      ValueError,
+      IndexError,
+      KeyError,
+      TypeError,
+      OverflowError,
+    ) as error:
+      raise ValueError(
+        f"{self.path} is no GGUF file, or is damaged or cut short"
+        f" ({error}): copy it again."
+      ) from error
+    self._reader = reader
+    self._tensors = {t.name: t for t in reader.tensors}
+    self._dequantize = gguf.dequantize
+    self._names = {
+      _hugging_face_name(name): name
+      for name in self._tensors
+      if name != _ROPE_FACTORS
+    }
+    self.config = self._read_config()
+
+  def name_in_file(self, name: str) -> str:
+    """Returns what a tensor of a Hugging Face name is called in the file."""
+    if name in self._names:
+      return self._names[name]
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
+    stem = layer.group(2) if layer else name.removesuffix(".weight")
+    for own, theirs in _NAMES.items():
+      if theirs == stem:
+        return (
+          f"blk.{layer.group(1)}.{own}.weight" if layer else f"{own}.weight"
+        )
+    return name
+
+  def _values(self, name: str) -> np.ndarray:
+    tensor = self._tensors[name]
+    try:
+      values = self._dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+      raise ValueError(
+        f"{self.path}: the gguf library does not dequantise"
+        f" {tensor.tensor_type.name}, the type of {name}: convert the file to"
+        " another, such as Q8_0."
+      ) from error
+    return values.reshape([int(n) for n in tensor.shape[::-1]])
+
+  def __getitem__(self, name: str) -> Callable[[], np.ndarray]:
+    """Returns a function that reads the tensor."""
+    in_file = self._names[name]
+
+    def read() -> np.ndarray:
+      values = self._values(in_file)
+      for suffix, num_heads in (
+        ("q_proj.weight", self.config.num_heads),
+        ("k_proj.weight", self.config.num_kv_heads),
+      ):
+        # One of another size is refused by whoever knows which it should be.
+        if name.endswith(suffix) and values.shape[0] == (
+          num_heads * self.config.head_dim
+        ):
+          values = _channels_apart(values, num_heads)
+      return values
+
+    return read
+
+  def __iter__(self) -> Iterator[str]:
+    """Returns the Hugging Face names."""
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    """Returns the number of tensors."""
+    return len(self._names)
+
+  # The metadata.
+
+  def _field(self, name: str, default: Any = None) -> Any:
+    return self._fields.get(f"llama.{name}", default)
+
+  def _required(self, name: str) -> Any:
+    value = self._field(name)
+    if value is None:
+      raise ValueError(f"{self.path} lacks llama.{name} in its metadata.")
+    return value
+
+  def _read_config(self) -> LlamaConfig:
+    architecture = self._fields.get("general.architecture")
+    if architecture != "llama":
+      raise ValueError(
+        f"{self.path} holds a model of the architecture {architecture!r}:"
+        " only 'llama' can be read."
+      )
+    if self._field("expert_count"):
+      raise ValueError(
+        f"{self.path} holds a mixture of {self._field('expert_count')} experts:"
+        " only dense models can be read."
+      )
+    embedding = self._tensors.get("token_embd.weight")
+    if embedding is None:
+      raise ValueError(f"{self.path} lacks the tensor token_embd.weight.")
+    num_heads = int(self._required("attention.head_count"))
+    hidden_size = int(self._required("embedding_length"))
+    head_dim = int(
+      self._field("attention.key_length", hidden_size // num_heads)
+    )
+    rotated = int(self._field("rope.dimension_count", head_dim))
+    if rotated != head_dim:
+      raise ValueError(
+        f"{self.path}: rope.dimension_count={rotated} is not supported, only"
+        f" the head_dim {head_dim}."
+      )
+    context_len = int(self._required("context_length"))
+    theta = float(self._field("rope.freq_base", 10000.0))
+    try:
+      return LlamaConfig(
+        vocab_size=int(embedding.shape[-1]),
+        hidden_size=hidden_size,
+        intermediate_size=int(self._required("feed_forward_length")),
+        num_layers=int(self._required("block_count")),
+        num_heads=num_heads,
+        num_kv_heads=int(self._field("attention.head_count_kv", num_heads)),
+        head_dim=head_dim,
+        context_len=context_len,
+        rope_theta=theta,
+        rope_scaling=self._read_rope_scaling(head_dim, theta, context_len),
+        rms_norm_eps=float(self._required("attention.layer_norm_rms_epsilon")),
+        tie_embeddings="output.weight" not in self._tensors,
+        bos_token_id=self.special_id("bos"),
+        eos_token_id=self.special_id("eos"),
+      )
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"{self.path}: {error}") from error
+
+  def _read_rope_scaling(
+    self, head_dim: int, theta: float, context_len: int
+  ) -> RopeScaling | None:
+    if _ROPE_FACTORS in self._tensors:
+      return self._llama_3_scaling(head_dim, theta)
+    kind = self._field("rope.scaling.type", "none")
+    # Before there were kinds.
+    factor = self._field("rope.scale_linear")
+    if factor is not None:
+      kind = "linear"
+    if kind == "none":
+      return None
+    if kind not in ("linear", "yarn"):
+      raise ValueError(f"unknown rope scaling {kind!r}.")
+    length = self._field("rope.scaling.original_context_length", context_len)
+    return RopeScaling(
+      kind=kind,
+      factor=float(factor or self._required("rope.scaling.factor")),
+      original_max_position_embeddings=int(length) if kind == "yarn" else None,
+    )
+
+  def _llama_3_scaling(self, head_dim: int, theta: float) -> RopeScaling:
+    """Returns the scaling whose frequencies the file holds, divided out."""
+    factors = self._values(_ROPE_FACTORS)
+    scaling = RopeScaling(
+      kind="llama3",
+      factor=float(factors.max()),
+      # Of every Llama 3.1 to 3.3.
+      original_max_position_embeddings=8192,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+    )
+    plain, _ = rope.frequencies(head_dim, theta, None, 1)
+    scaled, _ = rope.frequencies(head_dim, theta, scaling, 1)
+    if factors.shape != plain.shape or not np.allclose(
+      plain / factors, scaled, rtol=1e-3
+    ):
+      raise ValueError(
+        f"{_ROPE_FACTORS} is not the rope scaling of Llama 3.1 to 3.3."
+      )
+    return scaling
+
+  # The vocabulary.
+
+  def _vocabulary(self, name: str, default: Any = None) -> Any:
+    field = self._reader.get_field(f"tokenizer.ggml.{name}")
+    return default if field is None else field.contents()
+
+  def special_id(self, kind: str) -> int | None:
+    """Returns the id of the "bos", "eos" or "unknown" token, or None."""
+    token = self._vocabulary(f"{kind}_token_id")
+    return None if token is None else int(token)
+
+  @property
+  def adds_bos(self) -> bool:
+    """Whether a prompt begins with BOS."""
+    default = self._vocabulary("model") == "llama"
+    return bool(self._vocabulary("add_bos_token", default))
+
+  def tokenizer_file(self) -> tuple[str, bytes]:
+    """Returns the tokenizer as the file that other tools read.
+
+    Returns:
+      The file's name, `tokenizer.model` (SentencePiece) or `tokenizer.json`
+      (byte pairs), and its content.
+
+    Raises:
+      ValueError: The vocabulary is missing, damaged or of another kind.
+    """
+    kind = self._vocabulary("model")
+    try:
+      if kind == "llama":
+        return "tokenizer.model", self._sentencepiece()
+      if kind == "gpt2":
+        return "tokenizer.json", self._byte_pairs()
+    except (TypeError, IndexError, UnicodeDecodeError) as error:
+      raise ValueError(
+        f"{self.path}: the vocabulary is damaged ({error}): copy it again."
+      ) from error
+    raise ValueError(
+      f"{self.path} has a tokenizer of the kind {kind!r}, only 'llama' and"
+      " 'gpt2' can be read: give --tokenizer=tokenizer.json."
+    )
+
+  def _pieces(self) -> tuple[list[str], list[int]]:
+    tokens = self._vocabulary("tokens")
+    kinds = self._vocabulary("token_type")
+    if not tokens:
+      raise ValueError(f"{self.path} has no vocabulary: give --tokenizer=FILE.")
+    kinds = [_NORMAL] * len(tokens) if kinds is None else kinds
+    if len(kinds) != len(tokens):
+      raise ValueError(
+        f"{self.path}: {len(tokens)} tokens have {len(kinds)} types: copy it"
+        " again."
+      )
+    return tokens, kinds
+
+  def _sentencepiece(self) -> bytes:
+    from sentencepiece import sentencepiece_model_pb2
+
+    tokens, kinds = self._pieces()
+    scores = self._vocabulary("scores")
+    if scores is None or len(scores) != len(tokens):
+      raise ValueError(f"{self.path} lacks the scores of its vocabulary.")
+    model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
+    for token, kind, score in zip(tokens, kinds, scores, strict=True):
+      model.pieces.add(piece=token, type=kind, score=score)
+    trainer = model.trainer_spec
+    trainer.model_type = trainer.BPE
+    trainer.vocab_size = len(tokens)
+    trainer.byte_fallback = _BYTE in kinds
+    trainer.pad_id = -1
+    for name, field in (("unknown", "unk"), ("bos", "bos"), ("eos", "eos")):
+      token_id = self.special_id(name)
+      if token_id is None and name == "unknown" and _UNKNOWN in kinds:
+        token_id = list(kinds).index(_UNKNOWN)
+      setattr(trainer, f"{field}_id", -1 if token_id is None else token_id)
+      if token_id is not None:
+        # SentencePiece finds them by their names.
+        setattr(trainer, f"{field}_piece", tokens[token_id])
+    normalizer = model.normalizer_spec
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = bool(
+      self._vocabulary("add_space_prefix", True)
+    )
+    normalizer.remove_extra_whitespaces = bool(
+      self._vocabulary("remove_extra_whitespaces", False)
+    )
+    normalizer.escape_whitespaces = True
+    return model.SerializeToString()
+
+  def _byte_pairs(self) -> bytes:
+    tokens, kinds = self._pieces()
+    merges = self._vocabulary("merges")
+    if not merges:
+      raise ValueError(f"{self.path} lacks the merges of its vocabulary.")
+    name = self._vocabulary("pre", "")
+    if name not in _PRE_TOKENIZERS:
+      raise ValueError(
+        f"{self.path}: how {name!r} cuts text is not known, only how"
+        f" {', '.join(_PRE_TOKENIZERS)} do: give --tokenizer=tokenizer.json."
+      )
+    is_llama_3 = name in _LLAMA_3_NAMES
+    processor = tokenizers.Tokenizer(
+      models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ", 1)) for merge in merges],
+        ignore_merges=is_llama_3,
+      )
+    )
+    prefix = bool(self._vocabulary("add_space_prefix", False))
+    steps: list[Any] = []
+    if name == "smollm":
+      steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if is_llama_3:
+      steps.append(
+        pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3_SPLIT), "isolated")
+      )
+    steps.append(
+      pre_tokenizers.ByteLevel(
+        add_prefix_space=prefix, use_regex=not is_llama_3
+      )
+    )
+    processor.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore
+    processor.decoder = decoders.ByteLevel()  # pyright: ignore
+    for of_kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+      added = [
+        tokenizers.AddedToken(token, special=special, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind == of_kind
+      ]
+      if special:
+        processor.add_special_tokens(added)
+      else:
+        processor.add_tokens(added)
+    return processor.to_str().encode()
+
+  def tokenizer_settings(self) -> bytes:
+    """Returns the `tokenizer_config.json` that goes with the tokenizer."""
+    tokens, _ = self._pieces()
+    settings: dict[str, Any] = {
+      "add_bos_token": self.adds_bos,
+      "add_eos_token": False,
+    }
+    for kind in ("bos", "eos"):
+      token_id = self.special_id(kind)
+      if token_id is not None:
+        settings[f"{kind}_token"] = tokens[token_id]
+    return json.dumps(settings, indent=2).encode() + b"\n"
