@@ -1,0 +1,234 @@
+"""Cached decoding against the model run anew for every token."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from scca_jax import generation, patterns
+from scca_jax.generation import FINISHED, Sampling
+from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.rope import RopeScaling
+
+CONFIG = LlamaConfig(
+  vocab_size=37,
+  hidden_size=24,
+  intermediate_size=32,
+  num_layers=4,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  context_len=64,
+  # Larger than usual: logits that tell tokens apart.
+  initializer_range=0.4,
+)
+PROMPTS = [
+  np.random.default_rng(length).integers(0, 37, length).tolist()
+  for length in (9, 1, 23)
+]
+NEW = 12
+FIXED = patterns.scca_fixed(4, chunk_size=8)
+SDA = patterns.sda(4, dilation=2)
+
+
+@functools.cache
+def _model(**changes):
+  return Llama(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(1))
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "pattern"))
+def _all_logits(state, tokens, graphdef, pattern):
+  return nnx.merge(graphdef, state)(tokens, patterns=pattern)
+
+
+def _without_cache(model, prompt, pattern, num_new=NEW):
+  """The likeliest tokens, the whole sequence run for each of them."""
+  graphdef, state = nnx.split(model)
+  # Of one length for all: what is padded lies in the future.
+  ids = np.zeros((1, len(prompt) + num_new), np.int32)
+  ids[0, : len(prompt)] = prompt
+  for i in range(len(prompt), ids.shape[1]):
+    logits = _all_logits(state, jnp.asarray(ids), graphdef, pattern)
+    ids[0, i] = int(logits[0, i - 1].argmax())
+  return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+  "pattern",
+  [
+    patterns.dense(4),
+    FIXED,
+    patterns.scca_flow(4, chunk_size=8, num_chunks=5),
+    patterns.longmixed(4, chunk_size=8),
+    patterns.dna(4, window=3, dilation=2),
+    (FIXED, SDA, FIXED, patterns.dense(4)),
+  ],
+  ids=["dense", "fixed", "flow", "longmixed", "dna", "schedule"],
+)
+def test_the_cache_changes_no_token(pattern):
+  model = _model()
+  found = generation.generate(
+    model,
+    PROMPTS,
+    max_new_tokens=NEW,
+    prefill_patterns=pattern,
+    decode_patterns=pattern,
+  )
+  assert found == [_without_cache(model, p, pattern) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
+def test_rope_scaling_holds_in_the_cache(kind):
+  model = _model(
+    rope_scaling=RopeScaling(
+      kind=kind, factor=4.0, original_max_position_embeddings=16
+    )
+  )
+  dense = patterns.dense(4)
+  found = generation.generate(model, PROMPTS, max_new_tokens=NEW)
+  assert found == [_without_cache(model, p, dense) for p in PROMPTS]
+
+
+def test_prompts_go_alone_as_together():
+  settings = {
+    "max_new_tokens": NEW,
+    "prefill_patterns": FIXED,
+  }
+  together = generation.generate(_model(), PROMPTS, **settings)
+  for prompt, wanted in zip(PROMPTS, together, strict=True):
+    assert generation.generate(_model(), [prompt], **settings) == [wanted]
+
+
+def test_a_sequence_ends_with_its_end():
+  free = generation.generate(_model(), PROMPTS, max_new_tokens=NEW)
+  eos = free[0][3]
+  found = generation.generate(
+    _model(), PROMPTS, max_new_tokens=NEW, eos_ids=(eos,)
+  )
+  for with_end, without in zip(found, free, strict=True):
+    end = without.index(eos) + 1 if eos in without else NEW
+    assert with_end == without[:end]
+  steps = list(
+    generation.stream(_model(), PROMPTS[:1], max_new_tokens=NEW, eos_ids=(eos,))
+  )
+  assert len(steps) == len(found[0])
+  # The model's own ends, of which there may be several.
+  model = _model(eos_token_id=(free[0][3], 36))
+  assert (
+    generation.generate(model, PROMPTS[:1], max_new_tokens=NEW) == (found[:1])
+  )
+
+
+def test_finished_sequences_say_so():
+  free = generation.generate(_model(), PROMPTS, max_new_tokens=NEW)
+  eos = next(t for t in free[0] if t not in free[1][: NEW // 2])
+  steps = np.stack(
+    list(
+      generation.stream(
+        _model(), PROMPTS[:2], max_new_tokens=NEW, eos_ids=(eos,)
+      )
+    )
+  )
+  after = free[0].index(eos) + 1
+  assert (steps[after:, 0] == FINISHED).all()
+  assert (steps[:after, 0] != FINISHED).all()
+
+
+LOGITS = np.log(
+  np.array([[0.4, 0.05, 0.25, 0.2, 0.1], [0.1, 0.6, 0.1, 0.15, 0.05]])
+).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  ("sampling", "kept"),
+  [
+    (Sampling(temperature=1.0), [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]),
+    (Sampling(temperature=2.0, top_k=2), [[0, 2], [1, 3]]),
+    (Sampling(temperature=1.0, top_p=0.6), [[0, 2], [1]]),
+    (Sampling(temperature=1.0, top_p=0.62), [[0, 2], [1, 3]]),
+    # The probabilities that top_p sums are those within top_k.
+    (Sampling(temperature=1.0, top_k=2, top_p=0.61), [[0], [1]]),
+    (Sampling(temperature=1.0, top_p=1e-6), [[0], [1]]),
+  ],
+)
+def test_filters_keep_the_likeliest(sampling, kept):
+  found = np.asarray(generation.filtered(jnp.asarray(LOGITS), sampling))
+  for row, logits, tokens in zip(found, LOGITS, kept, strict=True):
+    assert np.flatnonzero(row > -np.inf).tolist() == tokens
+    np.testing.assert_allclose(
+      row[tokens], logits[tokens] / sampling.temperature, rtol=1e-6
+    )
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+  sampling = Sampling(temperature=0.5, top_k=4)
+  draws = generation._draw(
+    jnp.tile(jnp.asarray(LOGITS[:1]), (20_000, 1)), sampling, jnp.int32(0)
+  )
+  wanted = np.array([0.4, 0, 0.25, 0.2, 0.1]) ** 2
+  wanted /= wanted.sum()
+  share = np.bincount(np.asarray(draws), minlength=5) / 20_000
+  # Five standard deviations.
+  np.testing.assert_allclose(share, wanted, atol=5 * 0.5 / 20_000**0.5)
+
+
+def test_a_seed_gives_the_same_text_again():
+  def run(seed):
+    return generation.generate(
+      _model(),
+      PROMPTS,
+      max_new_tokens=NEW,
+      sampling=Sampling(temperature=1.0, seed=seed),
+    )
+
+  assert run(3) == run(3)
+  assert run(3) != run(4)
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    ({"temperature": -1.0}, "temperature"),
+    ({"top_k": 0}, "top_k"),
+    ({"top_p": 0.0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+  ],
+)
+def test_sampling_out_of_range_is_named(settings, said):
+  with pytest.raises(ValueError, match=said):
+    Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+  ("prompts", "settings", "said"),
+  [
+    ([], {}, "no prompt"),
+    ([[1], []], {}, "prompt 1 has no token"),
+    ([[1, 37]], {}, "vocabulary of 37"),
+    ([[1, -1]], {}, "vocabulary of 37"),
+    ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+    (
+      [[1]],
+      {"prefill_patterns": dataclasses.replace(FIXED, causality="slot")},
+      "causality",
+    ),
+    ([[1]], {"decode_patterns": (FIXED,) * 3}, "4 layers"),
+  ],
+)
+def test_bad_input_is_named(prompts, settings, said):
+  with pytest.raises(ValueError, match=said):
+    generation.generate(_model(), prompts, **({"max_new_tokens": 2} | settings))
+
+
+def test_a_cache_that_is_too_small_is_named():
+  model = _model()
+  with pytest.raises(ValueError, match="1 sequences of 4 tokens"):
+    model.cached_hidden_states(
+      jnp.zeros((1, 5), jnp.int32),
+      model.init_cache(1, 4),
+      patterns=patterns.dense(4),
+    )
