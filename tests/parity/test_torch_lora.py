@@ -1,0 +1,214 @@
+"""Adapters, their gradients and their training against PEFT and PyTorch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+_WHY = "parity needs the extra parity"
+torch = pytest.importorskip("torch", reason=_WHY)
+pytest.importorskip("transformers", reason=_WHY)
+peft = pytest.importorskip("peft", reason=_WHY)
+
+from scca_jax import convert, lora, patterns, training  # noqa: E402
+
+# PEFT asks transformers for what this version calls by another name.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+DENSE = patterns.dense(4)
+LENGTH = 37
+# The tests wait for the compiler, not for what it compiles.
+QUICKLY = {"xla_backend_optimization_level": 0}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EMBEDDINGS = ("embed_tokens", "lm_head")
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+# Settings of PEFT, whether embeddings are tied, and settings of ours.
+CASES = {
+  "attention": (
+    {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION},
+    False,
+    lora.LoraConfig(train_embeddings=False, train_norms=False),
+  ),
+  "rsLoRA of every matrix": (
+    {
+      "r": 3,
+      "lora_alpha": 5.0,
+      "use_rslora": True,
+      "target_modules": lora.TARGETS,
+    },
+    False,
+    lora.LoraConfig(
+      rank=3,
+      alpha=5.0,
+      rslora=True,
+      targets=lora.TARGETS,
+      train_embeddings=False,
+      train_norms=False,
+    ),
+  ),
+  "LoRA+": (
+    {
+      "r": 4,
+      "lora_alpha": 8,
+      "target_modules": ATTENTION,
+      "modules_to_save": [*EMBEDDINGS, *NORMS],
+    },
+    False,
+    lora.LoraConfig(rank=4, alpha=8.0),
+  ),
+  "LoRA+, tied": (
+    {
+      "r": 4,
+      "lora_alpha": 8,
+      "target_modules": ("q_proj", "v_proj", "down_proj"),
+      "modules_to_save": ["embed_tokens", *NORMS],
+      "ensure_weight_tying": True,
+    },
+    True,
+    lora.LoraConfig(
+      rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj")
+    ),
+  ),
+}
+OPTIMIZER = training.OptimizerConfig(learning_rate=1e-3, warmup_steps=2)
+# Of the three steps: a warm-up of two, then the whole.
+LEARNING_RATES = (0.5e-3, 1e-3, 1e-3)
+
+
+def _batch(seed):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, 97, (2, LENGTH + 1)).astype(np.int32)
+  return {
+    "tokens": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "mask": np.ones((2, LENGTH), np.float32),
+  }
+
+
+def _plain(name):
+  """The name of a parameter of PEFT's model, without PEFT's wrappers."""
+  for part in ("base_model.model.", ".modules_to_save", ".default"):
+    name = name.replace(part, "", 1)
+  return name
+
+
+def _trained(theirs):
+  return {
+    _plain(name): parameter
+    for name, parameter in theirs.named_parameters()
+    if parameter.requires_grad
+  }
+
+
+def _loss(theirs, batch):
+  logits = theirs(torch.tensor(batch["tokens"]).long()).logits
+  targets = torch.tensor(batch["targets"]).long()
+  return logits, torch.nn.functional.cross_entropy(
+    logits.flatten(0, 1), targets.flatten()
+  )
+
+
+@pytest.fixture
+def pair(request, tmp_path, random_llama):
+  """A model with a random adapter, PEFT's, and what is loaded of its files."""
+  settings, tied, expected = CASES[request.param]
+  base = random_llama(tie_word_embeddings=tied)
+  base.save_pretrained(tmp_path / "base")
+  theirs = peft.get_peft_model(
+    base, peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+  )
+  generator = torch.Generator().manual_seed(1)
+  with torch.no_grad():
+    for name, parameter in _trained(theirs).items():
+      drawn = torch.randn(parameter.shape, generator=generator)
+      if "lora_" in name:
+        # Half as large as what it is added to. Much more would make attention
+        # so sharp that rounding alone exceeds the tolerance.
+        size = 0.5 / expected.scaling if "lora_B" in name else 1.0
+        parameter.copy_(drawn * size / parameter.shape[-1] ** 0.5)
+      else:
+        parameter.add_(0.05 * drawn)
+  theirs.save_pretrained(tmp_path / "adapter")
+  ours = convert.load_adapter(tmp_path / "base", tmp_path / "adapter")
+  assert ours.lora == expected
+  return theirs, ours
+
+
+@functools.partial(
+  jax.jit, static_argnames="graphdef", compiler_options=QUICKLY
+)
+def _loss_and_gradients(graphdef, params, frozen, batch):
+  def loss_of(params):
+    logits = nnx.merge(graphdef, params, frozen)(
+      batch["tokens"], patterns=DENSE
+    )
+    log_probs = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_probs, batch["targets"][..., None], -1)
+    return -jnp.mean(picked), logits
+
+  return jax.grad(loss_of, has_aux=True)(params)
+
+
+@pytest.mark.parametrize("pair", CASES, indirect=True)
+def test_outputs_and_gradients_equal_those_of_peft(pair, by_torch_name):
+  theirs, ours = pair
+  batch = _batch(0)
+  graphdef, params, frozen = nnx.split(ours, lora.trainable(ours.lora), ...)
+  gradients, logits = _loss_and_gradients(graphdef, params, frozen, batch)
+  expected, loss = _loss(theirs, batch)
+  loss.backward()
+  np.testing.assert_allclose(
+    logits, expected.detach().numpy(), rtol=0, atol=1e-5
+  )
+  with theirs.disable_adapter():
+    without, _ = _loss(theirs, batch)
+  assert (without - expected).abs().max() > 1
+  found, trained = by_torch_name(gradients), _trained(theirs)
+  assert found.keys() == trained.keys()
+  for name, parameter in trained.items():
+    np.testing.assert_allclose(
+      found[name], parameter.grad.numpy(), rtol=1e-5, atol=1e-6, err_msg=name
+    )
+
+
+@pytest.mark.parametrize(
+  "pair", ["rsLoRA of every matrix", "LoRA+, tied"], indirect=True
+)
+def test_three_steps_of_adamw_train_what_pytorch_trains(pair, by_torch_name):
+  theirs, ours = pair
+  graphdef, params, frozen = nnx.split(ours, lora.trainable(ours.lora), ...)
+  before = by_torch_name(params)
+  rule = training.make_optimizer(OPTIMIZER, num_steps=3)
+  state = training.init_state(params, rule, "float32")
+  step = training.compile_step(
+    graphdef, rule, training.StepConfig(patterns=DENSE)
+  )
+  step = step.lower(state, frozen, _batch(0)).compile(QUICKLY)
+  trained = _trained(theirs)
+  optimizer = torch.optim.AdamW(
+    trained.values(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+  )
+  for i, learning_rate in enumerate(LEARNING_RATES):
+    state, metrics = step(state, frozen, _batch(i))
+    _, loss = _loss(theirs, _batch(i))
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+    optimizer.param_groups[0]["lr"] = learning_rate
+    optimizer.step()
+    np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], norm.item(), rtol=1e-5)
+  found = by_torch_name(state.params)
+  assert found.keys() == trained.keys()
+  for name, parameter in trained.items():
+    after = parameter.detach().numpy()
+    # Adam divides gradients by their size: where one happens to be near 0, its
+    # rounding shows. Of the 0.0025 that parameters move it is little, and rare.
+    assert np.median(np.abs(after - before[name])) > 5e-4, name
+    error = np.abs(found[name] - after)
+    assert error.max() < 1e-5 and error.mean() < 1e-7, name

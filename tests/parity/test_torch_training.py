@@ -1,0 +1,176 @@
+"""A fine-tuning run beside the same one in PyTorch."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from flax import nnx
+
+_WHY = "parity needs the extra parity"
+torch = pytest.importorskip("torch", reason=_WHY)
+transformers = pytest.importorskip("transformers", reason=_WHY)
+peft = pytest.importorskip("peft", reason=_WHY)
+
+import torch_attention  # noqa: E402
+
+from experiments import loop  # noqa: E402
+from experiments.config import TrainingConfig  # noqa: E402
+from scca_jax import (  # noqa: E402
+  assets,
+  convert,
+  data,
+  lora,
+  patterns,
+  tokenizer,
+  training,
+)
+from scca_jax.rope import RopeScaling  # noqa: E402
+
+# PEFT asks transformers for what this version calls by another name.
+pytestmark = pytest.mark.filterwarnings(
+  "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
+# The last chunk is short.
+SEQ_LEN, CHUNK_SIZE, BATCH_SIZE, STEPS = 300, 80, 2, 20
+FACTOR, WARMUP_STEPS, PEAK, LAST = 4.0, 5, 1e-3, 0.1
+# The norms of the gradients are of what AdamW is given before clipping.
+TOLERANCES = {"learning_rate": 1e-6, "loss": 1e-5, "grad_norm": 1e-4}
+# With norms and the embedding, which is the output head as well.
+ADAPTER = lora.LoraConfig()
+OPTIMIZER = training.OptimizerConfig(
+  learning_rate=PEAK,
+  schedule="cosine",
+  warmup_steps=WARMUP_STEPS,
+  final_fraction=LAST,
+)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+  """The first of the embedded books."""
+  path = tmp_path_factory.mktemp("tokens") / "book.bin"
+  books = itertools.islice(data.read_documents(assets.BOOKS_TUNE), 1)
+  data.write_token_file(books, tokenizer.load(assets.MODEL), path)
+  return data.TokenFile.open(path)
+
+
+def _batches(tokens):
+  return data.batches(tokens, seq_len=SEQ_LEN, batch_size=BATCH_SIZE, seed=0)
+
+
+def _start():
+  """The embedded model with interpolated positions and new adapters."""
+  config = convert.load_config(assets.MODEL)
+  config = dataclasses.replace(
+    config,
+    context_len=int(FACTOR) * config.context_len,
+    rope_scaling=RopeScaling(kind="linear", factor=FACTOR),
+  )
+  return convert.load_model(
+    assets.MODEL, config=config, lora=ADAPTER, rngs=nnx.Rngs(0)
+  )
+
+
+def _train_ours(model, tokens, folder):
+  """Returns the metrics of each step of the loop that the commands run."""
+  config = TrainingConfig(
+    seq_len=SEQ_LEN,
+    batch_size=BATCH_SIZE,
+    steps=STEPS,
+    checkpoint_every=STEPS,
+  )
+  loop.fit(
+    model,
+    trainable=lora.trainable(model.lora),
+    batches=_batches(tokens),
+    step_config=training.StepConfig(
+      patterns=patterns.scca_fixed(model.config.num_heads, CHUNK_SIZE)
+    ),
+    optimizer_config=OPTIMIZER,
+    config=config,
+    output_dir=folder,
+  )
+  lines = (folder / "metrics.jsonl").read_text(encoding="utf8").splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def _attend(
+  module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
+):
+  """SCCA fixed as transformers calls attention, `[batch, heads, seq, ...]`."""
+  del module, scaling, kwargs
+  assert attention_mask is None and dropout == 0
+  heads_last = (x.transpose(1, 2) for x in (query, key, value))
+  output, _ = torch_attention.scca_fixed(*heads_last, CHUNK_SIZE)
+  return output, None
+
+
+def _learning_rate(step):
+  if step < WARMUP_STEPS:
+    return PEAK * (step + 1) / WARMUP_STEPS
+  share = (step - WARMUP_STEPS) / (STEPS - WARMUP_STEPS)
+  return PEAK * (LAST + (1 - LAST) * (1 + math.cos(math.pi * share)) / 2)
+
+
+def _train_theirs(adapter, tokens):
+  """Returns the same of a loop in PyTorch; PEFT reads the adapter."""
+  transformers.AttentionInterface.register("scca_fixed", _attend)
+  config = transformers.LlamaConfig.from_pretrained(assets.MODEL)
+  config.rope_parameters = {
+    "rope_type": "linear",
+    "factor": FACTOR,
+    "rope_theta": 10000.0,
+  }
+  base = transformers.LlamaForCausalLM.from_pretrained(
+    assets.MODEL,
+    config=config,
+    dtype=torch.float32,
+    attn_implementation="scca_fixed",
+  )
+  model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+  trained = [p for p in model.parameters() if p.requires_grad]
+  optimizer = torch.optim.AdamW(
+    trained, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+  )
+  history = []
+  for step, batch in enumerate(itertools.islice(_batches(tokens), STEPS)):
+    logits = model(torch.tensor(batch["tokens"]).long(), use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(
+      logits.flatten(0, 1), torch.tensor(batch["targets"]).long().flatten()
+    )
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.param_groups[0]["lr"] = _learning_rate(step)
+    optimizer.step()
+    history.append(
+      {
+        "loss": loss.item(),
+        "grad_norm": norm.item(),
+        "learning_rate": _learning_rate(step),
+      }
+    )
+  return history
+
+
+def test_a_fine_tuning_run_has_the_losses_of_pytorch(tokens, tmp_path):
+  model = _start()
+  # Before training: the step takes the buffers of what it is given.
+  convert.save_adapter(
+    model, tmp_path / "adapter", base_model=str(assets.MODEL)
+  )
+  ours = _train_ours(model, tokens, tmp_path)
+  theirs = _train_theirs(tmp_path / "adapter", tokens)
+  assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+  for name, tolerance in TOLERANCES.items():
+    np.testing.assert_allclose(
+      [line[name] for line in ours],
+      [line[name] for line in theirs],
+      rtol=tolerance,
+      err_msg=name,
+    )
+  assert ours[-1]["loss"] < ours[0]["loss"] - 0.1
