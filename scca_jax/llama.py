@@ -2,6 +2,9 @@
 
 Parameters are named as in Hugging Face's files; those of the layers are stacked
 along a first axis, so that the layers compile once.
+
+The module is long because decoding with a cache goes through the same layers as
+training, and is here beside them.
 """
 
 import dataclasses
