@@ -39,6 +39,7 @@ class Bytes(Tokenizer):
   vocab_size: int = 259
   bos_id: int | None = 1
   eos_id: int | None = 2
+  adds_bos: bool = True
 
   def encode_batch(self, texts):
     return [
