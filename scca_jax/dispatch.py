@@ -1,17 +1,17 @@
 """`attention`: checks its arguments and chooses an implementation."""
 
+import functools
 import importlib
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
+from scca_jax.backends import target
 from scca_jax.patterns import AttentionPattern
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "triton", "mosaic")
-# Those of IMPLEMENTATIONS that this version has, best first.
-AVAILABLE = ("xla", "reference")
 
 Patterns = AttentionPattern | tuple[AttentionPattern, ...]
 
@@ -88,27 +88,18 @@ def _check_rest(
     raise ValueError(f"query_offset must be an integer, got {query_offset!r}.")
 
 
-def _candidates(implementation: str | None) -> list[Callable[..., Any]]:
-  """Returns the functions to try, the best first."""
-  if implementation is None:
-    names = AVAILABLE
-  elif implementation in AVAILABLE:
-    names = (implementation,)
-  elif implementation in IMPLEMENTATIONS:
-    raise NotImplementedError(
-      f"this version has no implementation {implementation!r}: use one of"
-      f" {', '.join(AVAILABLE)}."
-    )
-  else:
-    raise ValueError(
-      f"unknown implementation {implementation!r}: use one of"
-      f" {', '.join(IMPLEMENTATIONS)}."
-    )
-  # Only what is used is imported: kernels need libraries of their GPU.
-  return [
-    importlib.import_module(f"scca_jax.backends.{name}").attention
-    for name in names
-  ]
+def available() -> tuple[str, ...]:
+  """Returns the implementations that the device can run, best first.
+
+  The device is that of `target.current`. `cudnn` serves few calls, so it is
+  never chosen where it was not asked for, and not among them.
+  """
+  capability = target.current().compute_capability
+  if capability[0] == 9:
+    return ("mosaic", "triton", "xla", "reference")
+  if capability >= (8, 0):
+    return ("triton", "xla", "reference")
+  return ("xla", "reference")
 
 
 def check_implementation(implementation: str | None) -> None:
@@ -116,18 +107,67 @@ def check_implementation(implementation: str | None) -> None:
 
   Raises:
     ValueError: The name is unknown.
-    NotImplementedError: This version does not have it.
+    NotImplementedError: The device cannot run it.
   """
-  _candidates(implementation)
+  if implementation is None:
+    return
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"unknown implementation {implementation!r}: use one of"
+      f" {', '.join(IMPLEMENTATIONS)}."
+    )
+  device = target.current()
+  least = {"cudnn": (8, 0), "triton": (8, 0), "mosaic": (9, 0)}.get(
+    implementation, (0, 0)
+  )
+  if device.compute_capability < least:
+    raise NotImplementedError(
+      f"{implementation} needs a GPU of compute capability"
+      f" {'.'.join(map(str, least))}, and this is {device.kind}: use one of"
+      f" {', '.join(available())}."
+    )
 
 
-def _first_that_can(candidates: Any, *args: Any, **kwargs: Any) -> Any:
-  for candidate in candidates[:-1]:
+@functools.cache
+def _tell_once(chosen: str, reasons: tuple[str, ...]) -> None:
+  """Says what was chosen in place of something faster."""
+  logging.warning(
+    "attention falls back to %s here: %s", chosen, " ".join(reasons)
+  )
+
+
+def _run_one(
+  name: str, needs_log_sum: bool, *args: Any, **kwargs: Any
+) -> tuple[jax.Array, Any]:
+  # Only what is used is imported: kernels need libraries of their GPU.
+  try:
+    module = importlib.import_module(f"scca_jax.backends.{name}")
+  except ImportError as error:
+    raise NotImplementedError(
+      f"{name} does not work with jax {jax.__version__}: {error}."
+    ) from error
+  output, log_sum = module.attention(*args, **kwargs)
+  if log_sum is None and needs_log_sum:
+    raise NotImplementedError(f"{name} gives no log-sum-exp.")
+  return output, log_sum
+
+
+def _run(
+  implementation: str | None, needs_log_sum: bool, *args: Any, **kwargs: Any
+) -> tuple[jax.Array, Any]:
+  """Runs the implementation asked for, or the best that can serve the call."""
+  names = available() if implementation is None else (implementation,)
+  reasons: list[str] = []
+  for name in names[:-1]:
     try:
-      return candidate(*args, **kwargs)
-    except NotImplementedError:
-      pass
-  return candidates[-1](*args, **kwargs)
+      result = _run_one(name, needs_log_sum, *args, **kwargs)
+    except NotImplementedError as error:
+      reasons.append(str(error))
+      continue
+    if reasons:
+      _tell_once(name, tuple(reasons))
+    return result
+  return _run_one(names[-1], needs_log_sum, *args, **kwargs)
 
 
 def _combine(
@@ -214,7 +254,9 @@ def attention(
       have positions from 0, queries from `query_offset` on.
     scale: Factor of the scores; None takes `head_dim ** -0.5`.
     implementation: "reference" (one dense mask), "xla" (any device), "cudnn",
-      "triton" or "mosaic"; None takes the best that can serve the call.
+      "triton" or "mosaic"; None takes the best that can serve the call:
+      "mosaic" on Hopper GPUs, "triton" on other GPUs from Ampere on, else
+      "xla". What it falls back to, and why, is logged once.
     return_lse: Whether to return the log-sum-exp of the scores as well.
 
   Returns:
@@ -229,10 +271,11 @@ def attention(
   patterns = pattern if isinstance(pattern, tuple) else (pattern,)
   _check_arrays(query, key, value)
   _check_rest(query, key, patterns, segment_ids, query_offset)
-  candidates = _candidates(implementation)
+  check_implementation(implementation)
   results = [
-    _first_that_can(
-      candidates,
+    _run(
+      implementation,
+      return_lse or len(patterns) > 1,
       query,
       key,
       value,

@@ -9,6 +9,7 @@ import pytest
 
 import scca_jax
 from scca_jax import dispatch, patterns
+from scca_jax.backends import cudnn, target
 
 SEQ_LEN, HEADS = 13, 4
 # Every named pattern, under both rules for the start of the sequence.
@@ -17,7 +18,9 @@ NAMED = [
   for name in patterns.NAMES
   for boundary in patterns.BOUNDARIES
 ]
-implementations = pytest.mark.parametrize("implementation", dispatch.AVAILABLE)
+# Those that run anywhere.
+EVERYWHERE = ("xla", "reference")
+implementations = pytest.mark.parametrize("implementation", EVERYWHERE)
 
 
 # One compilation is faster than many small ones.
@@ -190,7 +193,7 @@ def test_the_default_is_one_of_the_implementations():
   pattern = patterns.longmixed(HEADS, 4)
   results = [
     _jitted(query, key, value, pattern, implementation=name)[0]
-    for name in (None, *dispatch.AVAILABLE)
+    for name in (None, *EVERYWHERE)
   ]
   for result in results[1:]:
     np.testing.assert_allclose(results[0], result, atol=2e-6)
@@ -225,9 +228,72 @@ def test_calls_that_do_not_fit_are_refused(change, said):
 
 
 @pytest.mark.parametrize("name", ["cudnn", "triton", "mosaic"])
-def test_implementations_to_come_say_what_there_is(name):
+def test_without_a_gpu_its_implementations_say_what_there_is(name):
   query, key, value = _inputs()
-  with pytest.raises(NotImplementedError, match=f"{name}.*xla"):
+  with pytest.raises(NotImplementedError, match=f"{name}.*is cpu.*xla"):
     scca_jax.attention(
       query, key, value, patterns.dense(HEADS), implementation=name
     )
+
+
+@pytest.mark.parametrize(
+  ("capability", "best"),
+  [
+    ((7, 0), "xla"),
+    ((8, 0), "triton"),
+    ((8, 9), "triton"),
+    ((9, 0), "mosaic"),
+    ((10, 0), "triton"),
+    ((12, 0), "triton"),
+  ],
+)
+def test_the_gpu_decides_what_is_best(capability, best):
+  gpu = target.Target("gpu", "a GPU", capability, 100)
+  with target.compile_for(gpu):
+    names = dispatch.available()
+  assert names[0] == best
+  assert names[-2:] == EVERYWHERE
+
+
+def test_falling_back_is_told_once(caplog):
+  query, key, value = _inputs()
+  pattern = patterns.scca_fixed(HEADS, 5)
+  dispatch._tell_once.cache_clear()
+  # Kernels serve 16-bit inputs: a GPU computes float32 by XLA.
+  with target.compile_for(target.Target("gpu", "a GPU", (9, 0), 132)):
+    for _ in range(2):
+      result = scca_jax.attention(query, key, value, pattern)
+  told = [r.getMessage() for r in caplog.records if "falls back" in r.message]
+  assert len(told) == 1
+  assert "falls back to xla" in told[0]
+  assert "mosaic serves" in told[0] and "float32" in told[0]
+  expected = scca_jax.attention(
+    query, key, value, pattern, implementation="xla"
+  )
+  np.testing.assert_array_equal(result, expected)
+
+
+def test_nothing_is_told_where_the_best_serves(caplog):
+  query, key, value = _inputs()
+  dispatch._tell_once.cache_clear()
+  scca_jax.attention(query, key, value, patterns.dense(HEADS))
+  assert not [r for r in caplog.records if "falls back" in r.message]
+
+
+def test_implementations_that_lack_a_log_sum_exp_are_not_asked_for_one(
+  monkeypatch,
+):
+  monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+  query, key, value = _inputs()
+  pattern = patterns.dense(HEADS)
+  with target.compile_for(target.Target("gpu", "a GPU", (8, 0), 100)):
+    attend = functools.partial(
+      scca_jax.attention, query, key, value, implementation="cudnn"
+    )
+    attend(pattern)
+    for call in (
+      lambda: attend(pattern, return_lse=True),
+      lambda: attend((pattern, patterns.local(HEADS, 4))),
+    ):
+      with pytest.raises(NotImplementedError, match="no log-sum-exp"):
+        call()

@@ -11,8 +11,16 @@ PACKAGE = ROOT / "scca_jax"
 # Each module may import those in layers above it, never below.
 LAYERS = (
   ("patterns", "assets", "files"),
-  ("receptive_field", "backends.reference", "backends.xla"),
-  ("backends",),
+  ("receptive_field", "backends", "backends.target", "backends.blocks"),
+  ("backends.mosaic_launch",),
+  ("backends.mosaic_forward", "backends.mosaic_backward"),
+  (
+    "backends.reference",
+    "backends.xla",
+    "backends.cudnn",
+    "backends.triton",
+    "backends.mosaic",
+  ),
   ("dispatch", "rope", "lora"),
   ("llama",),
   ("gguf_file",),

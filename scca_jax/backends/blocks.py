@@ -1,0 +1,587 @@
+"""Which blocks of keys and queries meet, for the GPU kernels.
+
+Keys are read where they lie: a shift is an index, and a dilation `r` a stride.
+The positions of one *residue*, those equal modulo `r`, are its *slots*. For one
+shift a query sees an interval of keys, and a key is seen by an interval of
+queries, both in closed form (`key_bounds`, `query_bounds`), so that the
+backward pass knows its blocks as the forward pass does.
+
+A *tile* is a block of rows, queries or, in the inverse direction, keys, with
+the blocks of columns that it meets. Tiles are made on the host, once a shape:
+`make_groups` lists them, the blocks of a tile that straddle a border, and need
+a mask, before the others. The kernels read them from a table and use the same
+bounds for the masks.
+"""
+
+import dataclasses
+import functools
+import heapq
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from scca_jax.patterns import HeadPattern
+
+# Further than any sequence is long.
+FAR = 1 << 29
+# Blocks of columns begin at a multiple of this slot: the copy engine of a
+# Hopper GPU fills tiles of 8 rows.
+ALIGN = 8
+# Positions that segment ids are summed up over, see `trim`.
+_GRANULE = 64
+
+# Fields of a tile. Block `i` begins at slot `start_j + i * columns` of
+# `residue_j`, where `j` is 0 for `i < end_0`, else 1 for `i < end_1`, else 2.
+FIELDS = (
+  "batch",
+  "head",  # of the queries
+  "kv_head",
+  "place",  # of the query head among those of the launch
+  "kv_place",  # of the key head among those of the launch
+  "residue",
+  "start",  # first row, a slot
+  "num_blocks",
+  "num_masked",  # the first so many need a mask
+  "end_0",
+  "end_1",
+  "residue_0",
+  "start_0",
+  "residue_1",
+  "start_1",
+  "residue_2",
+  "start_2",
+  "flags",
+)
+FIELD = {name: i for i, name in enumerate(FIELDS)}
+# Flags of a tile: it is the first or the last of its rows; all its blocks are
+# of queries that fall back (`HeadPattern.falls_back`); only its first run is.
+FIRST, LAST, FALLS_BACK, MIXED = 1, 2, 4, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+  """Sizes of the tiles of one kernel.
+
+  Attributes:
+    rows: Rows of a tile.
+    columns: Columns of a block.
+    stages: Blocks of columns in flight.
+    warps: Warps of a program, where the kernel leaves the choice.
+  """
+
+  rows: int = 128
+  columns: int = 128
+  stages: int = 2
+  warps: int = 8
+
+
+# What `experiments.benchmark_attention --tune` found: by implementation, GPU,
+# dtype, head_dim and kernel.
+SIZES_PATH = pathlib.Path(__file__).with_name("block_sizes.json")
+
+
+def tuned_sizes(
+  implementation: str, kind: str, dtype: Any, head_dim: int
+) -> dict[str, BlockSizes]:
+  """Returns the sizes found by tuning, by kernel; empty for an unknown GPU.
+
+  Args:
+    implementation: Name of the back end.
+    kind: Name of the GPU.
+    dtype: Of the inputs.
+    head_dim: Length of a head.
+  """
+  found = _all_tuned_sizes().get(implementation, {}).get(kind, {})
+  found = found.get(np.dtype(dtype).name, {}).get(str(head_dim), {})
+  return {kernel: BlockSizes(**sizes) for kernel, sizes in found.items()}
+
+
+@functools.cache
+def _all_tuned_sizes() -> dict[str, Any]:
+  return json.loads(SIZES_PATH.read_text(encoding="utf8"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What a head sees, as numbers: Python's, or scalars of a kernel.
+
+  Attributes:
+    chunk_size: Length of the chunks, `2 * FAR` for none.
+    offset: Of the chunk borders; not positive.
+    shift: Of the keys.
+    reach: Largest distance of a slot in a window, in tokens, or `FAR`.
+    windowed: Whether there is a window, 0 or 1.
+    limit: Queries before it are served without the shift.
+    dilation: Distance of neighbouring slots.
+    select: Residue of the queries that are served, or -1.
+  """
+
+  chunk_size: Any
+  offset: Any
+  shift: Any
+  reach: Any
+  windowed: Any
+  limit: Any
+  dilation: Any
+  select: Any
+
+  @classmethod
+  def of(cls, head: HeadPattern, boundary: str) -> "Rule":
+    """Returns the rule of a head."""
+    shift, limit = head.shift, 0
+    if head.chunk_size is None:
+      if head.window is None:
+        # Without borders only the residue of the shift matters.
+        shift %= head.dilation
+      chunk_size, offset = 2 * FAR, -FAR
+      if boundary == "local" and head.dilation > 1:
+        limit = head.shift
+    else:
+      chunk_size = head.chunk_size
+      offset = head.offset % chunk_size - chunk_size
+      if boundary == "local" and head.shift:
+        whole_chunks = (head.shift - head.offset) // chunk_size
+        limit = max(0, head.offset + whole_chunks * chunk_size)
+    reach = FAR
+    if head.window is not None:
+      reach = min((head.window - 1) * head.dilation, FAR)
+    return cls(
+      chunk_size=chunk_size,
+      offset=offset,
+      shift=shift,
+      reach=reach,
+      windowed=int(head.window is not None),
+      limit=limit,
+      dilation=head.dilation,
+      select=-1 if head.select is None else head.select,
+    )
+
+  def numbers(self) -> list[int]:
+    """Returns the fields in the order of `RULE_FIELDS`."""
+    return [int(getattr(self, name)) for name in RULE_FIELDS]
+
+
+RULE_FIELDS = tuple(field.name for field in dataclasses.fields(Rule))
+
+
+def _div(a: Any, b: Any) -> Any:
+  """Returns `a // b` for `a >= 0`; kernels then need no fix for signs."""
+  if isinstance(a, jax.Array):
+    return lax.div(a, jnp.broadcast_to(jnp.asarray(b, a.dtype), a.shape))
+  return a // b
+
+
+def _library(*arrays: Any) -> Any:
+  return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
+
+
+def _maximum(a: Any, b: Any) -> Any:
+  return _library(a, b).maximum(a, b)
+
+
+def _minimum(a: Any, b: Any) -> Any:
+  return _library(a, b).minimum(a, b)
+
+
+def key_bounds(rule: Rule, queries: Any, shift: Any) -> tuple[Any, Any]:
+  """Returns the first and the last key that each query sees.
+
+  Of the keys between them it sees those of one residue. There are none where
+  the last lies before the first. Causality is left out, except with a window:
+  where the shift is not negative, the last key is at most the query.
+
+  Args:
+    rule: Of the head.
+    queries: Positions.
+    shift: 0 for queries that fall back, else the rule's.
+  """
+  chunk = rule.offset + rule.chunk_size * _div(
+    queries - rule.offset, rule.chunk_size
+  )
+  first = _maximum(_maximum(chunk - shift, queries - shift - rule.reach), 0)
+  last = _minimum(
+    chunk + (rule.chunk_size - 1) - shift, queries - shift * rule.windowed
+  )
+  return first, last
+
+
+def query_bounds(rule: Rule, keys: Any, shift: Any) -> tuple[Any, Any]:
+  """Returns the first and the last query that sees each key, as `key_bounds`.
+
+  The last may lie behind the end of the sequence.
+  """
+  chunk = rule.offset + rule.chunk_size * _div(
+    keys + shift - rule.offset, rule.chunk_size
+  )
+  first = _maximum(keys + shift * rule.windowed, chunk)
+  last = _minimum(chunk + (rule.chunk_size - 1), keys + shift + rule.reach)
+  return first, last
+
+
+def to_slots(
+  first: Any, last: Any, residue: Any, dilation: Any
+) -> tuple[Any, Any]:
+  """Returns an interval of positions as one of slots of a residue."""
+  where = _library(first, last).where
+  first = _div(first - residue + (dilation - 1), dilation)
+  last = where(last < residue, -1, _div(_maximum(last - residue, 0), dilation))
+  return first, last
+
+
+def _run(
+  first: Sequence[np.ndarray], last: Sequence[np.ndarray], columns: int
+) -> tuple[np.ndarray, ...]:
+  """Returns where the blocks of each tile begin and which need a mask.
+
+  Bounds grow with the rows, so those of the first and the last row suffice.
+
+  Args:
+    first: First column that the first and the last row see.
+    last: Last column that they see.
+    columns: Of a block.
+
+  Returns:
+    The first column, the number of blocks, and how many of them need a mask at
+    the begin and at the end.
+  """
+  start = first[0] // ALIGN * ALIGN
+  count = np.maximum(0, -(-(last[1] + 1 - start) // columns))
+  count = np.where(last[1] < first[0], 0, count)
+  before = np.clip(-(-(first[1] - start) // columns), 0, count)
+  after = count - np.clip((last[0] + 1 - start) // columns, before, count)
+  return start, count, before, after
+
+
+def _blocks_of(
+  rule: Rule,
+  seq_len: int,
+  residue: int,
+  positions: tuple[np.ndarray, np.ndarray],
+  columns: int,
+  inverse: bool,
+  falls_back: bool,
+) -> tuple[Any, ...]:
+  """Returns the columns' residue and the `_run` of each tile, for one shift.
+
+  Args:
+    rule: Of the head.
+    seq_len: Tokens.
+    residue: Of the rows.
+    positions: Of the first and of the last row of each tile.
+    columns: Of a block.
+    inverse: Whether rows are keys.
+    falls_back: Whether only queries before the rule's limit count, which have
+      shift 0; else only the others.
+  """
+  shift = 0 if falls_back else rule.shift
+  none: Any
+  if inverse:
+    other = (residue + shift) % rule.dilation
+    bounds = [query_bounds(rule, x, shift) for x in positions]
+    least = 0 if falls_back else rule.limit
+    end = min(seq_len, rule.limit) if falls_back else seq_len
+    bounds = [
+      (np.maximum(first, least), np.minimum(last, end - 1))
+      for first, last in bounds
+    ]
+    none = rule.select not in (-1, other)
+  else:
+    other = (residue - shift) % rule.dilation
+    first_row, last_row = positions
+    if falls_back:
+      last_row = np.minimum(last_row, rule.limit - 1)
+    else:
+      first_row = np.maximum(first_row, rule.limit)
+    bounds = [key_bounds(rule, x, shift) for x in (first_row, last_row)]
+    none = (first_row > last_row) | (rule.select not in (-1, residue))
+  slots = [
+    to_slots(first, np.where(none, -1, last), other, rule.dilation)
+    for first, last in bounds
+  ]
+  return other, *_run([x[0] for x in slots], [x[1] for x in slots], columns)
+
+
+@functools.lru_cache(maxsize=1024)
+def tiles_of_head(
+  rule: Rule,
+  seq_len: int,
+  rows: int,
+  columns: int,
+  inverse: bool,
+  in_order: bool,
+) -> np.ndarray:
+  """Returns the tiles of one head, int32 `[tiles, fields]`, batch and head 0.
+
+  Args:
+    rule: Of the head.
+    seq_len: Tokens.
+    rows: Rows of a tile, queries or, if `inverse`, keys.
+    columns: Columns of a block.
+    inverse: Whether the rows are keys.
+    in_order: Whether blocks go from the first to the last, as `trim` needs
+      them, all of them masked; else those that need a mask go first.
+  """
+  r = rule.dilation
+  parts = []
+  for residue in range(min(r, seq_len)):
+    num_rows = -(-(seq_len - residue) // r)
+    starts = np.arange(0, num_rows, rows, dtype=np.int64)
+    first = starts * r + residue
+    last = (np.minimum(starts + rows, num_rows) - 1) * r + residue
+    other, start, count, before, after = _blocks_of(
+      rule, seq_len, residue, (first, last), columns, inverse, False
+    )
+    if in_order:
+      before, after = count, 0 * count
+    fields = {
+      "num_blocks": count,
+      "num_masked": before + after,
+      "end_0": before,
+      "end_1": before + after,
+      "residue_0": other,
+      "start_0": start,
+      "residue_1": other,
+      "start_1": start + (count - after - before) * columns,
+      "residue_2": other,
+      "start_2": start - after * columns,
+      "flags": 0 * count,
+    }
+    if rule.limit:
+      other_0, start_0, count_0, before_0, after_0 = _blocks_of(
+        rule, seq_len, residue, (first, last), columns, inverse, True
+      )
+      if in_order:
+        before_0, after_0 = count_0, 0 * count_0
+      alone = {
+        "num_blocks": count_0,
+        "num_masked": before_0 + after_0,
+        "end_0": before_0,
+        "end_1": before_0 + after_0,
+        "residue_0": other_0,
+        "start_0": start_0,
+        "residue_1": other_0,
+        "start_1": start_0 + (count_0 - after_0 - before_0) * columns,
+        "residue_2": other_0,
+        "start_2": start_0 - after_0 * columns,
+        "flags": FALLS_BACK,
+      }
+      # Rows that fall back and rows that do not: two runs, all masked.
+      both = {
+        "num_blocks": count_0 + count,
+        "num_masked": count_0 + count,
+        "end_0": count_0,
+        "end_1": count_0 + count,
+        "residue_0": other_0,
+        "start_0": start_0,
+        "residue_1": other,
+        "start_1": start - count_0 * columns,
+        "residue_2": other,
+        "start_2": 0,
+        "flags": MIXED,
+      }
+      if inverse:
+        is_alone = (count_0 > 0) & (count == 0)
+        is_both = (count_0 > 0) & (count > 0)
+      else:
+        is_alone = last < rule.limit
+        is_both = (first < rule.limit) & ~is_alone
+      fields = {
+        name: np.where(is_both, both[name], np.where(is_alone, alone[name], x))
+        for name, x in fields.items()
+      }
+    tiles = np.zeros((len(starts), len(FIELDS)), np.int32)
+    for name, x in (fields | {"residue": residue, "start": starts}).items():
+      tiles[:, FIELD[name]] = x
+    parts.append(tiles)
+  tiles = np.concatenate(parts)
+  tiles.setflags(write=False)
+  return tiles
+
+
+def make_groups(
+  rules: Sequence[Rule],
+  heads: Sequence[int],
+  *,
+  batch: int,
+  group_size: int,
+  seq_len: int,
+  sizes: BlockSizes,
+  inverse: bool,
+  in_order: bool,
+) -> tuple[list[np.ndarray], np.ndarray]:
+  """Returns the tiles of a launch, in groups that belong together.
+
+  A group is one tile or, in the inverse direction, the tiles of the query heads
+  that read one block of keys: one after another they sum up its gradient.
+
+  Args:
+    rules: Of the heads.
+    heads: Their indices.
+    batch: Sequences.
+    group_size: Query heads that share a key head.
+    seq_len: Tokens.
+    sizes: Of the tiles.
+    inverse: Whether the rows are keys.
+    in_order: See `tiles_of_head`.
+
+  Returns:
+    The groups, int32 `[tiles, fields]` each, and the cost of each, in blocks.
+  """
+  kv_heads = sorted({head // group_size for head in heads})
+  of_head = []
+  for place, (rule, head) in enumerate(zip(rules, heads, strict=True)):
+    tiles = tiles_of_head(
+      rule, seq_len, sizes.rows, sizes.columns, inverse, in_order
+    ).copy()
+    kv_head = head // group_size
+    tiles[:, FIELD["head"]] = head
+    tiles[:, FIELD["kv_head"]] = kv_head
+    tiles[:, FIELD["place"]] = place
+    tiles[:, FIELD["kv_place"]] = kv_heads.index(kv_head)
+    of_head.append(tiles)
+  groups: list[np.ndarray] = []
+  for index in range(batch):
+    if not inverse:
+      for tiles in of_head:
+        mine = tiles.copy()
+        mine[:, FIELD["batch"]] = index
+        groups.extend(mine[i : i + 1] for i in range(len(mine)))
+      continue
+    for kv_head in kv_heads:
+      mine = np.stack(
+        [
+          tiles
+          for tiles, head in zip(of_head, heads, strict=True)
+          if head // group_size == kv_head
+        ],
+        axis=1,
+      )
+      mine[:, :, FIELD["batch"]] = index
+      for group in mine:
+        # A head without blocks has nothing to add.
+        used = group[group[:, FIELD["num_blocks"]] > 0]
+        used = used if len(used) else group[:1].copy()
+        used[0, FIELD["flags"]] |= FIRST
+        used[-1, FIELD["flags"]] |= LAST
+        groups.append(used)
+  # In blocks, as measured on an H200: what a mask and a tile itself add.
+  costs = [
+    group[:, FIELD["num_blocks"]].sum()
+    + 0.25 * group[:, FIELD["num_masked"]].sum()
+    + (0.7 if group[0, FIELD["num_blocks"]] else 0.2)
+    for group in groups
+  ]
+  return groups, np.array(costs, np.float64)
+
+
+def deal(
+  groups: Sequence[np.ndarray], costs: np.ndarray, num_hands: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Deals groups of tiles out, so that all hands end together.
+
+  Groups go in order, which keeps the keys that they share in the cache, each to
+  the hand that is free first; the last few a hand go by falling cost.
+
+  Args:
+    groups: See `make_groups`.
+    costs: Likewise.
+    num_hands: Multiprocessors.
+
+  Returns:
+    The table, int32 `[num_hands, most tiles, fields]`, and how many tiles each
+    has, int32 `[num_hands, 2]`: those with blocks, which come first, and those
+    without.
+  """
+  empty = np.array([g[0, FIELD["num_blocks"]] == 0 for g in groups], bool)
+  order = np.flatnonzero(~empty)
+  split = max(0, len(order) - 6 * num_hands)
+  end = order[split:]
+  order[split:] = end[np.argsort(-costs[end], kind="stable")]
+  free = [(0.0, hand) for hand in range(num_hands)]
+  dealt: list[list[np.ndarray]] = [[] for _ in range(num_hands)]
+  counts = np.zeros((num_hands, 2), np.int32)
+  for index in (*order.tolist(), *np.flatnonzero(empty).tolist()):
+    time, hand = heapq.heappop(free)
+    dealt[hand].append(groups[index])
+    counts[hand, int(empty[index])] += len(groups[index])
+    heapq.heappush(free, (time + float(costs[index]), hand))
+  most = max(int(counts.sum(axis=1).max()), 1)
+  table = np.zeros((num_hands, most, len(FIELDS)), np.int32)
+  for hand, tiles in enumerate(dealt):
+    if tiles:
+      table[hand, : counts[hand].sum()] = np.concatenate(tiles)
+  return table, counts
+
+
+def trim(
+  table: np.ndarray,
+  segment_ids: jax.Array,
+  dilation: np.ndarray | int,
+  sizes: BlockSizes,
+) -> jax.Array:
+  """Returns the table without the blocks that no segment id lets a row see.
+
+  A tile keeps the blocks from the first to the last that may share an id with
+  its rows, and at least one; a tile of two runs keeps all.
+
+  Args:
+    table: Tiles made `in_order`, int32 `[..., fields]`.
+    segment_ids: Integers `[batch, seq]`.
+    dilation: Of the heads of the tiles, one number or `[...]`.
+    sizes: Of the tiles.
+  """
+  field = {name: jnp.asarray(table[..., i]) for name, i in FIELD.items()}
+  lowest, highest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+  ids = segment_ids.astype(jnp.int32)
+
+  def extremes(length: int) -> tuple[jax.Array, jax.Array]:
+    """Returns least and largest id of so many positions, `[batch, pieces]`."""
+    x = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % length)))
+    x = x.reshape(x.shape[0], -1, length)
+    return (
+      jnp.where(x == 0, highest, x).min(axis=2),
+      jnp.where(x == 0, lowest, x).max(axis=2),
+    )
+
+  first_slot = jnp.zeros_like(field["start"])
+  last_slot = first_slot
+  for r in np.unique(dilation).tolist():
+    row_least, row_most = (x[:, :, None] for x in extremes(sizes.rows * r))
+    least, most = (x[:, None, :] for x in extremes(_GRANULE * r))
+    # [batch, tiles of rows, granules]; a piece of padding meets nothing.
+    meet = (least <= row_most) & (most >= row_least)
+    first = jnp.argmax(meet, axis=2)
+    last = meet.shape[2] - 1 - jnp.argmax(meet[:, :, ::-1], axis=2)
+    first = jnp.where(meet.any(axis=2), first, 0)
+    last = jnp.where(meet.any(axis=2), last, -1)
+    place = field["batch"], field["start"] // sizes.rows
+    mine = jnp.asarray(np.broadcast_to(dilation == r, table.shape[:-1]))
+    first_slot = jnp.where(
+      mine, first.astype(jnp.int32).at[place].get() * _GRANULE, first_slot
+    )
+    last_slot = jnp.where(
+      mine,
+      last.astype(jnp.int32).at[place].get() * _GRANULE + _GRANULE - 1,
+      last_slot,
+    )
+  count = field["num_blocks"]
+  begin = jnp.maximum(first_slot - field["start_0"], 0) // sizes.columns
+  begin = jnp.clip(begin, 0, jnp.maximum(count - 1, 0))
+  end = -(-(last_slot + 1 - field["start_0"]) // sizes.columns)
+  kept = jnp.clip(end, begin + 1, count) - begin
+  keep_all = (field["flags"] & MIXED) != 0
+  kept = jnp.where(keep_all | (count == 0), count, kept)
+  start = jnp.where(
+    keep_all, field["start_0"], field["start_0"] + begin * sizes.columns
+  )
+  field["num_blocks"] = field["num_masked"] = kept
+  field["start_0"] = start
+  for name in ("end_0", "end_1"):
+    field[name] = jnp.where(keep_all, field[name], kept)
+  return jnp.stack([field[name] for name in FIELDS], axis=-1)

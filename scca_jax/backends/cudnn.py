@@ -1,0 +1,258 @@
+"""The patterns that are dense attention on pieces of the sequence, by cuDNN.
+
+cuDNN's fused attention (`jax.nn.dot_product_attention`) knows no pattern, but
+dense, sliding and S2 heads, heads shifted by whole chunks (`scca_flow`) and by
+less than a chunk (`scca_fixed`) are calls on slices of it, causal or without
+any mask. No mask is built and no key is rolled, but slices are copies, and
+cuDNN gets keys that do not lie in order only as a copy.
+
+It gives no log-sum-exp: the interface rounds it to the dtype of the inputs and
+differentiates it as a constant.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scca_jax.backends import target
+from scca_jax.patterns import AttentionPattern, HeadPattern
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+# Of jax.nn.dot_product_attention; tests on a CPU take another.
+IMPLEMENTATION = "cudnn"
+
+
+class _Dense:
+  """Dense attention over slices of the sequence."""
+
+  def __init__(
+    self, query: jax.Array, key: jax.Array, value: jax.Array, scale: float
+  ):
+    """Remembers the arrays, `[batch, seq, heads, head_dim]`."""
+    self.query, self.key, self.value, self.scale = query, key, value, scale
+
+  @property
+  def seq_len(self) -> int:
+    """Tokens."""
+    return self.query.shape[1]
+
+  def _attend(self, query: Any, key: Any, value: Any, **masks: Any) -> Any:
+    return jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      scale=self.scale,
+      implementation=IMPLEMENTATION,
+      **masks,
+    )
+
+  def nothing(self, length: int) -> jax.Array:
+    """Returns the output of queries that see no key."""
+    return jnp.zeros_like(self.query[:, :length])
+
+  def whole(self, first: int, last: int, window: int | None = None) -> Any:
+    """Returns causal attention from one position to another."""
+    piece = slice(first, last)
+    masks = {} if window is None else {"local_window_size": (window - 1, 0)}
+    return self._attend(
+      self.query[:, piece],
+      self.key[:, piece],
+      self.value[:, piece],
+      is_causal=True,
+      **masks,
+    )
+
+  def _pieces(self, x: jax.Array, first: int, length: int, num: int) -> Any:
+    """Returns `[batch * num, length, heads, head_dim]`, 0 behind the end."""
+    x = x[:, first : first + num * length]
+    missing = num * length - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    return x.reshape(-1, length, *x.shape[2:])
+
+  def chunks(
+    self, queries: int, keys: int, length: int, num: int, is_causal: bool
+  ) -> jax.Array:
+    """Returns attention of chunks of queries to chunks of keys.
+
+    Args:
+      queries: Position of the first chunk of queries.
+      keys: Position of the first chunk of keys.
+      length: Of a chunk.
+      num: How many there are.
+      is_causal: Whether slots are in order; else all keys are seen.
+
+    Returns:
+      `[batch, num, length, heads, head_dim]`.
+    """
+    output = self._attend(
+      self._pieces(self.query, queries, length, num),
+      self._pieces(self.key, keys, length, num),
+      self._pieces(self.value, keys, length, num),
+      is_causal=is_causal,
+    )
+    return output.reshape(self.query.shape[0], num, *output.shape[1:])
+
+
+def _by_token(chunks: jax.Array) -> jax.Array:
+  return chunks.reshape(chunks.shape[0], -1, *chunks.shape[3:])
+
+
+def _of_chunks(dense: _Dense, first: int, length: int) -> jax.Array:
+  """Returns causal attention in chunks, from `first` on."""
+  num = -(-(dense.seq_len - first) // length)
+  return _by_token(dense.chunks(first, first, length, num, True))
+
+
+def _of_shifted_chunks(
+  dense: _Dense, head: HeadPattern, boundary: str
+) -> jax.Array:
+  """Returns attention to chunks that lie some whole chunks before."""
+  length, shift = head.chunk_size or 0, head.shift
+  unserved = min(shift, dense.seq_len)
+  if boundary == "local":
+    first = _of_chunks(dense, 0, length)[:, :unserved]
+  else:
+    first = dense.nothing(unserved)
+  if dense.seq_len <= shift:
+    return first
+  num = -(-(dense.seq_len - shift) // length)
+  others = dense.chunks(shift, 0, length, num, False)
+  return jnp.concatenate([first, _by_token(others)], axis=1)
+
+
+def _of_moved_chunks(dense: _Dense, length: int, shift: int) -> jax.Array:
+  """Returns attention to chunks moved by less than their length.
+
+  A chunk of queries sees the end of the chunk before and the begin of its own,
+  `length` keys in all. Its last `shift` queries see them all. The others are
+  the end of a causal square over just these keys, whose begin, `shift` rows,
+  is computed for nothing. The first chunk lacks the chunk before.
+  """
+  rest = length - shift
+  first = dense.whole(0, min(rest, dense.seq_len))
+  parts = [first]
+  if dense.seq_len > rest:
+    seen = slice(0, rest)
+    parts.append(
+      dense._attend(
+        dense.query[:, rest:length], dense.key[:, seen], dense.value[:, seen]
+      )
+    )
+  if dense.seq_len > length:
+    num = -(-(dense.seq_len - length) // length)
+    begin = length - shift
+    early = dense.chunks(begin, begin, length, num, True)[:, :, shift:]
+    # Chunks of queries that begin with those that see everything.
+    late = dense.chunks(begin + length, begin, length, num, False)
+    parts.append(
+      _by_token(jnp.concatenate([early, late[:, :, :shift]], axis=2))
+    )
+  return jnp.concatenate(parts, axis=1)
+
+
+def _attend(dense: _Dense, head: HeadPattern, boundary: str) -> jax.Array:
+  """Returns the output of heads that share a pattern, and perhaps more rows.
+
+  Raises:
+    NotImplementedError: The pattern is not dense on pieces.
+  """
+  length, shift = head.chunk_size, head.shift
+  if head.dilation > 1:
+    raise NotImplementedError(f"cudnn serves dilation 1, not {head.dilation}.")
+  if length is None:
+    if head.window is not None and shift:
+      raise NotImplementedError("cudnn serves no shifted windows.")
+    return dense.whole(0, dense.seq_len, head.window)
+  if head.window is not None:
+    raise NotImplementedError("cudnn serves no windows in chunks.")
+  offset = head.offset % length
+  if shift == 0:
+    if offset == 0:
+      return _of_chunks(dense, 0, length)
+    parts = [dense.whole(0, min(offset, dense.seq_len))]
+    if dense.seq_len > offset:
+      parts.append(_of_chunks(dense, offset, length))
+    return jnp.concatenate(parts, axis=1)
+  if offset:
+    raise NotImplementedError("cudnn serves no shift with an offset.")
+  if shift % length == 0:
+    return _of_shifted_chunks(dense, head, boundary)
+  if shift < length:
+    return _of_moved_chunks(dense, length, shift)
+  raise NotImplementedError(
+    f"cudnn serves shifts below chunk_size={length} and multiples of it, not"
+    f" {shift}."
+  )
+
+
+def attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  pattern: AttentionPattern,
+  *,
+  segment_ids: jax.Array | None,
+  query_offset: int | jax.Array,
+  scale: float,
+) -> tuple[jax.Array, None]:
+  """Returns the output, and no log-sum-exp; see `scca_jax.attention`.
+
+  Raises:
+    NotImplementedError: It cannot be made of dense calls without a mask.
+  """
+  device = target.current()
+  if IMPLEMENTATION == "cudnn" and device.compute_capability < (8, 0):
+    raise NotImplementedError(
+      "cudnn needs a GPU of compute capability 8.0 or later, and this is"
+      f" {device.kind}: use xla."
+    )
+  if IMPLEMENTATION == "cudnn" and query.dtype not in DTYPES:
+    raise NotImplementedError(
+      f"cudnn serves bfloat16 and float16, not {query.dtype}."
+    )
+  if pattern.causality != "position":
+    raise NotImplementedError(
+      f'cudnn serves causality="position", not "{pattern.causality}".'
+    )
+  if segment_ids is not None:
+    raise NotImplementedError("cudnn serves no segment_ids.")
+  if not isinstance(query_offset, int) or query_offset:
+    raise NotImplementedError("cudnn serves no query_offset.")
+  seq_len, num_heads = query.shape[1:3]
+  if key.shape[1] != seq_len:
+    raise NotImplementedError(
+      f"cudnn serves as many keys as queries, not {key.shape[1]} keys and"
+      f" {seq_len} queries."
+    )
+  group_size = num_heads // key.shape[2]
+  outputs, order = [], []
+  for head, heads in pattern.head_groups().items():
+    indices = np.array(heads)
+    kv_indices = indices // group_size
+    # Whole GQA groups share their keys, others get a copy of them.
+    if len(heads) % group_size == 0 and np.array_equal(
+      indices.reshape(-1, group_size)[:, 0], np.unique(kv_indices) * group_size
+    ):
+      kv_indices = np.unique(kv_indices)
+    dense = _Dense(
+      _take(query, indices),
+      _take(key, kv_indices),
+      _take(value, kv_indices),
+      scale,
+    )
+    output = _attend(dense, head, pattern.boundary)
+    outputs.append(output[:, :seq_len])
+    order.extend(heads)
+  if len(outputs) == 1:
+    return outputs[0], None
+  joined = jnp.concatenate(outputs, axis=2)
+  return _take(joined, np.argsort(order)), None
+
+
+def _take(x: jax.Array, heads: np.ndarray) -> jax.Array:
+  """Returns some heads, a slice where they are neighbours."""
+  if np.array_equal(heads, np.arange(heads[0], heads[0] + len(heads))):
+    return x[:, :, heads[0] : heads[0] + len(heads)]
+  return x[:, :, heads]

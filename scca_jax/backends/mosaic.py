@@ -1,0 +1,416 @@
+"""Block-sparse attention for Hopper GPUs (Pallas, Mosaic GPU).
+
+Forward and backward pass visit only blocks that hold a seen pair, and mask only
+those that straddle a border (`blocks`). Keys and values are read where they
+lie: heads of one dilation `r` are one launch, over the view `[n / r, r]` of the
+sequence, and launches of several dilations write into one output. The kernels
+are in `mosaic_forward` and `mosaic_backward`.
+
+Memory beyond inputs, outputs and gradients: the log-sum-exp and, in the
+backward pass, `delta`, one float32 a query and head each; a sequence whose
+length is no multiple of `8 r` is copied once to be padded. What `mosaic` saves
+for the backward pass are its inputs, its output and the log-sum-exp.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from scca_jax.backends import blocks, target
+from scca_jax.backends.blocks import BlockSizes
+from scca_jax.backends.mosaic_backward import backward_keys, backward_queries
+from scca_jax.backends.mosaic_forward import forward
+from scca_jax.backends.mosaic_launch import LOG2E, NO_WEIGHT, Launch
+from scca_jax.patterns import AttentionPattern
+
+HEAD_DIMS = (64, 128)
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Sizes of the kernels; `queries_exact` serves float16."""
+
+  forward: BlockSizes
+  keys: BlockSizes
+  queries: BlockSizes
+  queries_exact: BlockSizes
+
+
+# What was best on an H200. Thread blocks have a fixed number of warps.
+_DEFAULTS = {
+  64: Sizes(
+    forward=BlockSizes(128, 128, 4),
+    keys=BlockSizes(128, 64, 4),
+    queries=BlockSizes(128, 128, 4),
+    queries_exact=BlockSizes(128, 64, 3),
+  ),
+  128: Sizes(
+    forward=BlockSizes(128, 128, 2),
+    keys=BlockSizes(128, 64, 2),
+    queries=BlockSizes(128, 128, 2),
+    queries_exact=BlockSizes(128, 64, 3),
+  ),
+}
+
+
+def default_sizes(head_dim: int, dtype: Any, kind: str) -> Sizes:
+  """Returns the sizes tuned for a GPU, or for an H200 if it is unknown."""
+  tuned = blocks.tuned_sizes("mosaic", kind, dtype, head_dim)
+  return dataclasses.replace(_DEFAULTS[head_dim], **tuned)
+
+
+def candidates(head_dim: int, dtype: Any) -> dict[str, list[BlockSizes]]:
+  """Returns the sizes worth trying for each kernel that the dtype needs.
+
+  Those that take too much memory of a multiprocessor fail to compile.
+  """
+  queries = "queries_exact" if dtype == jnp.float16 else "queries"
+  stages = (2, 3, 4) if head_dim == 64 else (2, 3)
+  return {
+    kernel: [
+      BlockSizes(128, columns, stage)
+      for columns in (64, 128)
+      for stage in stages
+    ]
+    for kernel in ("forward", "keys", queries)
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+  """What is fixed in a call.
+
+  Attributes:
+    pattern: Which keys each query head sees.
+    scale: Factor of the scores.
+    sizes: Of the kernels.
+    num_multiprocessors: Of the device.
+  """
+
+  pattern: AttentionPattern
+  scale: float
+  sizes: Sizes
+  num_multiprocessors: int
+
+  @property
+  def num_launches(self) -> int:
+    """How many dilations the pattern has."""
+    return len({head.dilation for head in self.pattern.heads})
+
+  def launches(
+    self, query: jax.Array, key: jax.Array, segment_ids: jax.Array | None
+  ) -> list[Launch]:
+    """Returns the launches, one for each dilation."""
+    heads_of: dict[int, list[int]] = {}
+    for index, head in enumerate(self.pattern.heads):
+      heads_of.setdefault(head.dilation, []).append(index)
+    batch, seq_len, num_heads, head_dim = query.shape
+    multiple = blocks.ALIGN * math.lcm(*heads_of)
+    return [
+      Launch(
+        batch=batch,
+        num_heads=num_heads,
+        num_kv_heads=key.shape[2],
+        head_dim=head_dim,
+        seq_len=seq_len,
+        padded_len=-(-seq_len // multiple) * multiple,
+        dilation=dilation,
+        dtype=query.dtype,
+        scale=self.scale,
+        heads=tuple(heads),
+        rules=tuple(
+          blocks.Rule.of(self.pattern.heads[i], self.pattern.boundary)
+          for i in heads
+        ),
+        num_multiprocessors=self.num_multiprocessors,
+        has_segments=segment_ids is not None,
+      )
+      for dilation, heads in heads_of.items()
+    ]
+
+
+def _merging_batches(
+  function: Callable[..., Any], num_launches: int
+) -> Callable[..., Any]:
+  """Returns a function of `[batch, ...]` whose vmap is a longer batch."""
+  # Before jax 0.11 mutable arrays, which launches share, cannot stand inside:
+  # there patterns of several dilations have no vmap.
+  if jax.__version_info__ < (0, 11) and num_launches > 1:
+    return function
+  function = jax.custom_batching.custom_vmap(function)
+
+  def rule(axis_size: int, is_mapped: Any, *args: Any) -> tuple[Any, Any]:
+    def merge(mapped: bool, x: jax.Array) -> jax.Array:
+      if not mapped:
+        x = jnp.broadcast_to(x[None], (axis_size, *x.shape))
+      return x.reshape(-1, *x.shape[2:])
+
+    merged = jax.tree.map(merge, tuple(is_mapped), args)
+    results = jax.tree.map(
+      lambda x: x.reshape(axis_size, -1, *x.shape[1:]), function(*merged)
+    )
+    return results, jax.tree.map(lambda _: True, results)
+
+  function.def_vmap(rule)
+  return function
+
+
+def _assemble(
+  parts: list[jax.Array], heads: list[tuple[int, ...]], num_heads: int
+) -> jax.Array:
+  """Returns `[batch, seq, num_heads, ...]` of parts that hold some heads each.
+
+  Where a head is in several parts, they add up.
+  """
+  order = [head for part in heads for head in part]
+  if len(parts) == 1 and order == list(range(num_heads)):
+    return parts[0]
+  if sorted(order) == list(range(num_heads)):
+    result = jnp.concatenate(parts, axis=2)
+    if order == sorted(order):
+      return result
+    return jnp.take(result, np.argsort(order), axis=2, mode="clip")
+  total = jnp.zeros(
+    (*parts[0].shape[:2], num_heads, *parts[0].shape[3:]), jnp.float32
+  )
+  for part, of_part in zip(parts, heads, strict=True):
+    total = total.at[:, :, np.array(of_part)].add(part.astype(jnp.float32))
+  return total.astype(parts[0].dtype)
+
+
+def _forward_pass(
+  settings: _Settings,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment_ids: jax.Array | None,
+) -> tuple[Any, list[jax.Array]]:
+  """Returns the output, and the log-sum-exp of each launch as it has it."""
+  output: Any = None
+  log_sums = []
+  for launch in settings.launches(query, key, segment_ids):
+    log_sum, output = forward(
+      launch,
+      settings.sizes.forward,
+      [launch.by_residue(x) for x in (query, key, value)],
+      launch.tables(settings.sizes.forward, False, segment_ids),
+      launch.ids_by_residue(segment_ids),
+      into=None if output is None else launch.by_residue(output),
+    )
+    output = launch.by_token(output)
+    log_sums.append(log_sum)
+  return output[:, : query.shape[1]], log_sums
+
+
+def _backward_pass(
+  settings: _Settings,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment_ids: jax.Array | None,
+  output: jax.Array,
+  log_sums: list[jax.Array],
+  d_output: jax.Array,
+  d_log_sum: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the gradients of query, key and value.
+
+  With `p` the weights and `dp` their gradients, those of the scores are
+  `p (dp - delta)`, where `delta = sum(output d_output) - d_log_sum`.
+  """
+  seq_len, sizes = query.shape[1], settings.sizes
+  launches = settings.launches(query, key, segment_ids)
+  delta = jnp.sum(
+    output.astype(jnp.float32) * d_output.astype(jnp.float32), axis=-1
+  )
+  delta = delta - d_log_sum
+  kv_heads = [launch.kv_heads for launch in launches]
+  # Whether each key head belongs to one launch: they then share an output.
+  alone = sorted(sum(kv_heads, ())) == list(range(key.shape[2]))
+  # Among float16 scores can be large; bfloat16 is as coarse as the error.
+  exact = query.dtype == jnp.float16
+  query_sizes = sizes.queries_exact if exact else sizes.queries
+  d_query: Any = None
+  d_keys: list[list[jax.Array]] = []
+  for launch, log_sum in zip(launches, log_sums, strict=True):
+    ids = launch.ids_by_residue(segment_ids)
+    inputs = [launch.by_residue(x) for x in (query, key, value)]
+    d_out = launch.by_residue(d_output.astype(query.dtype))
+    has_key = launch.has_row()[None] & (log_sum > -jnp.inf)
+    rows = [
+      jnp.where(has_key, launch.rows_by_residue(x), 0.0)
+      for x in (delta, d_log_sum)
+    ]
+    lse = jnp.where(has_key, log_sum * LOG2E, NO_WEIGHT)
+    d_query, *mended = backward_queries(
+      launch,
+      query_sizes,
+      inputs,
+      launch.tables(query_sizes, False, segment_ids),
+      ids,
+      d_out,
+      lse,
+      rows[0],
+      into=None if d_query is None else launch.by_residue(d_query),
+      d_lse=rows[1] if exact else None,
+    )
+    d_query = launch.by_token(d_query)
+    into = d_keys.pop() if alone and d_keys else None
+    of_keys = backward_keys(
+      launch,
+      sizes.keys,
+      inputs,
+      launch.tables(sizes.keys, True, segment_ids),
+      ids,
+      d_out,
+      lse,
+      mended[0] if mended else rows[0],
+      into=None if into is None else [launch.by_residue(x) for x in into],
+      alone=alone,
+    )
+    d_keys.append([launch.by_token(x) for x in of_keys])
+  if alone:
+    (parts,) = d_keys
+  else:
+    parts = [
+      _assemble(list(x), kv_heads, key.shape[2])
+      for x in zip(*d_keys, strict=True)
+    ]
+  d_query, d_key, d_value = (x[:, :seq_len] for x in (d_query, *parts))
+  return d_query, d_key, d_value
+
+
+def _log_sum_by_token(
+  settings: _Settings,
+  query: jax.Array,
+  key: jax.Array,
+  segment_ids: jax.Array | None,
+  log_sums: list[jax.Array],
+) -> jax.Array:
+  launches = settings.launches(query, key, segment_ids)
+  return _assemble(
+    [
+      launch.rows_by_token(x)
+      for launch, x in zip(launches, log_sums, strict=True)
+    ],
+    [launch.heads for launch in launches],
+    query.shape[2],
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+  settings: _Settings,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment_ids: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the output and the log-sum-exp, float32 `[batch, seq, heads]`."""
+  return _attend_and_save(settings, query, key, value, segment_ids)[0]
+
+
+def _attend_and_save(
+  settings: _Settings,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment_ids: jax.Array | None,
+) -> tuple[Any, Any]:
+  run = _merging_batches(
+    functools.partial(_forward_pass, settings), settings.num_launches
+  )
+  output, log_sums = run(query, key, value, segment_ids)
+  log_sum = _log_sum_by_token(settings, query, key, segment_ids, log_sums)
+  saved = query, key, value, segment_ids, output, log_sums
+  return (output, log_sum), saved
+
+
+def _attend_backward(
+  settings: _Settings, saved: Any, cotangents: Any
+) -> tuple[Any, ...]:
+  run = _merging_batches(
+    functools.partial(_backward_pass, settings), settings.num_launches
+  )
+  return *run(*saved, *cotangents), None
+
+
+_attend.defvjp(_attend_and_save, _attend_backward)
+
+
+def _check(
+  query: jax.Array,
+  key: jax.Array,
+  pattern: AttentionPattern,
+  query_offset: Any,
+  device: target.Target,
+) -> None:
+  """Raises NotImplementedError for a call that the kernels cannot serve."""
+  if device.compute_capability[0] != 9:
+    raise NotImplementedError(
+      "mosaic needs a Hopper GPU (compute capability 9.0), and this is"
+      f" {device.kind}: use xla."
+    )
+  if query.dtype not in DTYPES:
+    raise NotImplementedError(
+      f"mosaic serves bfloat16 and float16, not {query.dtype}."
+    )
+  if query.shape[3] not in HEAD_DIMS:
+    raise NotImplementedError(
+      f"mosaic serves a head_dim of 64 or 128, not {query.shape[3]}."
+    )
+  if pattern.causality != "position":
+    raise NotImplementedError(
+      f'mosaic serves causality="position", not "{pattern.causality}".'
+    )
+  if not isinstance(query_offset, int) or query_offset:
+    raise NotImplementedError("mosaic serves no query_offset.")
+  if key.shape[1] != query.shape[1]:
+    raise NotImplementedError(
+      f"mosaic serves as many keys as queries, not {key.shape[1]} keys and"
+      f" {query.shape[1]} queries."
+    )
+  if query.shape[1] >= blocks.FAR:
+    raise NotImplementedError(f"mosaic serves no {query.shape[1]} tokens.")
+
+
+def attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  pattern: AttentionPattern,
+  *,
+  segment_ids: jax.Array | None,
+  query_offset: int | jax.Array,
+  scale: float,
+  sizes: Sizes | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the output and the log-sum-exp; see `scca_jax.attention`.
+
+  Args:
+    query: `[batch, seq, heads, head_dim]`, bfloat16 or float16; `head_dim` is
+      64 or 128.
+    key: `[batch, seq, kv_heads, head_dim]`.
+    value: Like `key`.
+    pattern: Which keys each query head sees, with causality "position".
+    segment_ids: Integers `[batch, seq]`, or None.
+    query_offset: 0.
+    scale: Factor of the scores.
+    sizes: Of the kernels; None takes `default_sizes`.
+
+  Raises:
+    NotImplementedError: The kernels cannot serve the call.
+  """
+  device = target.current()
+  _check(query, key, pattern, query_offset, device)
+  if sizes is None:
+    sizes = default_sizes(query.shape[3], query.dtype, device.kind)
+  settings = _Settings(pattern, float(scale), sizes, device.num_multiprocessors)
+  return _attend(settings, query, key, value, segment_ids)

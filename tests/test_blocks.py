@@ -1,0 +1,186 @@
+"""Which blocks meet: every tile against the mask, pair by pair."""
+
+import hypothesis
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from scca_jax import patterns
+from scca_jax.backends import blocks
+from scca_jax.backends.blocks import FIELD, BlockSizes
+from scca_jax.patterns import AttentionPattern, HeadPattern
+
+
+def _field(tile, name):
+  return int(tile[FIELD[name]])
+
+
+def _seen_in(tile, rule, seq_len, rows, columns, inverse):
+  """Yields the positions of rows and columns of each block, and its mask."""
+  r = rule.dilation
+  row_slots = _field(tile, "start") + np.arange(rows)
+  row = row_slots * r + _field(tile, "residue")
+  row = row[row < seq_len]
+  for i in range(_field(tile, "num_blocks")):
+    run = (i >= _field(tile, "end_0")) + (i >= _field(tile, "end_1"))
+    start = _field(tile, f"start_{run}") + i * columns
+    residue = _field(tile, f"residue_{run}")
+    assert start >= 0 and start % blocks.ALIGN == 0
+    column = (start + np.arange(columns)) * r + residue
+    flags = _field(tile, "flags")
+    falls_back = flags & blocks.FALLS_BACK or (
+      flags & blocks.MIXED and i < _field(tile, "end_0")
+    )
+    shift = 0 if falls_back else rule.shift
+    least = 0 if falls_back else rule.limit
+    end = rule.limit if falls_back else blocks.FAR
+    if inverse:
+      first, last = blocks.query_bounds(rule, row, shift)
+      first, last = np.maximum(first, least), np.minimum(last, end - 1)
+    else:
+      first, last = blocks.key_bounds(rule, row, shift)
+      last = np.where((row < least) | (row >= end), -1, last)
+    first, last = blocks.to_slots(first, last, residue, r)
+    slots = start + np.arange(columns)
+    seen = (slots >= first[:, None]) & (slots <= last[:, None])
+    yield i, row, column, seen & (column < seq_len)
+
+
+def _check(head, boundary, seq_len, rows, columns, inverse, in_order):
+  visible = AttentionPattern((head,), boundary).visible(seq_len)[0]
+  if inverse:
+    visible = visible.T
+  rule = blocks.Rule.of(head, boundary)
+  tiles = blocks.tiles_of_head(rule, seq_len, rows, columns, inverse, in_order)
+  count = np.zeros((seq_len, seq_len), int)
+  for tile in tiles:
+    for i, row, column, seen in _seen_in(
+      tile, rule, seq_len, rows, columns, inverse
+    ):
+      assert seen.any(), "a block without a seen pair"
+      if i >= _field(tile, "num_masked"):
+        assert seen.all(), "a block that needs a mask"
+      pairs = np.argwhere(seen)
+      count[row[pairs[:, 0]], column[pairs[:, 1]]] += 1
+  np.testing.assert_array_equal(count, visible)
+
+
+@st.composite
+def _heads(draw):
+  chunk_size = draw(st.none() | st.integers(1, 120))
+  dilation = draw(st.sampled_from([1, 1, 2, 3, 5]))
+  return HeadPattern(
+    chunk_size=chunk_size,
+    offset=draw(st.integers(-40, 40)) if chunk_size else 0,
+    shift=draw(st.just(0) | st.integers(0, 200)),
+    dilation=dilation,
+    window=draw(st.none() | st.integers(1, 60)),
+    select=draw(st.none() | st.integers(0, dilation - 1)),
+  )
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(
+  head=_heads(),
+  boundary=st.sampled_from(patterns.BOUNDARIES),
+  seq_len=st.integers(1, 260),
+  rows=st.sampled_from([16, 32]),
+  columns=st.sampled_from([8, 16, 32]),
+  inverse=st.booleans(),
+  in_order=st.booleans(),
+)
+def test_every_seen_pair_is_in_one_block_and_no_block_is_in_vain(
+  head, boundary, seq_len, rows, columns, inverse, in_order
+):
+  _check(head, boundary, seq_len, rows, columns, inverse, in_order)
+
+
+def _groups(pattern, **settings):
+  rules = [blocks.Rule.of(h, pattern.boundary) for h in pattern.heads]
+  call = {
+    "batch": 2,
+    "group_size": 2,
+    "seq_len": 300,
+    "sizes": BlockSizes(32, 16),
+    "inverse": False,
+    "in_order": False,
+  } | settings
+  return blocks.make_groups(rules, range(pattern.num_heads), **call)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_dealing_loses_no_tile(inverse):
+  pattern = patterns.mix(patterns.scca_flow(4, 64, 4), patterns.sda(4, 3))
+  groups, costs = _groups(pattern, inverse=inverse)
+  table, counts = blocks.deal(groups, costs, 7)
+  dealt = []
+  for hand, (num_tiles, num_empty) in zip(table, counts, strict=True):
+    has_blocks = hand[:, FIELD["num_blocks"]] > 0
+    assert has_blocks[:num_tiles].all()
+    assert not has_blocks[num_tiles : num_tiles + num_empty].any()
+    dealt.extend(map(tuple, hand[: num_tiles + num_empty].tolist()))
+  made = [tuple(tile) for group in groups for tile in group.tolist()]
+  assert sorted(dealt) == sorted(made)
+
+
+def test_query_heads_of_a_key_head_are_one_group():
+  groups, _ = _groups(patterns.scca_fixed(8, 64), inverse=True)
+  for group in groups:
+    same = ("batch", "kv_head", "residue", "start")
+    for name in same:
+      assert len(set(group[:, FIELD[name]])) == 1
+    flags = group[:, FIELD["flags"]]
+    assert np.flatnonzero(flags & blocks.FIRST).tolist() == [0]
+    assert np.flatnonzero(flags & blocks.LAST).tolist() == [len(group) - 1]
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("boundary", patterns.BOUNDARIES)
+def test_trimmed_tiles_keep_what_segments_let_see(inverse, boundary):
+  seq_len, sizes = 700, BlockSizes(32, 16)
+  pattern = patterns.mix(
+    patterns.dense(2, boundary=boundary),
+    patterns.scca_fixed(2, 300, boundary=boundary),
+    patterns.sda(2, 3, boundary=boundary),
+  )
+  groups, _ = _groups(
+    pattern,
+    seq_len=seq_len,
+    sizes=sizes,
+    inverse=inverse,
+    in_order=True,
+  )
+  table = np.concatenate(groups)
+  ids = np.repeat([[3, 1, 0, 2, 5, 0, 4]], 2, axis=0).repeat(100, axis=1)
+  ids[1] = 6
+  dilations = np.array([pattern.heads[h].dilation for h in table[:, 1]])
+  trimmed = np.asarray(
+    blocks.trim(table, jnp.asarray(ids, jnp.int32), dilations, sizes)
+  )
+  assert trimmed.shape == table.shape
+  before, after = (x[:, FIELD["num_blocks"]].sum() for x in (table, trimmed))
+  assert after < 0.8 * before
+  visible = pattern.visible(seq_len)
+  same = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, None, :]
+  left = visible[None] & same[:, None]
+  for tile in trimmed:
+    head, batch = _field(tile, "head"), _field(tile, "batch")
+    rule = blocks.Rule.of(pattern.heads[head], boundary)
+    for _, row, column, seen in _seen_in(
+      tile, rule, seq_len, sizes.rows, sizes.columns, inverse
+    ):
+      for a, b in np.argwhere(seen):
+        pair = (row[a], column[b])
+        left[(batch, head, *(pair[::-1] if inverse else pair))] = False
+  assert not left.any()
+
+
+def test_tuned_sizes_are_of_known_kernels():
+  assert blocks.tuned_sizes("mosaic", "no GPU", jnp.bfloat16, 128) == {}
+  for gpus in blocks._all_tuned_sizes().values():
+    for kind, dtypes in gpus.items():
+      for dtype, dims in dtypes.items():
+        for head_dim in dims:
+          found = blocks.tuned_sizes("mosaic", kind, dtype, int(head_dim))
+          assert all(isinstance(x, BlockSizes) for x in found.values())
