@@ -12,6 +12,7 @@ PACKAGE = ROOT / "scca_jax"
 LAYERS = (
   ("patterns", "assets", "files"),
   ("receptive_field", "backends", "backends.target", "backends.blocks"),
+  ("deviceless",),
   ("backends.mosaic_launch",),
   ("backends.mosaic_forward", "backends.mosaic_backward"),
   (

@@ -137,12 +137,12 @@ class _Settings:
 
 
 def _merging_batches(
-  function: Callable[..., Any], num_launches: int
+  function: Callable[..., Any], has_refs: bool
 ) -> Callable[..., Any]:
   """Returns a function of `[batch, ...]` whose vmap is a longer batch."""
-  # Before jax 0.11 mutable arrays, which launches share, cannot stand inside:
-  # there patterns of several dilations have no vmap.
-  if jax.__version_info__ < (0, 11) and num_launches > 1:
+  # Before jax 0.11 mutable arrays cannot stand inside: what launches fill
+  # together, or in place, then has no vmap.
+  if jax.__version_info__ < (0, 11) and has_refs:
     return function
   function = jax.custom_batching.custom_vmap(function)
 
@@ -227,6 +227,9 @@ def _backward_pass(
   """
   seq_len, sizes = query.shape[1], settings.sizes
   launches = settings.launches(query, key, segment_ids)
+  # Of the gradient as it is stored, and as the kernels read it: XLA may compute
+  # with more digits, which would not cancel.
+  d_output = jax.lax.optimization_barrier(d_output.astype(query.dtype))
   delta = jnp.sum(
     output.astype(jnp.float32) * d_output.astype(jnp.float32), axis=-1
   )
@@ -242,7 +245,7 @@ def _backward_pass(
   for launch, log_sum in zip(launches, log_sums, strict=True):
     ids = launch.ids_by_residue(segment_ids)
     inputs = [launch.by_residue(x) for x in (query, key, value)]
-    d_out = launch.by_residue(d_output.astype(query.dtype))
+    d_out = launch.by_residue(d_output)
     has_key = launch.has_row()[None] & (log_sum > -jnp.inf)
     rows = [
       jnp.where(has_key, launch.rows_by_residue(x), 0.0)
@@ -325,7 +328,7 @@ def _attend_and_save(
   segment_ids: jax.Array | None,
 ) -> tuple[Any, Any]:
   run = _merging_batches(
-    functools.partial(_forward_pass, settings), settings.num_launches
+    functools.partial(_forward_pass, settings), settings.num_launches > 1
   )
   output, log_sums = run(query, key, value, segment_ids)
   log_sum = _log_sum_by_token(settings, query, key, segment_ids, log_sums)
@@ -336,9 +339,8 @@ def _attend_and_save(
 def _attend_backward(
   settings: _Settings, saved: Any, cotangents: Any
 ) -> tuple[Any, ...]:
-  run = _merging_batches(
-    functools.partial(_backward_pass, settings), settings.num_launches
-  )
+  has_refs = settings.num_launches > 1 or saved[0].dtype == jnp.float16
+  run = _merging_batches(functools.partial(_backward_pass, settings), has_refs)
   return *run(*saved, *cotangents), None
 
 

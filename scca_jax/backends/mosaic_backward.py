@@ -28,6 +28,7 @@ from scca_jax.backends.mosaic_launch import (
   Tile,
   columns_layout,
   full,
+  load,
   over_columns,
   over_rows,
   rem,
@@ -206,7 +207,7 @@ def backward_keys(
             return acc_ref[...]
 
           s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
-          lse = plgpu.load(lse_smem.at[slot], (), layout=columns_layout())
+          lse = load(lse_smem.at[slot], columns_layout())
           p = jnp.exp2(s * factor - over_rows(lse, shape))
           if masked:
             seen = seen_pairs(
@@ -233,7 +234,7 @@ def backward_keys(
               plgpu.ACC.init(full(shape, 0, plgpu.Layout.WGMMA)),
             )
           )
-          delta = plgpu.load(delta_smem.at[slot], (), layout=columns_layout())
+          delta = load(delta_smem.at[slot], columns_layout())
           plgpu.barrier_arrive(do_free.at[slot])
           ds = (p * (dp - over_rows(delta, shape))).astype(dtype)
 
@@ -471,8 +472,8 @@ def backward_queries(
         tile = Tile(table_ref, sm, t)
         my_q, my_do, mine = q_smem.at[wg], do_smem.at[wg], dq_smem.at[wg]
         plgpu.barrier_wait(q_full)
-        lse = plgpu.load(lse_smem.at[wg], (), layout=rows_layout())
-        delta = plgpu.load(delta_smem.at[wg], (), layout=rows_layout())
+        lse = load(lse_smem.at[wg], rows_layout())
+        delta = load(delta_smem.at[wg], rows_layout())
 
         def block(i, carry, masked):
           dq, pk, error, step = carry
@@ -530,7 +531,7 @@ def backward_queries(
         zeros = full((rows, dim), 0, plgpu.Layout.WGMMA)
         no_error = None
         if exact:
-          d_lse_rows = plgpu.load(row_smem.at[2, wg], (), layout=rows_layout())
+          d_lse_rows = load(row_smem.at[2, wg], rows_layout())
           no_error = 0 - d_lse_rows
         num_masked = tile.num_blocks if launch.has_segments else tile.num_masked
         carry = lax.fori_loop(

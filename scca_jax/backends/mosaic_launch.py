@@ -236,6 +236,13 @@ def columns_layout() -> Any:
   return plgpu.Layout.WGMMA.reduce(0)
 
 
+def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
+  """Returns what a reference refers to, in registers."""
+  # Before jax 0.11 the index was an argument, now deprecated.
+  index = ((),) if jax.__version_info__ < (0, 11) else ()
+  return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
 def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
   """Returns a float32 array of one value in registers."""
   return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
@@ -315,16 +322,14 @@ def seen_pairs(
   )
   if not launch.has_segments:
     return seen
-  row_ids = plgpu.load(
+  row_ids = load(
     ids.at[tile.batch, tile.residue, pl.ds(first_row, shape[0])],
-    (),
-    layout=rows_layout(),
+    rows_layout(),
     optimized=False,
   )
-  column_ids = plgpu.load(
+  column_ids = load(
     ids.at[tile.batch, residue, pl.ds(start, shape[1])],
-    (),
-    layout=columns_layout(),
+    columns_layout(),
     optimized=False,
   )
   row_ids = jnp.where(row_ids == 0, -1, row_ids)

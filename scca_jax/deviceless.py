@@ -1,0 +1,133 @@
+"""Compiling for a GPU that is not here.
+
+XLA compiles for a described GPU on any machine, given its CUDA plugin and the
+assembler `ptxas` (`pip install 'scca_jax[plan]'`); nothing can be run. The
+descriptions are in `assets/gpu_specs`.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
+
+from scca_jax.backends import target
+
+_SPECS = pathlib.Path(__file__).parent / "assets" / "gpu_specs"
+GPUS = tuple(sorted(path.stem for path in _SPECS.glob("*.txtpb")))
+_MISSING = "pip install 'scca_jax[plan]', and jax-cuda12-pjrt as jax itself"
+
+
+def _spec(gpu: str) -> str:
+  if gpu not in GPUS:
+    raise ValueError(f"unknown GPU {gpu!r}: use one of {', '.join(GPUS)}.")
+  return (_SPECS / f"{gpu}.txtpb").read_text(encoding="utf8")
+
+
+def target_of(gpu: str) -> target.Target:
+  """Returns what implementations need to know of a described GPU.
+
+  Raises:
+    ValueError: The name is unknown.
+  """
+  text = _spec(gpu)
+
+  def number(name: str, default: int | None = None) -> int:
+    found = re.search(rf"\b{name}: (\d+)", text)
+    return int(found[1]) if found else default or 0
+
+  kind = re.search(r'device_description_str: "(.*)"', text)
+  capability = re.search(r"cuda_compute_capability {(.*)}", text)
+  minor = re.search(r"minor: (\d+)", capability[1]) if capability else None
+  major = re.search(r"major: (\d+)", capability[1]) if capability else None
+  return target.Target(
+    platform="gpu",
+    kind=kind[1] if kind else gpu,
+    compute_capability=(
+      int(major[1]) if major else 0,
+      int(minor[1]) if minor else 0,
+    ),
+    num_multiprocessors=number("core_count"),
+  )
+
+
+def _cuda_folder() -> pathlib.Path:
+  """Returns the folder that has bin/ptxas and nvvm/libdevice.
+
+  Raises:
+    ValueError: There is none.
+  """
+  spec = importlib.util.find_spec("nvidia")
+  for root in (spec and spec.submodule_search_locations) or ():
+    for name in ("cuda_nvcc", "cu13"):
+      folder = pathlib.Path(root) / name
+      if (folder / "bin" / "ptxas").exists():
+        return folder
+  raise ValueError(f"there is no ptxas to compile for a GPU with: {_MISSING}.")
+
+
+def compile_for(
+  gpu: str,
+  function: Callable[..., Any],
+  *args: Any,
+  donate_argnums: Sequence[int] = (),
+) -> Any:
+  """Returns what a function compiles to for one GPU of a kind.
+
+  Args:
+    gpu: One of `GPUS`.
+    function: To be compiled.
+    *args: Its arguments, pytrees of anything with a shape and a dtype.
+    donate_argnums: See `jax.jit`.
+
+  Returns:
+    A `jax.stages.Compiled`, which has `memory_analysis()`.
+
+  Raises:
+    ValueError: The GPU is unknown, or the compiler is not installed.
+  """
+  device = target_of(gpu)
+  folder = _cuda_folder()
+  # Pallas looks for the assembler by itself.
+  os.environ["CUDA_ROOT"] = str(folder)
+  if str(folder) not in os.environ["PATH"]:
+    os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+  try:
+    topology = topologies.get_topology_desc(
+      "", platform="cuda", target_config=_spec(gpu), topology="1x1x1"
+    )
+  except RuntimeError as error:
+    raise ValueError(
+      f"this jax cannot compile for a GPU: {_MISSING} ({error})."
+    ) from error
+  mesh = Mesh(np.array(topology.devices), ("device",))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  specs = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+  )
+  described = AbstractMesh(
+    (),
+    (),
+    abstract_device=AbstractDevice(
+      device_kind=device.kind, num_cores=None, platform="gpu"
+    ),
+  )
+  with target.compile_for(device), jax.sharding.use_abstract_mesh(described):
+    lowered = (
+      jax.jit(function, donate_argnums=donate_argnums)
+      .trace(*specs)
+      .lower(lowering_platforms=("cuda",))
+    )
+  return lowered.compile({"xla_gpu_cuda_data_dir": str(folder)})
