@@ -560,20 +560,22 @@ class Llama(nnx.Module):
     )
     graphdef, state = nnx.split(self.layers)
 
-    def run_layer(x, state, key, pattern):
-      return nnx.merge(graphdef, state)(x, pattern, call, key)[0]
+    def run_layer(x, of_cycle, i):
+      state, key = jax.tree.map(lambda leaf: leaf[i], of_cycle)
+      return nnx.merge(graphdef, state)(x, cycle[i], call, key)[0]
 
     if remat:
       # A scan of one step is inlined, and the compiler may then merge what is
-      # computed anew with what was computed first: this forbids it.
+      # computed anew with what was computed first: this forbids it. It takes
+      # the weights as the scan has them: a slice would be saved with each
+      # layer's input, a second copy of the model.
       run_layer = jax.checkpoint(
-        run_layer, prevent_cse=num_cycles == 1, static_argnums=3
+        run_layer, prevent_cse=num_cycles == 1, static_argnums=2
       )
 
     def run_cycle(x, of_cycle):
-      for i, pattern in enumerate(cycle):
-        state, key = jax.tree.map(lambda leaf, i=i: leaf[i], of_cycle)
-        x = run_layer(x, state, key, pattern)
+      for i in range(len(cycle)):
+        x = run_layer(x, of_cycle, i)
       return x, None
 
     # jax.lax.scan over the pure state, not nnx.scan: layers change no variable,
