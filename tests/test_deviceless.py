@@ -1,0 +1,121 @@
+"""GPU kernels, compiled for GPUs that are not here."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from scca_jax import attention, deviceless, patterns
+from scca_jax.backends import target
+
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec("jax_plugins") is None
+  or importlib.util.find_spec("nvidia") is None,
+  reason="no compiler for GPUs: pip install 'scca_jax[plan]'",
+)
+BF16, F16 = jnp.bfloat16, jnp.float16
+# What the kernel of an implementation is known by in a compiled program.
+CALLS = {"mosaic": "mosaic_gpu", "triton": "__gpu$xla.gpu.triton", "xla": ""}
+
+
+def _step(pattern, segmented, implementation, query, key, value, ids, d_output):
+  """Returns the output, the log-sum-exp and the gradients."""
+
+  def attend(*x):
+    return attention(
+      *x,
+      pattern,
+      segment_ids=ids if segmented else None,
+      implementation=implementation,
+      return_lse=True,
+    )
+
+  (output, log_sum), vjp = jax.vjp(attend, query, key, value)
+  return output, log_sum, vjp((d_output, log_sum))
+
+
+def _compile(
+  gpu,
+  pattern,
+  *,
+  seq_len=1000,
+  head_dim=128,
+  kv_heads=2,
+  dtype=BF16,
+  segmented=False,
+  implementation=None,
+):
+  query, key = (
+    jax.ShapeDtypeStruct((1, seq_len, n, head_dim), dtype)
+    for n in (pattern.num_heads, kv_heads)
+  )
+  ids = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
+  step = functools.partial(_step, pattern, segmented, implementation)
+  return deviceless.compile_for(gpu, step, query, key, key, ids, query)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  ("gpu", "implementation"),
+  [("h200", "mosaic"), ("h200", "triton"), ("a100-40gb", "triton")],
+)
+@pytest.mark.parametrize(
+  ("pattern", "settings"),
+  [
+    (patterns.scca_fixed(4, 256), {}),
+    (patterns.longmixed(8, 256, boundary="local"), {"dtype": F16}),
+    (patterns.dna(4, 40, 3), {"head_dim": 64, "segmented": True}),
+  ],
+  ids=["fixed", "longmixed float16", "dna segments"],
+)
+def test_kernels_compile_for_their_gpus(gpu, implementation, pattern, settings):
+  compiled = _compile(gpu, pattern, implementation=implementation, **settings)
+  assert CALLS[implementation] in compiled.as_text()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  ("gpu", "implementation"),
+  [("v100-32gb", "xla"), ("a100-40gb", "triton"), ("h200", "mosaic")],
+)
+def test_each_gpu_gets_its_kernels(gpu, implementation):
+  text = _compile(gpu, patterns.scca_fixed(4, 256), dtype=F16).as_text()
+  found = {name for name, call in CALLS.items() if call and call in text}
+  assert found == {implementation} - {"xla"}
+
+
+@needs_compiler
+@pytest.mark.parametrize("implementation", ["mosaic", "triton"])
+@pytest.mark.parametrize("name", ["scca_fixed", "longmixed", "sda"])
+def test_nothing_but_numbers_of_rows_is_stored(implementation, name):
+  seq_len, heads = 8192, 32
+  pattern = patterns.make(
+    name,
+    num_heads=heads,
+    seq_len=seq_len,
+    **({"dilation": 4} if name == "sda" else {"chunk_size": 2048}),
+  )
+  compiled = _compile(
+    "h200",
+    pattern,
+    seq_len=seq_len,
+    kv_heads=heads,
+    implementation=implementation,
+  )
+  # A rolled key alone would be 64 MiB; a float32 a row and head is 1 MiB.
+  assert compiled.memory_analysis().temp_size_in_bytes <= 8 * 2**20
+
+
+def test_descriptions_say_what_dispatch_needs():
+  assert deviceless.target_of("v100-32gb").compute_capability == (7, 0)
+  assert deviceless.target_of("a100-40gb").compute_capability == (8, 0)
+  assert deviceless.target_of("h200") == target.Target(
+    "gpu", "NVIDIA H200", (9, 0), 132
+  )
+
+
+def test_unknown_gpus_are_refused():
+  with pytest.raises(ValueError, match="'h300'.*h200"):
+    deviceless.compile_for("h300", lambda: None)
