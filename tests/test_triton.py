@@ -334,7 +334,7 @@ REFUSED = {
   "offset": ({"query_offset": 3}, "query_offset"),
   "traced offset": ({"query_offset": np.int32(0)}, "query_offset"),
   "more keys": ({"kv_len": 40}, "40 keys"),
-  "too long": ({"seq_len": blocks.FAR // 2 + 1}, "tokens"),
+  "too long": ({"seq_len": blocks.FAR // 2 + 1}, "fewer than"),
   "far": ({"shift": 1 << 30}, "as far as"),
   "old GPU": ({"capability": (7, 5)}, "8.0"),
 }

@@ -26,10 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from scca_jax.patterns import HeadPattern
+from scca_jax.patterns import AttentionPattern, HeadPattern
 
 # Further than any sequence is long.
 FAR = 1 << 29
+# Positions of a whole tile must fit in 32 bits.
+_MAX_DILATION = 1 << 20
 # Blocks of columns begin at a multiple of this slot: the copy engine of a
 # Hopper GPU fills tiles of 8 rows.
 ALIGN = 8
@@ -165,6 +167,48 @@ class Rule:
   def numbers(self) -> list[int]:
     """Returns the fields in the order of `RULE_FIELDS`."""
     return [int(getattr(self, name)) for name in RULE_FIELDS]
+
+
+def check_call(
+  name: str,
+  query: jax.Array,
+  key: jax.Array,
+  pattern: AttentionPattern,
+  query_offset: Any,
+) -> None:
+  """Checks what no kernel serves.
+
+  Args:
+    name: Of the implementation.
+    query: `[batch, seq, heads, head_dim]`.
+    key: `[batch, kv_seq, kv_heads, head_dim]`.
+    pattern: Which keys each query head sees.
+    query_offset: Position of the first query.
+
+  Raises:
+    NotImplementedError: The call is causal by slot, has a cache, or numbers
+      that 32 bits do not hold.
+  """
+  if pattern.causality != "position":
+    raise NotImplementedError(
+      f'{name} serves causality="position", not "{pattern.causality}".'
+    )
+  if not isinstance(query_offset, int) or query_offset:
+    raise NotImplementedError(f"{name} serves no query_offset.")
+  if key.shape[1] != query.shape[1]:
+    raise NotImplementedError(
+      f"{name} serves as many keys as queries, not {key.shape[1]} keys and"
+      f" {query.shape[1]} queries."
+    )
+  for head in pattern.head_groups():
+    furthest = max(
+      query.shape[1], head.shift, abs(head.offset), head.chunk_size or 0
+    )
+    if furthest >= FAR // 2 or head.dilation > _MAX_DILATION:
+      raise NotImplementedError(
+        f"{name} serves no head that reaches as far as {head} on"
+        f" {query.shape[1]} tokens."
+      )
 
 
 RULE_FIELDS = tuple(field.name for field in dataclasses.fields(Rule))
@@ -427,7 +471,7 @@ def make_groups(
     group_size: Query heads that share a key head.
     seq_len: Tokens.
     sizes: Of the tiles.
-    inverse: Whether the rows are keys.
+    inverse: Whether the rows are keys; the heads then have one dilation.
     in_order: See `tiles_of_head`.
 
   Returns:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scca_jax.backends import target
+from scca_jax.backends import blocks, target
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -212,20 +212,10 @@ def attention(
     raise NotImplementedError(
       f"cudnn serves bfloat16 and float16, not {query.dtype}."
     )
-  if pattern.causality != "position":
-    raise NotImplementedError(
-      f'cudnn serves causality="position", not "{pattern.causality}".'
-    )
   if segment_ids is not None:
     raise NotImplementedError("cudnn serves no segment_ids.")
-  if not isinstance(query_offset, int) or query_offset:
-    raise NotImplementedError("cudnn serves no query_offset.")
+  blocks.check_call("cudnn", query, key, pattern, query_offset)
   seq_len, num_heads = query.shape[1:3]
-  if key.shape[1] != seq_len:
-    raise NotImplementedError(
-      f"cudnn serves as many keys as queries, not {key.shape[1]} keys and"
-      f" {seq_len} queries."
-    )
   group_size = num_heads // key.shape[2]
   outputs, order = [], []
   for head, heads in pattern.head_groups().items():

@@ -368,19 +368,7 @@ def _check(
     raise NotImplementedError(
       f"mosaic serves a head_dim of 64 or 128, not {query.shape[3]}."
     )
-  if pattern.causality != "position":
-    raise NotImplementedError(
-      f'mosaic serves causality="position", not "{pattern.causality}".'
-    )
-  if not isinstance(query_offset, int) or query_offset:
-    raise NotImplementedError("mosaic serves no query_offset.")
-  if key.shape[1] != query.shape[1]:
-    raise NotImplementedError(
-      f"mosaic serves as many keys as queries, not {key.shape[1]} keys and"
-      f" {query.shape[1]} queries."
-    )
-  if query.shape[1] >= blocks.FAR:
-    raise NotImplementedError(f"mosaic serves no {query.shape[1]} tokens.")
+  blocks.check_call("mosaic", query, key, pattern, query_offset)
 
 
 def attention(

@@ -236,7 +236,8 @@ def backward_keys(
           )
           delta = load(delta_smem.at[slot], columns_layout())
           plgpu.barrier_arrive(do_free.at[slot])
-          ds = (p * (dp - over_rows(delta, shape))).astype(dtype)
+          ds = p * (dp - over_rows(delta, shape))  # pyright: ignore
+          ds = ds.astype(dtype)
 
           def multiply(acc_ref):
             plgpu.wgmma(acc_ref, ds, q_smem.at[slot])

@@ -45,8 +45,6 @@ _LOG2E = math.log2(math.e)
 _LOWEST = -1e30
 # A log-sum-exp, in powers of 2, that makes every weight 0.
 _NO_WEIGHT = 1e30
-# Positions of a whole tile must fit in 32 bits.
-_MAX_DILATION = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -888,7 +886,7 @@ def _check(
   interpret: bool,
 ) -> None:
   """Raises NotImplementedError for a call that the kernels cannot serve."""
-  head_dim, seq_len = query.shape[3], query.shape[1]
+  head_dim = query.shape[3]
   dtypes = [jnp.bfloat16, jnp.float16]
   if interpret:
     dtypes.append(jnp.float32)
@@ -908,24 +906,12 @@ def _check(
     raise NotImplementedError(
       f"triton serves bfloat16 and float16, not {query.dtype}."
     )
-  if pattern.causality != "position":
+  # Places of numbers in an array are counted in 32 bits.
+  if query.size >= 1 << 31:
     raise NotImplementedError(
-      f'triton serves causality="position", not "{pattern.causality}".'
+      f"triton serves fewer than 2**31 numbers, not {query.shape}."
     )
-  if not isinstance(query_offset, int) or query_offset:
-    raise NotImplementedError("triton serves no query_offset.")
-  if key.shape[1] != seq_len:
-    raise NotImplementedError(
-      f"triton serves as many keys as queries, not {key.shape[1]} keys and"
-      f" {seq_len} queries."
-    )
-  if seq_len > blocks.FAR // 2:
-    raise NotImplementedError(f"triton serves no {seq_len} tokens.")
-  for head in pattern.heads:
-    rule = Rule.of(head, pattern.boundary)
-    numbers = rule.shift, rule.limit, rule.chunk_size // 2
-    if max(numbers) > blocks.FAR or rule.dilation > _MAX_DILATION:
-      raise NotImplementedError(f"triton serves no head as far as {head}.")
+  blocks.check_call("triton", query, key, pattern, query_offset)
 
 
 def attention(
