@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from scca_jax import evaluation
+from scca_jax import evaluation, llama
 from scca_jax.lora import LoraConfig
 from scca_jax.training import OptimizerConfig
 
@@ -99,7 +99,11 @@ class TrainingConfig:
     seed: Of initialisation, shuffling and dropout.
     dtype: Compute dtype, "float32", "bfloat16" or "float16".
     param_dtype: Dtype that frozen weights are held in.
-    remat: Whether activations are computed anew in the backward pass.
+    remat: What the backward pass has of each layer: "none", all activations;
+      "layer", its input, from which it is computed anew; "offload", the same,
+      but the inputs wait in the host's memory.
+    mlp_chunk: Tokens of each sequence whose MLP is computed at once; None
+      takes all.
     loss_chunk: Tokens of each sequence whose logits are held at once.
     log_every: Steps between writes of the metrics (each step has its line).
     checkpoint_every: Steps between checkpoints; one is kept at the end too.
@@ -114,7 +118,8 @@ class TrainingConfig:
   seed: int = 0
   dtype: str = "float32"
   param_dtype: str = "float32"
-  remat: bool = False
+  remat: str = "none"
+  mlp_chunk: int | None = None
   loss_chunk: int = 512
   log_every: int = 10
   checkpoint_every: int = 100
@@ -135,6 +140,15 @@ class TrainingConfig:
           f"training.{name} must be float32, bfloat16 or float16, got"
           f" {getattr(self, name)!r}."
         )
+    if self.remat not in llama.REMAT:
+      raise ValueError(
+        f"training.remat must be one of {', '.join(llama.REMAT)}, got"
+        f" {self.remat!r}."
+      )
+    if self.mlp_chunk is not None and self.mlp_chunk < 1:
+      raise ValueError(
+        f"training.mlp_chunk must be at least 1 or None, got {self.mlp_chunk}."
+      )
     if self.batch_size % self.num_micro_batches:
       raise ValueError(
         f"training.batch_size={self.batch_size} is no multiple of"

@@ -201,6 +201,7 @@ def main() -> None:
       num_micro_batches=train.num_micro_batches,
       loss_chunk=train.loss_chunk,
       remat=train.remat,
+      mlp_chunk=train.mlp_chunk,
       seed=train.seed,
       implementation=train.implementation,
       dtype=train.dtype,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import ad_checkpoint
 
 from scca_jax import rope
 from scca_jax.dispatch import attention
@@ -25,6 +26,10 @@ from scca_jax.rope import RopeScaling
 LayerPattern = AttentionPattern | tuple[AttentionPattern, ...]
 # The same for all layers, or one a layer.
 Patterns = AttentionPattern | tuple[LayerPattern, ...]
+# What the backward pass has of each layer: all activations; its input, from
+# which they are computed anew; the same, waiting in the host's memory.
+REMAT = ("none", "layer", "offload")
+_LAYER_INPUT = "layer_input"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,11 +249,39 @@ class MLP(nnx.Module):
     self.up_proj = making.linear("up_proj", hidden, inner, rngs)
     self.down_proj = making.linear("down_proj", inner, hidden, rngs)
 
-  def __call__(self, x: jax.Array, keys: Any) -> jax.Array:
-    """Returns the MLP's part of the residual stream, like `x`."""
-    gate = jax.nn.silu(self.gate_proj(x, keys["gate_proj"]))
-    inner = gate * self.up_proj(x, keys["up_proj"])
-    return self.down_proj(inner, keys["down_proj"])
+  def __call__(
+    self, x: jax.Array, keys: Any, chunk_len: int | None = None
+  ) -> jax.Array:
+    """Returns the MLP's part of the residual stream, like `x`.
+
+    Args:
+      x: `[batch, seq, hidden]`.
+      keys: Randomness of the dropout by projection, or None.
+      chunk_len: Tokens of each sequence whose inner activations are held at
+        once, in the backward pass too; None takes all.
+    """
+
+    def of_chunk(x, keys):
+      gate = jax.nn.silu(self.gate_proj(x, keys["gate_proj"]))
+      inner = gate * self.up_proj(x, keys["up_proj"])
+      return self.down_proj(inner, keys["down_proj"])
+
+    batch, seq_len, hidden = x.shape
+    if chunk_len is None or seq_len <= chunk_len:
+      return of_chunk(x, keys)
+    num_chunks = -(-seq_len // chunk_len)
+    padding = num_chunks * chunk_len - seq_len
+    chunks = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+    chunks = chunks.reshape(batch, num_chunks, chunk_len, hidden)
+    of_chunks = jax.tree.map(
+      lambda key: jax.random.split(key, num_chunks), dict(keys)
+    )
+    result = jax.lax.map(
+      lambda of: jax.checkpoint(of_chunk)(*of),
+      (jnp.swapaxes(chunks, 0, 1), of_chunks),
+    )
+    result = jnp.swapaxes(result, 0, 1).reshape(batch, -1, hidden)
+    return result[:, :seq_len]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +292,7 @@ class _Call:
     rotation: Positions, frequencies and factor: arguments of `rope.apply`.
     segment_ids: `[batch, seq]` or None.
     implementation: Attention back end.
+    mlp_chunk: See `MLP`.
     starts: With a cache: position of the first token of each sequence,
       `[batch]`; None is the start of all, where no key is in the cache yet.
   """
@@ -266,6 +300,7 @@ class _Call:
   rotation: tuple[jax.Array, np.ndarray | jax.Array, float]
   segment_ids: jax.Array | None
   implementation: str | None
+  mlp_chunk: int | None = None
   starts: jax.Array | None = None
 
 
@@ -361,7 +396,8 @@ class Layer(nnx.Module):
       self.input_layernorm(x), pattern, call, keys, cache
     )
     x = x + attended
-    return x + self.mlp(self.post_attention_layernorm(x), keys), cache
+    normalised = self.post_attention_layernorm(x)
+    return x + self.mlp(normalised, keys, call.mlp_chunk), cache
 
 
 def _period(patterns: Patterns, num_layers: int) -> tuple[LayerPattern, ...]:
@@ -493,7 +529,8 @@ class Llama(nnx.Module):
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
-    remat: bool = False,
+    remat: str = "none",
+    mlp_chunk: int | None = None,
     deterministic: bool = True,
     rngs: nnx.Rngs | None = None,
   ) -> jax.Array:
@@ -508,6 +545,7 @@ class Llama(nnx.Module):
       segment_ids=segment_ids,
       implementation=implementation,
       remat=remat,
+      mlp_chunk=mlp_chunk,
       deterministic=deterministic,
       rngs=rngs,
     )
@@ -521,7 +559,8 @@ class Llama(nnx.Module):
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
-    remat: bool = False,
+    remat: str = "none",
+    mlp_chunk: int | None = None,
     deterministic: bool = True,
     rngs: nnx.Rngs | None = None,
   ) -> jax.Array:
@@ -537,8 +576,11 @@ class Llama(nnx.Module):
       segment_ids: Documents packed in one sequence, `[batch, seq]`; see
         `scca_jax.attention`.
       implementation: Attention back end; None takes the best for the device.
-      remat: Whether the backward pass computes each layer anew from its input,
-        the only activation that is then kept.
+      remat: What the backward pass has of each layer: "none", all activations;
+        "layer", its input only, from which it is computed anew; "offload", the
+        same, but the inputs wait in the host's memory.
+      mlp_chunk: Tokens of each sequence whose MLP is computed at once, and anew
+        in the backward pass; None takes all.
       deterministic: Whether dropout is off.
       rngs: Its stream `dropout` is used if there is dropout.
 
@@ -555,22 +597,41 @@ class Llama(nnx.Module):
     inv_freq, attention_scaling = rope.frequencies(
       config.head_dim, config.rope_theta, config.rope_scaling, tokens.shape[1]
     )
+    if remat not in REMAT:
+      raise ValueError(
+        f"unknown remat {remat!r}: use one of {', '.join(REMAT)}."
+      )
+    if mlp_chunk is not None and mlp_chunk < 1:
+      raise ValueError(f"mlp_chunk must be at least 1, got {mlp_chunk}.")
     call = _Call(
-      (positions, inv_freq, attention_scaling), segment_ids, implementation
+      (positions, inv_freq, attention_scaling),
+      segment_ids,
+      implementation,
+      mlp_chunk,
     )
     graphdef, state = nnx.split(self.layers)
 
     def run_layer(x, of_cycle, i):
+      x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
       state, key = jax.tree.map(lambda leaf: leaf[i], of_cycle)
       return nnx.merge(graphdef, state)(x, cycle[i], call, key)[0]
 
-    if remat:
+    if remat != "none":
       # A scan of one step is inlined, and the compiler may then merge what is
       # computed anew with what was computed first: this forbids it. It takes
       # the weights as the scan has them: a slice would be saved with each
       # layer's input, a second copy of the model.
+      policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+      )
       run_layer = jax.checkpoint(
-        run_layer, prevent_cse=num_cycles == 1, static_argnums=2
+        run_layer,
+        prevent_cse=num_cycles == 1,
+        policy=policy if remat == "offload" else None,
+        static_argnums=2,
       )
 
     def run_cycle(x, of_cycle):
@@ -661,7 +722,7 @@ class Llama(nnx.Module):
       default if inv_freq is None else inv_freq,
       attention_scaling,
     )
-    call = _Call(rotation, None, implementation, starts)
+    call = _Call(rotation, None, implementation, starts=starts)
     graphdef, state = nnx.split(self.layers)
 
     def run_cycle(carry, of_cycle):

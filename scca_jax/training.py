@@ -210,8 +210,10 @@ class StepConfig:
     num_micro_batches: Parts the batch is cut in; their gradients are summed
       before the one update (gradient accumulation).
     loss_chunk: Tokens of each sequence whose logits are held at once.
-    remat: Whether each layer's activations are computed anew in the backward
-      pass.
+    remat: What the backward pass has of each layer; see
+      `Llama.hidden_states`.
+    mlp_chunk: Tokens of each sequence whose MLP is computed at once; None
+      takes all.
     seed: Of the dropout.
     implementation: Attention back end; None takes the best for the device.
     dtype: The model's compute dtype; "float16" scales the loss.
@@ -220,7 +222,8 @@ class StepConfig:
   patterns: AttentionPattern | tuple[AttentionPattern, ...]
   num_micro_batches: int = 1
   loss_chunk: int = 512
-  remat: bool = False
+  remat: str = "none"
+  mlp_chunk: int | None = None
   seed: int = 0
   implementation: str | None = None
   dtype: str = "float32"
@@ -253,6 +256,7 @@ def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
     segment_ids=batch.get("segment_ids"),
     implementation=config.implementation,
     remat=config.remat,
+    mlp_chunk=config.mlp_chunk,
     deterministic=False,
     rngs=nnx.Rngs(dropout=rng),
   )

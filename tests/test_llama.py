@@ -56,7 +56,9 @@ def _model(config=CONFIG, adapter=None, dtype=jnp.float32):
   return model
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "patterns", "remat"))
+@functools.partial(
+  jax.jit, static_argnames=("graphdef", "patterns", "remat", "mlp_chunk")
+)
 def _run(state, tokens, graphdef, patterns, **settings):
   return nnx.merge(graphdef, state)(
     tokens, patterns=patterns, implementation="reference", **settings
@@ -217,17 +219,38 @@ def test_a_layer_may_attend_by_a_mixture():
 
 
 @pytest.mark.parametrize("schedule", [FIXED, (FIXED, DENSE)])
-def test_remat_changes_no_gradient(schedule):
+@pytest.mark.parametrize(
+  "lever",
+  [{"remat": "layer"}, {"remat": "offload"}, {"mlp_chunk": 4}],
+  ids=lambda lever: "".join(lever.values()) if "remat" in lever else "chunk",
+)
+def test_levers_of_memory_change_no_gradient(schedule, lever):
   graphdef, state = nnx.split(_model())
 
-  def loss(state, remat):
-    logits = _run(state, _tokens(), graphdef, schedule, remat=remat)
+  @functools.partial(jax.jit, static_argnames=("remat", "mlp_chunk"))
+  @functools.partial(jax.grad, argnums=0)
+  def gradient(state, remat="none", mlp_chunk=None):
+    logits = nnx.merge(graphdef, state)(
+      _tokens(),
+      patterns=schedule,
+      implementation="reference",
+      remat=remat,
+      mlp_chunk=mlp_chunk,
+    )
     return jnp.mean(logits**2)
 
-  kept = jax.grad(loss)(state, False)
-  again = jax.grad(loss)(state, True)
-  for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+  plain, lean = gradient(state), gradient(state, **lever)
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(lean), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("lever", "said"),
+  [({"remat": "all"}, "'all'.*offload"), ({"mlp_chunk": 0}, "mlp_chunk.*0")],
+)
+def test_unknown_levers_of_memory_are_refused(lever, said):
+  with pytest.raises(ValueError, match=said):
+    _logits(_model(), _tokens(), FIXED, **lever)
 
 
 def test_remat_keeps_of_each_layer_its_input_only():
@@ -250,8 +273,8 @@ def test_remat_keeps_of_each_layer_its_input_only():
       if leaf.shape[0] == 4 and {3, 13} & set(leaf.shape)
     }
 
-  assert kept(True) == {(4, 3, 13, 16)}
-  assert (4, 3, 13, 29) in kept(False)
+  assert kept("layer") == {(4, 3, 13, 16)}
+  assert (4, 3, 13, 29) in kept("none")
 
 
 def test_packed_documents_equal_documents_alone():

@@ -131,9 +131,11 @@ def test_a_batch_that_cannot_be_cut_is_refused():
     )
 
 
-def test_remat_and_loss_chunks_change_no_number():
+def test_remat_and_chunks_change_no_number():
   plain, plain_history = _run(num_steps=2)
-  lean, lean_history = _run(num_steps=2, remat=True, loss_chunk=5)
+  lean, lean_history = _run(
+    num_steps=2, remat="layer", loss_chunk=5, mlp_chunk=5
+  )
   for a, b in zip(plain_history, lean_history, strict=True):
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
   _assert_close(plain.params, lean.params, rtol=1e-3, atol=1e-5)
@@ -155,7 +157,7 @@ def test_the_backward_pass_keeps_no_second_copy_of_the_weights(rotate):
     lambda x: training.init_state(x, rule, "float32"), params
   )
   step = training.compile_step(
-    graphdef, rule, training.StepConfig(patterns=schedule, remat=True)
+    graphdef, rule, training.StepConfig(patterns=schedule, remat="layer")
   )
   compiled = step.lower(state, frozen, _batch(batch=1, seq=8)).compile()
   weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
