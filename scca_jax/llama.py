@@ -612,7 +612,8 @@ class Llama(nnx.Module):
     graphdef, state = nnx.split(self.layers)
 
     def run_layer(x, of_cycle, i):
-      x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
+      if remat == "offload":
+        x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
       state, key = jax.tree.map(lambda leaf: leaf[i], of_cycle)
       return nnx.merge(graphdef, state)(x, cycle[i], call, key)[0]
 

@@ -141,28 +141,31 @@ def test_remat_and_chunks_change_no_number():
   _assert_close(plain.params, lean.params, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("rotate", [None, "layer"])
+@pytest.mark.parametrize("rotate", [0, "layer"])
 def test_the_backward_pass_keeps_no_second_copy_of_the_weights(rotate):
-  config = dataclasses.replace(
-    CONFIG, hidden_size=128, intermediate_size=512, num_layers=8
-  )
-  settings = {} if rotate is None else {"rotate": rotate}
   schedule = patterns.make_schedule(
-    "scca_flow", num_heads=4, num_layers=8, seq_len=8, **settings
+    "scca_flow", num_heads=4, num_layers=8, seq_len=8, rotate=rotate
   )
+  config = dataclasses.replace(CONFIG, num_layers=8)
   model = nnx.eval_shape(lambda: Llama(config, lora=LORA, rngs=nnx.Rngs(0)))
   graphdef, params, frozen = nnx.split(model, lora.trainable(LORA), ...)
-  rule = training.make_optimizer(OPTIMIZER, 10)
-  state = jax.eval_shape(
-    lambda x: training.init_state(x, rule, "float32"), params
-  )
-  step = training.compile_step(
-    graphdef, rule, training.StepConfig(patterns=schedule, remat="layer")
-  )
-  compiled = step.lower(state, frozen, _batch(batch=1, seq=8)).compile()
-  weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
-  temporary = compiled.memory_analysis().temp_size_in_bytes
-  assert temporary < weights
+  tokens = jnp.zeros((1, 8), jnp.int32)
+
+  def kept(params, frozen):
+    def hidden(params):
+      return nnx.merge(graphdef, params, frozen).hidden_states(
+        tokens, patterns=schedule, remat="layer"
+      )
+
+    return jax.vjp(hidden, params)[1]
+
+  def size(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+  # The weights themselves, what is trained, and the inputs of the layers.
+  inputs = 8 * 8 * config.hidden_size
+  weights = size(frozen) + size(params) + inputs
+  assert size(jax.eval_shape(kept, params, frozen)) < 1.1 * weights
 
 
 def test_an_overflow_changes_only_the_loss_scale():
