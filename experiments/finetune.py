@@ -14,7 +14,7 @@ import pathlib
 from typing import Any
 
 import jax.numpy as jnp
-from absl import flags, logging
+from absl import flags
 from flax import nnx
 
 from experiments import cli, inputs, loop
@@ -29,7 +29,6 @@ from scca_jax import (
   tokenizer,
 )
 from scca_jax.llama import LlamaConfig
-from scca_jax.rope import RopeScaling
 from scca_jax.training import StepConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -52,41 +51,6 @@ _OUTPUT_DIR = flags.DEFINE_string(
   "Where the run is kept, and goes on from if it was interrupted; by default"
   " runs/ and the pattern's name.",
 )
-
-
-def extended(config: LlamaConfig, run: FinetuneConfig) -> LlamaConfig:
-  """Returns the model's configuration for the target length.
-
-  Raises:
-    ValueError: The rope scaling is unknown or would be applied twice.
-  """
-  target_len = run.training.seq_len
-  if run.rope.kind is None:
-    if target_len > config.context_len:
-      logging.warning(
-        "The target length %d exceeds the pretrained length %d and no rope"
-        " scaling is set: set config.rope.kind=linear unless this is meant.",
-        target_len,
-        config.context_len,
-      )
-    return config
-  if config.rope_scaling is not None:
-    raise ValueError(
-      f"the model has {config.rope_scaling.kind} rope scaling already: set"
-      " config.rope.kind=None to keep it."
-    )
-  factor = run.rope.factor
-  if factor is None:
-    factor = max(1.0, target_len / config.context_len)
-  return dataclasses.replace(
-    config,
-    context_len=max(target_len, config.context_len),
-    rope_scaling=RopeScaling(
-      kind=run.rope.kind,
-      factor=factor,
-      original_max_position_embeddings=config.context_len,
-    ),
-  )
 
 
 def _read_settings() -> FinetuneConfig:
@@ -127,9 +91,9 @@ def main() -> None:
   run = _read_settings()
   train = run.training
   dispatch.check_implementation(train.implementation)
-  model_folder = pathlib.Path(run.model) if run.model else assets.MODEL
+  model_folder = inputs.model_path(run.model)
   base_config = convert.load_config(model_folder)
-  target_config = extended(base_config, run)
+  target_config = inputs.extended(base_config, run)
   schedule = inputs.make_patterns(run.pattern, base_config, train.seq_len)
   words = tokenizer.load(run.data.tokenizer or model_folder)
   output_dir = loop.open_output_dir(

@@ -1,13 +1,17 @@
 """Turns the settings of a run into what training takes: tokens, patterns."""
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from experiments.config import EvaluationConfig, PatternConfig
-from scca_jax import data, evaluation, patterns
+from absl import logging
+
+from experiments.config import EvaluationConfig, FinetuneConfig, PatternConfig
+from scca_jax import assets, data, evaluation, patterns
 from scca_jax.llama import LlamaConfig
+from scca_jax.rope import RopeScaling
 from scca_jax.tokenizer import Tokenizer
 
 # Read at once when a file is hashed, in bytes.
@@ -84,6 +88,49 @@ def make_patterns(
   if config.interleaved:
     schedule = tuple(p.interleaved(model.num_kv_heads) for p in schedule)
   return schedule
+
+
+def model_path(name: str | None) -> pathlib.Path:
+  """Returns where a model is: a path, a known shape, or the embedded one."""
+  if name is None:
+    return assets.MODEL
+  path = pathlib.Path(name)
+  return path if path.exists() else assets.SHAPES.get(name, path)
+
+
+def extended(config: LlamaConfig, run: FinetuneConfig) -> LlamaConfig:
+  """Returns the model's configuration for the target length.
+
+  Raises:
+    ValueError: The rope scaling is unknown or would be applied twice.
+  """
+  target_len = run.training.seq_len
+  if run.rope.kind is None:
+    if target_len > config.context_len:
+      logging.warning(
+        "The target length %d exceeds the pretrained length %d and no rope"
+        " scaling is set: set config.rope.kind=linear unless this is meant.",
+        target_len,
+        config.context_len,
+      )
+    return config
+  if config.rope_scaling is not None:
+    raise ValueError(
+      f"the model has {config.rope_scaling.kind} rope scaling already: set"
+      " config.rope.kind=None to keep it."
+    )
+  factor = run.rope.factor
+  if factor is None:
+    factor = max(1.0, target_len / config.context_len)
+  return dataclasses.replace(
+    config,
+    context_len=max(target_len, config.context_len),
+    rope_scaling=RopeScaling(
+      kind=run.rope.kind,
+      factor=factor,
+      original_max_position_embeddings=config.context_len,
+    ),
+  )
 
 
 def check_evaluation(

@@ -36,31 +36,37 @@ def _spec(gpu: str) -> str:
   return (_SPECS / f"{gpu}.txtpb").read_text(encoding="utf8")
 
 
+def _number(gpu: str, name: str) -> int:
+  """Returns a number of the description, 0 where it is left out."""
+  found = re.search(rf"\b{name}: (\d+)", _spec(gpu))
+  return int(found[1]) if found else 0
+
+
 def target_of(gpu: str) -> target.Target:
   """Returns what implementations need to know of a described GPU.
 
   Raises:
     ValueError: The name is unknown.
   """
-  text = _spec(gpu)
-
-  def number(name: str, default: int | None = None) -> int:
-    found = re.search(rf"\b{name}: (\d+)", text)
-    return int(found[1]) if found else default or 0
-
-  kind = re.search(r'device_description_str: "(.*)"', text)
-  capability = re.search(r"cuda_compute_capability {(.*)}", text)
-  minor = re.search(r"minor: (\d+)", capability[1]) if capability else None
-  major = re.search(r"major: (\d+)", capability[1]) if capability else None
+  kind = re.search(r'device_description_str: "(.*)"', _spec(gpu))
   return target.Target(
     platform="gpu",
     kind=kind[1] if kind else gpu,
     compute_capability=(
-      int(major[1]) if major else 0,
-      int(minor[1]) if minor else 0,
+      _number(gpu, r"cuda_compute_capability {.*\bmajor"),
+      _number(gpu, r"cuda_compute_capability {.*\bminor"),
     ),
-    num_multiprocessors=number("core_count"),
+    num_multiprocessors=_number(gpu, "core_count"),
   )
+
+
+def capacity_bytes(gpu: str) -> int:
+  """Returns the memory of a described GPU, in bytes.
+
+  Raises:
+    ValueError: The name is unknown.
+  """
+  return _number(gpu, "device_memory_size")
 
 
 def _cuda_folder() -> pathlib.Path:

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
+import importlib.util
 import runpy
 import sys
 
@@ -30,6 +31,18 @@ def _forget_commands():
       ):
         delattr(flags.FLAGS, flag.name)
   flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def gpu_compiler():
+  """Skips a test where nothing can compile for a GPU that is not here."""
+  for name in ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"):
+    try:
+      found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+      found = None
+    if found is None:
+      pytest.skip("no compiler for GPUs: pip install 'scca_jax[plan]'")
 
 
 @pytest.fixture

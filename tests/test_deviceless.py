@@ -1,7 +1,6 @@
 """GPU kernels, compiled for GPUs that are not here."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,7 @@ import pytest
 from scca_jax import attention, deviceless, patterns
 from scca_jax.backends import target
 
-needs_compiler = pytest.mark.skipif(
-  importlib.util.find_spec("jax_plugins") is None
-  or importlib.util.find_spec("nvidia") is None,
-  reason="no compiler for GPUs: pip install 'scca_jax[plan]'",
-)
+needs_compiler = pytest.mark.usefixtures("gpu_compiler")
 BF16, F16 = jnp.bfloat16, jnp.float16
 # What the kernel of an implementation is known by in a compiled program.
 CALLS = {"mosaic": "mosaic_gpu", "triton": "__gpu$xla.gpu.triton", "xla": ""}

@@ -28,7 +28,7 @@ LAYERS = (
   ("convert", "tokenizer", "generation"),
   ("data", "losses"),
   ("training", "evaluation"),
-  ("checkpoint",),
+  ("checkpoint", "memory"),
 )
 
 

@@ -1,4 +1,7 @@
-"""The embedded model and book text; their README says where they are from."""
+"""The embedded model and book text; their README says where they are from.
+
+`SHAPES` has the sizes of known models, without weights.
+"""
 
 import pathlib
 
@@ -9,3 +12,5 @@ MODEL = _FOLDER / "tiny"
 # Whole books in the public domain: to tune on, and to measure on.
 BOOKS_TUNE = _FOLDER / "books_tune.jsonl.xz"
 BOOKS_TEST = _FOLDER / "books_test.jsonl.xz"
+# Folders with a config.json only, by name.
+SHAPES = {path.name: path for path in sorted((_FOLDER / "shapes").iterdir())}

@@ -1,0 +1,140 @@
+"""Says how much GPU memory a fine-tuning step takes, without the GPU.
+
+The step of the config is compiled for a described GPU; see `scca_jax.memory`.
+It needs the compiler: `pip install 'scca_jax[plan]'`. Weights are not read: a
+config.json is enough.
+
+    python -m experiments.plan_memory --config=configs/llama2_7b_8k.py \
+      --gpu=v100-32gb --output=plan.json
+    python -m experiments.plan_memory --config=configs/llama2_7b_8k.py \
+      --gpu=v100-32gb --search=seq_len
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from experiments import cli, inputs
+from experiments.config import FinetuneConfig, from_config_dict
+from scca_jax import convert, deviceless, memory
+from scca_jax.training import StepConfig
+
+_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+# Contexts that --search tries are multiples of it, in tokens.
+_SEARCH_MULTIPLE = 1024
+
+_CONFIG = cli.define_config(_CONFIGS / "tiny.py")
+flags.declare_key_flag("config")
+_MODEL = flags.DEFINE_string(
+  "model", None, "Folder with a config.json; overrides config.model."
+)
+_GPU = flags.DEFINE_enum(
+  "gpu", "v100-32gb", deviceless.GPUS, "The GPU to compile for."
+)
+_SEARCH = flags.DEFINE_enum(
+  "search",
+  None,
+  ["seq_len", "batch_size"],
+  "Find the longest context (a multiple of 1,024), or the most sequences at"
+  " once, that fit.",
+)
+_FRACTION = flags.DEFINE_float(
+  "memory_fraction",
+  memory.DEFAULT_FRACTION,
+  "Share of the card that jax may use (XLA_PYTHON_CLIENT_MEM_FRACTION).",
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
+
+
+def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
+  """Returns the plan of one micro batch at a time."""
+  train = run.training
+  run = dataclasses.replace(
+    run,
+    training=dataclasses.replace(
+      train,
+      seq_len=seq_len,
+      batch_size=batch_size * train.num_micro_batches,
+    ),
+  )
+  train = run.training
+  base = convert.load_config(inputs.model_path(run.model))
+  return memory.plan_step(
+    _GPU.value,
+    inputs.extended(base, run),
+    lora_config=run.lora,
+    optimizer=run.optimizer,
+    step=StepConfig(
+      patterns=inputs.make_patterns(run.pattern, base, seq_len),
+      num_micro_batches=train.num_micro_batches,
+      loss_chunk=train.loss_chunk,
+      remat=train.remat,
+      mlp_chunk=train.mlp_chunk,
+      seed=train.seed,
+      implementation=train.implementation,
+      dtype=train.dtype,
+    ),
+    param_dtype=train.param_dtype,
+    batch_size=train.batch_size,
+    seq_len=seq_len,
+    memory_fraction=_FRACTION.value,
+  )
+
+
+def _print(plan: memory.Plan) -> None:
+  gib = 2**30
+  print(
+    f"{plan.gpu}, {plan.batch_size} x {plan.seq_len:,} tokens: peak"
+    f" {plan.peak_bytes / gib:.2f} GiB of {plan.pool_bytes / gib:.2f} GiB that"
+    f" jax may use ({plan.capacity_bytes / gib:.2f} GiB on the card):"
+    f" {'fits' if plan.fits else 'does not fit'}",
+    flush=True,
+  )
+
+
+def main() -> None:
+  """Compiles, prints a table and writes JSON.
+
+  Raises:
+    ValueError: A setting or flag does not fit, nothing fits, or the compiler
+      is missing.
+  """
+  run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
+  if _MODEL.value is not None:
+    run = dataclasses.replace(run, model=_MODEL.value)
+  train = run.training
+  micro_batch = train.batch_size // train.num_micro_batches
+
+  def of_size(size: int) -> memory.Plan:
+    if _SEARCH.value == "seq_len":
+      plan = _plan(run, micro_batch, size)
+    else:
+      plan = _plan(run, size, train.seq_len)
+    _print(plan)
+    return plan
+
+  if _SEARCH.value is None:
+    plan = _plan(run, micro_batch, train.seq_len)
+    _print(plan)
+  else:
+    multiple = _SEARCH_MULTIPLE if _SEARCH.value == "seq_len" else 1
+    plan = memory.search(of_size, multiple, multiple)
+    if plan is None:
+      raise ValueError(
+        f"nothing fits on {_GPU.value}: the least, {_SEARCH.value}={multiple},"
+        " takes more than jax may use."
+      )
+    print("the largest that fits:")
+    _print(plan)
+  for name, size in plan.parts.items():
+    print(f"  {name:<10} {size / 2**30:>7.2f} GiB")
+  if _OUTPUT.value is not None:
+    cli.write_json(
+      _OUTPUT.value, dataclasses.asdict(plan) | {"fits": plan.fits}
+    )
+    print(f"wrote {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
