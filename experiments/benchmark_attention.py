@@ -1,19 +1,34 @@
-"""Measures attention: correctness first, then time and memory beside a peer.
+"""Measures attention: correctness first, then time and memory beside peers.
 
     python -m experiments.benchmark_attention --output=benchmark.json
 
-The peer is `jax.nn.dot_product_attention` with `is_causal`, dense attention as
-JAX users have it. A case is forward, or forward and backward (the gradients of
-query, key and value). By default: 4,096 tokens, 8 heads of 64, chunks of 512,
-float32; and memory alone, by compiling, at twice and four times the length.
+A case is a pattern at a length; forward, and forward with backward (the
+gradients of query, key and value) are measured. Implementation and peers take
+turns, round after round, so that ratios are of one heat of the chip. By
+default, on a CPU: 4,096 tokens, 8 heads of 64, chunks of 512, float32, beside
+`jax.nn.dot_product_attention`, dense; and memory alone, by compiling, at twice
+and four times the length. On a GPU the peers are cuDNN's dense attention
+(`jax.nn`), `xla` and, where PyTorch is installed, flex_attention with the same
+mask, dense SDPA, and LongLoRA's S2 as its users run it.
+
+`--tune` looks for the best sizes of the kernels instead. The module is long
+because it shares the cases, the check and the clock.
 """
 
+import dataclasses
 import functools
+import importlib
+import json
+import os
+import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+# PyTorch needs room on the GPU beside jax, which would take most of it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +36,41 @@ import numpy as np
 from absl import flags
 
 import scca_jax
-from experiments import cli
+from experiments import attention_peers, cli
 from scca_jax import dispatch, patterns
+from scca_jax.backends import blocks, target
 
 _SEQ_LENS = flags.DEFINE_list("seq_lens", ["4096"], "Lengths to time.")
 _MEMORY_LENS = flags.DEFINE_list(
-  "memory_lens", ["8192", "16384"], "Lengths to compile for their memory."
+  "memory_lens",
+  None,
+  "Lengths to compile for their memory; by default 8192,16384 on a CPU.",
 )
 _PATTERNS = flags.DEFINE_list(
   "patterns", ["scca_fixed"], f"Any of {', '.join(patterns.NAMES)}."
 )
-_IMPLEMENTATIONS = flags.DEFINE_list(
-  "implementations", ["xla"], f"Any of {', '.join(dispatch.AVAILABLE)}."
+_CASES = flags.DEFINE_list(
+  "cases",
+  None,
+  "PATTERN:LENGTH,... to time just these, in place of all --patterns at all"
+  " --seq_lens.",
 )
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16", "float16"], "Of the inputs."
+_IMPLEMENTATIONS = flags.DEFINE_list(
+  "implementations",
+  None,
+  f"Any of {', '.join(dispatch.IMPLEMENTATIONS)}; by default the best.",
+)
+_PEER_NAMES = ("jax.nn", "xla", *attention_peers.LABELS)
+_PEERS = flags.DEFINE_list(
+  "peers",
+  None,
+  f"Any of {', '.join(_PEER_NAMES)}; by default all on a GPU, jax.nn on a CPU.",
+)
+_MAX_PEER_LEN = flags.DEFINE_integer(
+  "max_peer_len", 32768, "Longest sequence that peers are timed at."
+)
+_DTYPES = flags.DEFINE_list(
+  "dtypes", ["float32"], "Any of float32, bfloat16, float16."
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Sequences.")
 _NUM_HEADS = flags.DEFINE_integer("num_heads", 8, "Query heads.")
@@ -46,18 +81,64 @@ _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of a head.")
 _CHUNK_SIZE = flags.DEFINE_integer(
   "chunk_size", 512, "Tokens; also the window of patterns that have one."
 )
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of a case.")
+_DILATION = flags.DEFINE_integer(
+  "dilation", 4, "Of the patterns that have one."
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds of a case.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
+_PLOT = flags.DEFINE_string(
+  "plot", None, "Where to draw time against length, a .png."
+)
+_TUNE = flags.DEFINE_boolean(
+  "tune", False, "Find the best sizes of mosaic or triton for the cases."
+)
+_SIZES_OUTPUT = flags.DEFINE_string(
+  "sizes_output",
+  str(blocks.SIZES_PATH),
+  "Where --tune writes what it finds, beside what is there.",
+)
 
-# Correctness is checked at the shortest timed length, or at this one: the
-# reference holds the whole mask.
+# Correctness is checked at most at this length: the reference holds the whole
+# mask. The pattern has as many chunks as at the length that is timed.
 _CHECKED_LEN = 1024
-# Largest error relative to the largest value, by dtype: float32 as the
-# implementations promise, the others a few of their roundings.
-_TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2, "float16": 5e-3}
-_PEER = "jax.nn dense"
+# Largest error in the 2-norm, relative to the truth, by dtype.
+_TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
+_DENSE = "jax.nn dense"
+_PARTS = ("forward", "forward_backward")
+# Two products a pair forward, seven in all, of 2 head_dim operations each.
+_WORK = {"forward": 4.0, "forward_backward": 14.0}
+# A sample lasts at least as long on a GPU, whose calls are asynchronous.
+_SAMPLE_SECONDS = 0.03
 
 _Function = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+  """A pattern at a length, in a dtype."""
+
+  name: str
+  seq_len: int
+  dtype: str
+
+  @property
+  def pattern(self) -> patterns.AttentionPattern:
+    """The pattern."""
+    return _make_pattern(self.name, self.seq_len, _CHUNK_SIZE.value)
+
+  @property
+  def shapes(self) -> list[tuple[int, int, int, int]]:
+    """Shapes of query, key and value."""
+    return _shapes(self.seq_len)
+
+  def row(self, implementation: str) -> dict[str, Any]:
+    """Returns the begin of a row of results."""
+    return {
+      "seq_len": self.seq_len,
+      "dtype": self.dtype,
+      "pattern": self.name,
+      "implementation": implementation,
+    }
 
 
 def _shapes(seq_len: int) -> list[tuple[int, int, int, int]]:
@@ -68,229 +149,540 @@ def _shapes(seq_len: int) -> list[tuple[int, int, int, int]]:
   ]
 
 
-def _inputs(seq_len: int, dtype: Any) -> list[jax.Array]:
+def _inputs(seq_len: int, dtype: str) -> list[jax.Array]:
   keys = jax.random.split(jax.random.key(0), 3)
   return [
-    jax.random.normal(key, shape, dtype)
+    jax.random.normal(key, shape, jnp.float32).astype(dtype)
     for key, shape in zip(keys, _shapes(seq_len), strict=True)
   ]
 
 
-def _make_pattern(name: str, seq_len: int) -> patterns.AttentionPattern:
-  settings = {"chunk_size": _CHUNK_SIZE.value} if _has_chunks(name) else {}
+def _make_pattern(
+  name: str, seq_len: int, chunk_size: int
+) -> patterns.AttentionPattern:
+  settings = {}
   if name in ("sliding", "dna"):
-    settings = {"window": _CHUNK_SIZE.value}
+    settings["window"] = chunk_size
+  elif name not in ("dense", "sda"):
+    settings["chunk_size"] = chunk_size
+  if name in ("sda", "dna", "dilated"):
+    settings["dilation"] = _DILATION.value
   return patterns.make(
     name, num_heads=_NUM_HEADS.value, seq_len=seq_len, **settings
   )
 
 
-def _has_chunks(name: str) -> bool:
-  return name not in ("dense", "sliding", "dna", "sda")
+def _on_gpu() -> bool:
+  return target.current().platform == "gpu"
+
+
+def _attend(
+  pattern: patterns.AttentionPattern, implementation: str
+) -> _Function:
+  return functools.partial(
+    scca_jax.attention, pattern=pattern, implementation=implementation
+  )
 
 
 def _with_backward(function: _Function) -> Callable[..., Any]:
-  def run(query, key, value):
+  def run(query, key, value, d_output):
     output, pull = jax.vjp(function, query, key, value)
-    return output, pull(jnp.ones_like(output))
+    return output, pull(d_output)
 
   return run
 
 
-def _compile(function: Callable[..., Any], seq_len: int) -> Any:
-  dtype = jnp.dtype(_DTYPE.value)
-  arguments = [jax.ShapeDtypeStruct(s, dtype) for s in _shapes(seq_len)]
-  return jax.jit(function).lower(*arguments).compile()
+class _JaxRun:
+  """A function of jax, compiled, with its inputs."""
+
+  def __init__(self, function: _Function, seq_len: int, dtype: str):
+    """Compiles both parts; nothing is run."""
+    specs = [jax.ShapeDtypeStruct(s, dtype) for s in _shapes(seq_len)]
+    self._where = seq_len, dtype
+    self._compiled = {
+      "forward": jax.jit(function).lower(*specs).compile(),
+      "forward_backward": jax.jit(_with_backward(function))
+      .lower(*specs, specs[0])
+      .compile(),
+    }
+
+  @functools.cached_property
+  def _arguments(self) -> list[jax.Array]:
+    query, *rest = _inputs(*self._where)
+    return [query, *rest, query[:, ::-1]]
+
+  def forward(self) -> Any:
+    """Starts the forward pass."""
+    return self._compiled["forward"](*self._arguments[:3])
+
+  def forward_backward(self) -> Any:
+    """Starts both passes."""
+    return self._compiled["forward_backward"](*self._arguments)
+
+  def wait(self, result: Any) -> None:
+    """Waits for what was started last, and so for all before."""
+    jax.block_until_ready(result)
+
+  def part_temporary_mib(self, part: str) -> float:
+    """Returns what the compiler allocates beside inputs and outputs."""
+    analysis: Any = self._compiled[part].memory_analysis()
+    return analysis.temp_size_in_bytes / 2**20
 
 
-def _temporary_mib(compiled: Any) -> float:
-  return compiled.memory_analysis().temp_size_in_bytes / 2**20
+def _temporary_mib(run: Any, part: str) -> float | None:
+  if isinstance(run, _JaxRun):
+    return run.part_temporary_mib(part)
+  return run.temporary_mib(getattr(run, part))
 
 
-def _milliseconds(compiled: Any, inputs: list[jax.Array]) -> list[float]:
-  jax.block_until_ready(compiled(*inputs))
-  times = []
-  for _ in range(_REPEATS.value):
+def _time(runs: dict[str, Any], part: str) -> dict[str, list[float]]:
+  """Returns the milliseconds of each contestant in each round."""
+
+  def sample(run: Any, calls: int) -> float:
+    start = getattr(run, part)
+    result = None
     started = time.perf_counter()
-    jax.block_until_ready(compiled(*inputs))
-    times.append(1e3 * (time.perf_counter() - started))
+    for _ in range(calls):
+      result = start()
+    run.wait(result)
+    return (time.perf_counter() - started) / calls
+
+  calls = {}
+  for name, run in runs.items():
+    sample(run, 1)
+    calls[name] = 1
+    if _on_gpu():
+      calls[name] = max(1, round(_SAMPLE_SECONDS / sample(run, 2)))
+  times: dict[str, list[float]] = {name: [] for name in runs}
+  for _ in range(_REPEATS.value):
+    for name, run in runs.items():
+      times[name].append(1e3 * sample(run, calls[name]))
   return times
 
 
-def _check(name: str, implementation: str, seq_len: int) -> None:
+def _matmul_tflops(dtype: str) -> float:
+  """Returns the rate of one large square product, in TFLOP/s."""
+  n = 8192 if _on_gpu() else 1024
+  a, b = (
+    jax.random.normal(key, (n, n), jnp.float32).astype(dtype)
+    for key in jax.random.split(jax.random.key(1))
+  )
+
+  class Product:
+    def forward(self):
+      return multiply(a, b)
+
+    def wait(self, result):
+      jax.block_until_ready(result)
+
+  multiply = jax.jit(jnp.dot)
+  (times,) = _time({"": Product()}, "forward").values()
+  return 2e-9 * n**3 / statistics.median(times)
+
+
+def _check(case: _Case, implementation: str, sizes: Any = None) -> None:
   """Compares output and gradients with the reference, in float32.
 
   Raises:
     ValueError: They differ by more than the tolerance of the dtype.
+    NotImplementedError: The implementation cannot serve the case.
   """
-  pattern = _make_pattern(name, seq_len)
-  inputs = _inputs(seq_len, jnp.dtype(_DTYPE.value))
+  seq_len = min(_CHECKED_LEN, case.seq_len)
+  chunk_size = max(1, _CHUNK_SIZE.value * seq_len // case.seq_len)
+  pattern = _make_pattern(case.name, seq_len, chunk_size)
+  query, key, value = _inputs(seq_len, case.dtype)
 
-  def result(implementation: str, inputs: list[jax.Array]) -> list[np.ndarray]:
-    function = functools.partial(
-      scca_jax.attention, pattern=pattern, implementation=implementation
-    )
-    output, grads = jax.jit(_with_backward(function))(*inputs)
-    return [np.asarray(x, np.float32) for x in (output, *grads)]
+  def result(function: _Function, inputs: list[jax.Array]) -> list[np.ndarray]:
+    run = jax.jit(_with_backward(function))
+    output, grads = run(*inputs, inputs[0][:, ::-1])
+    return [np.asarray(x, np.float64) for x in (output, *grads)]
 
-  found = result(implementation, inputs)
-  truth = result("reference", [x.astype(jnp.float32) for x in inputs])
+  attend = _attend(pattern, implementation)
+  if sizes is not None:
+    attend = _with_sizes(pattern, implementation, sizes)
+  found = result(attend, [query, key, value])
+  truth = result(
+    _attend(pattern, "reference"),
+    [x.astype(jnp.float32) for x in (query, key, value)],
+  )
   labels = ("output", "gradient of query", "of key", "of value")
   for label, a, b in zip(labels, found, truth, strict=True):
-    error = float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
-    if not error <= _TOLERANCE[_DTYPE.value]:
+    error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    if not error <= _TOLERANCE[case.dtype]:
       raise ValueError(
-        f"{implementation} is wrong for {name} at {seq_len} tokens, so it is"
-        f" not timed: {label} differs from the reference by {error:.1e} of its"
-        " largest value."
+        f"{implementation} is wrong for {case.name} at {seq_len} tokens, so it"
+        f" is not timed: {label} differs from the reference by {error:.1e} of"
+        " its norm."
       )
 
 
-def _measure(function: _Function, seq_len: int, timed: bool) -> dict[str, Any]:
-  """Returns time and temporary memory, forward and with the backward pass."""
-  result: dict[str, Any] = {}
-  for part, run in (
-    ("forward", function),
-    ("forward_backward", _with_backward(function)),
-  ):
-    compiled = _compile(run, seq_len)
-    result[part] = {"temporary_mib": _temporary_mib(compiled)}
-    if timed:
-      times = _milliseconds(compiled, _inputs(seq_len, jnp.dtype(_DTYPE.value)))
-      result[part] |= {
-        "median_ms": statistics.median(times),
-        "least_ms": min(times),
-        "most_ms": max(times),
+def _peer(name: str, case: _Case) -> tuple[str, Any]:
+  """Returns the label of a peer and what runs it.
+
+  Raises:
+    NotImplementedError: It cannot serve the case.
+  """
+  if name == "jax.nn":
+    cudnn = _on_gpu() and case.dtype != "float32"
+    dense = functools.partial(
+      jax.nn.dot_product_attention,
+      is_causal=True,
+      implementation="cudnn" if cudnn else None,
+    )
+    return _DENSE, _JaxRun(dense, case.seq_len, case.dtype)
+  if name == "xla":
+    return name, _JaxRun(_attend(case.pattern, "xla"), case.seq_len, case.dtype)
+  return attention_peers.LABELS[name], attention_peers.make(
+    name,
+    case.pattern,
+    shapes=case.shapes,
+    chunk_size=_CHUNK_SIZE.value,
+    dtype=case.dtype,
+    device="cuda",
+  )
+
+
+def _contestants(
+  case: _Case, implementations: Sequence[str], peers: Sequence[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """Returns what can be timed, by label, and rows of what cannot."""
+  runs, skipped = {}, []
+
+  def skip(label: str, error: Exception) -> None:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    print(f"{label} is left out of {case.name} at {case.seq_len}: {reason}")
+    skipped.append(case.row(label) | {"skipped": reason})
+
+  for name in implementations:
+    try:
+      _check(case, name)
+      runs[name] = _JaxRun(
+        _attend(case.pattern, name), case.seq_len, case.dtype
+      )
+    except NotImplementedError as error:
+      skip(name, error)
+  if case.seq_len <= _MAX_PEER_LEN.value and runs:
+    for name in peers:
+      if name in runs:
+        continue
+      try:
+        label, run = _peer(name, case)
+        run.wait(run.forward_backward())
+        runs[label] = run
+      # What is wrong with a peer, its memory for one, must not end the run.
+      except Exception as error:
+        skip(attention_peers.LABELS.get(name, name), error)
+  return runs, skipped
+
+
+def _measure(
+  case: _Case,
+  implementations: Sequence[str],
+  peers: Sequence[str],
+  matmul: float,
+) -> list[dict[str, Any]]:
+  """Returns a row for each contestant of a case."""
+  runs, rows = _contestants(case, implementations, peers)
+  pairs = _BATCH_SIZE.value * case.pattern.num_pairs(case.seq_len)
+  dense = patterns.dense(_NUM_HEADS.value).num_pairs(case.seq_len)
+  of_label = {name: case.row(name) for name in runs}
+  for name, row in of_label.items():
+    row["is_peer"] = name not in implementations
+    # Peers without the pattern see pairs of their own; S2 has as many as ours
+    # in a chunk, but its users' form sees those of the wrap as well.
+    if name in (*implementations, "xla", attention_peers.LABELS["flex"]):
+      row["num_pairs"] = pairs
+    elif name in (_DENSE, attention_peers.LABELS["sdpa"]):
+      row["num_pairs"] = _BATCH_SIZE.value * dense
+  for part in _PARTS:
+    times = _time(runs, part)
+    for name, row in of_label.items():
+      median = statistics.median(times[name])
+      row[part] = {
+        "median_ms": median,
+        "least_ms": min(times[name]),
+        "most_ms": max(times[name]),
+        "temporary_mib": _temporary_mib(runs[name], part),
       }
-  return result
+      if "num_pairs" in row:
+        work = _WORK[part] * _HEAD_DIM.value * row["num_pairs"]
+        row[part]["tflops"] = 1e-9 * work / median
+        row[part]["matmul_share"] = row[part]["tflops"] / matmul
+    for name, row in of_label.items():
+      if not row["is_peer"]:
+        row[part]["ratios"] = {
+          other: of_label[other][part]["median_ms"] / row[part]["median_ms"]
+          for other in runs
+          if other != name
+        }
+  return [*of_label.values(), *rows]
 
 
-def _lengths(flag: flags.FlagHolder) -> list[int]:
+def _measure_memory(case: _Case, implementation: str) -> dict[str, Any]:
+  run = _JaxRun(_attend(case.pattern, implementation), case.seq_len, case.dtype)
+  return case.row(implementation) | {
+    part: {"temporary_mib": _temporary_mib(run, part)} for part in _PARTS
+  }
+
+
+def _print_row(row: dict[str, Any]) -> None:
+  for part in _PARTS if "skipped" not in row else ():
+    values = row[part]
+    cells = [
+      f"{row['seq_len']:>8,}  {row['pattern']:<11} {row['implementation']:<15}",
+      f"{part.replace('_', '+'):<17}",
+    ]
+    if "median_ms" in values:
+      cells.append(
+        f"{values['median_ms']:>9.3f} ({values['least_ms']:.3f} to"
+        f" {values['most_ms']:.3f})"
+      )
+    if "tflops" in values:
+      cells.append(f"{values['tflops']:>8.3f} {values['matmul_share']:>4.0%}")
+    if values["temporary_mib"] is not None:
+      cells.append(f"{values['temporary_mib']:>9.1f} MiB")
+    cells += [f"{r:.2f}x {n}" for n, r in values.get("ratios", {}).items()]
+    print(" ".join(cells), flush=True)
+
+
+def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
+  """Draws time against length, a line a contestant and pattern."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  lines: dict[str, list[dict[str, Any]]] = {}
+  for row in rows:
+    if "median_ms" in row.get("forward", {}):
+      label = f"{row['implementation']}, {row['dtype']}"
+      if row["implementation"] not in (_DENSE, "SDPA dense", "LongLoRA S2"):
+        label = f"{row['pattern']}, {label}"
+      lines.setdefault(label, []).append(row)
+  figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+  for part, axis in zip(_PARTS, axes, strict=True):
+    for label, points in lines.items():
+      points = sorted(points, key=lambda row: row["seq_len"])
+      axis.loglog(
+        [row["seq_len"] for row in points],
+        [row[part]["median_ms"] for row in points],
+        marker="o",
+        label=label,
+      )
+    axis.set(
+      xlabel="tokens",
+      ylabel="milliseconds",
+      title=part.replace("_", " and "),
+    )
+    axis.grid(alpha=0.3)
+  axes[0].legend(fontsize="small")
+  figure.suptitle(title)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+# Tuning.
+
+
+def _with_sizes(
+  pattern: patterns.AttentionPattern, implementation: str, sizes: Any
+) -> _Function:
+  module = importlib.import_module(f"scca_jax.backends.{implementation}")
+
+  def attend(query, key, value):
+    return module.attention(
+      query,
+      key,
+      value,
+      pattern,
+      segment_ids=None,
+      query_offset=0,
+      scale=query.shape[-1] ** -0.5,
+      sizes=sizes,
+    )[0]
+
+  return attend
+
+
+def _tune(cases: Sequence[_Case], implementation: str, dtype: str) -> None:
+  """Tries all sizes of each kernel and writes the best."""
+  module = importlib.import_module(f"scca_jax.backends.{implementation}")
+  kind, head_dim = target.current().kind, _HEAD_DIM.value
+  best = module.default_sizes(head_dim, jnp.dtype(dtype), kind)
+  tried = module.candidates(head_dim, jnp.dtype(dtype))
+  for kernel, candidates in tried.items():
+    part = "forward" if kernel == "forward" else "forward_backward"
+    totals = {}
+    for sizes in dict.fromkeys([getattr(best, kernel), *candidates]):
+      trial = dataclasses.replace(best, **{kernel: sizes})
+      try:
+        _check(cases[0], implementation, trial)
+        totals[sizes] = 0.0
+        for case in cases:
+          run = _JaxRun(
+            _with_sizes(case.pattern, implementation, trial),
+            case.seq_len,
+            dtype,
+          )
+          (times,) = _time({"": run}, part).values()
+          totals[sizes] += statistics.median(times)
+      # Sizes that do not fit the device fail in as many ways.
+      except Exception as error:
+        totals.pop(sizes, None)
+        reason = " ".join(str(error).split())[:100]
+        print(f"{implementation} {kernel} {sizes}: {reason}")
+        continue
+      print(
+        f"{implementation} {kernel} {sizes}: {totals[sizes]:.3f} ms", flush=True
+      )
+    if not totals:
+      raise ValueError(f"no sizes of {kernel} of {implementation} work here.")
+    chosen = min(totals, key=lambda sizes: totals[sizes])
+    best = dataclasses.replace(best, **{kernel: chosen})
+  path = pathlib.Path(_SIZES_OUTPUT.value)
+  table = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+  of_dtype = (
+    table.setdefault(implementation, {})
+    .setdefault(kind, {})
+    .setdefault(jnp.dtype(dtype).name, {})
+  )
+  of_dtype.setdefault(str(head_dim), {}).update(
+    {kernel: dataclasses.asdict(getattr(best, kernel)) for kernel in tried}
+  )
+  cli.write_json(path, table)
+  print(f"wrote {path}")
+
+
+# The command.
+
+
+def _lengths(flag: flags.FlagHolder, default: Sequence[str] = ()) -> list[int]:
+  values = default if flag.value is None else flag.value
   try:
-    lengths = [int(value) for value in flag.value]
+    lengths = [int(value) for value in values]
   except ValueError as error:
     raise ValueError(
       f"--{flag.name} must be lengths in tokens: {error}."
     ) from error
   if any(length < 1 for length in lengths):
-    raise ValueError(f"--{flag.name} must be at least 1, got {flag.value}.")
+    raise ValueError(f"--{flag.name} must be at least 1, got {values}.")
   return lengths
 
 
-def _print_row(row: dict[str, Any]) -> None:
-  for part in ("forward", "forward_backward"):
-    values = row[part]
-    cells = [
-      f"{row['seq_len']:>8,}  {row['pattern']:<11} {row['implementation']:<13}",
-      f"{part.replace('_', '+'):<17}",
+def _cases(dtype: str) -> list[_Case]:
+  if _CASES.value is None:
+    return [
+      _Case(name, seq_len, dtype)
+      for seq_len in _lengths(_SEQ_LENS)
+      for name in _PATTERNS.value
     ]
-    if "median_ms" in values:
-      cells.append(
-        f"{values['median_ms']:>10.1f} ({values['least_ms']:.1f} to"
-        f" {values['most_ms']:.1f})"
+  cases = []
+  for text in _CASES.value:
+    name, _, length = text.partition(":")
+    if not length.isdigit() or int(length) < 1:
+      raise ValueError(f"--cases must be PATTERN:LENGTH,..., got {text!r}.")
+    cases.append(_Case(name, int(length), dtype))
+  return cases
+
+
+def _choose_peers() -> list[str]:
+  """Returns the peers that can be timed here."""
+  default = _PEER_NAMES if _on_gpu() else ("jax.nn",)
+  names = default if _PEERS.value is None else _PEERS.value
+  for name in names:
+    if name not in _PEER_NAMES:
+      raise ValueError(
+        f"unknown peer {name!r}: use any of {', '.join(_PEER_NAMES)}."
       )
-    if "gflops" in values:
-      cells.append(f"{values['gflops']:>8.1f}")
-    cells.append(f"{values['temporary_mib']:>10.1f} MiB")
-    if "speed_ratio" in values:
-      cells.append(
-        f"{values['speed_ratio']:>8.1f}x faster,"
-        f" {values['memory_ratio']:.1%} of the peer's memory"
-      )
-    print(" ".join(cells), flush=True)
+  of_torch = [name for name in names if name in attention_peers.LABELS]
+  problem = attention_peers.problem() if of_torch else None
+  if problem is not None:
+    print(f"{', '.join(of_torch)} are left out: {problem}")
+    names = [name for name in names if name not in of_torch]
+  return list(names)
 
 
 def main() -> None:
-  """Measures, prints a table and writes JSON.
+  """Measures, prints a table and writes JSON, or tunes.
 
   Raises:
     ValueError: A flag is out of range, or an implementation is wrong.
+    NotImplementedError: The device lacks an implementation asked for.
   """
-  seq_lens, memory_lens = _lengths(_SEQ_LENS), _lengths(_MEMORY_LENS)
+  for dtype in _DTYPES.value:
+    if dtype not in _TOLERANCE:
+      raise ValueError(
+        f"unknown dtype {dtype!r}: use any of {', '.join(_TOLERANCE)}."
+      )
+  memory_default = () if _on_gpu() else ("8192", "16384")
+  memory_lens = _lengths(_MEMORY_LENS, memory_default)
+  cases = [case for dtype in _DTYPES.value for case in _cases(dtype)]
   if _REPEATS.value < 1:
     raise ValueError(f"--repeats must be at least 1, got {_REPEATS.value}.")
-  for name in _PATTERNS.value:
-    for seq_len in (*seq_lens, *memory_lens):
-      _make_pattern(name, seq_len)
-  for implementation in _IMPLEMENTATIONS.value:
-    dispatch.check_implementation(implementation)
-  device = jax.devices()[0].device_kind
-  print(
-    f"{device}, {platform.machine()}, Python {platform.python_version()}, jax"
-    f" {jax.__version__}, {_DTYPE.value}, batch {_BATCH_SIZE.value},"
-    f" {_NUM_HEADS.value} heads of {_HEAD_DIM.value}, median of"
-    f" {_REPEATS.value} (least to most) in milliseconds, useful GFLOP/s,"
-    " temporary memory"
+  for case in cases:
+    _ = case.pattern
+  implementations = _IMPLEMENTATIONS.value or [dispatch.available()[0]]
+  for name in implementations:
+    dispatch.check_implementation(name)
+  if _TUNE.value:
+    for name in implementations:
+      if name not in ("mosaic", "triton"):
+        raise ValueError(f"--tune is for mosaic and triton, not {name}.")
+      for dtype in _DTYPES.value:
+        _tune(_cases(dtype), name, dtype)
+    return
+  peers = _choose_peers()
+  uses_torch = any(name in attention_peers.LABELS for name in peers)
+  facts = {
+    "device": jax.devices()[0].device_kind,
+    "machine": platform.machine(),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "torch": attention_peers.version() if uses_torch else None,
+    "batch_size": _BATCH_SIZE.value,
+    "num_heads": _NUM_HEADS.value,
+    "num_kv_heads": _NUM_KV_HEADS.value or _NUM_HEADS.value,
+    "head_dim": _HEAD_DIM.value,
+    "chunk_size": _CHUNK_SIZE.value,
+    "repeats": _REPEATS.value,
+  }
+  title = (
+    f"{facts['device']}, Python {facts['python']}, jax {facts['jax']}"
+    + (f", torch {facts['torch']}" if uses_torch else "")
+    + f", batch {facts['batch_size']}, {facts['num_heads']} heads of"
+    f" {facts['head_dim']}, chunks of {facts['chunk_size']}"
   )
-  for implementation in _IMPLEMENTATIONS.value:
-    for name in _PATTERNS.value:
-      _check(name, implementation, min([_CHECKED_LEN, *seq_lens]))
-  print("outputs and gradients agree with the reference")
-  dense = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+  print(
+    f"{title}: median of {facts['repeats']} (least to most) in milliseconds,"
+    " useful TFLOP/s, share of the rate of a matrix product, temporary memory,"
+    " times faster than"
+  )
+  matmul = {dtype: _matmul_tflops(dtype) for dtype in _DTYPES.value}
+  for dtype, rate in matmul.items():
+    print(f"matrix product, {dtype}: {rate:.3f} TFLOP/s")
   rows = []
-  for seq_len in seq_lens:
-    peer = _measure(dense, seq_len, timed=True)
-    rows.append(
-      {"seq_len": seq_len, "pattern": "dense", "implementation": _PEER} | peer
-    )
-    _print_row(rows[-1])
-    for name in _PATTERNS.value:
-      pattern = _make_pattern(name, seq_len)
-      pairs = _BATCH_SIZE.value * pattern.num_pairs(seq_len)
-      for implementation in _IMPLEMENTATIONS.value:
-        function = functools.partial(
-          scca_jax.attention, pattern=pattern, implementation=implementation
-        )
-        row = {
-          "seq_len": seq_len,
-          "pattern": name,
-          "implementation": implementation,
-          "num_pairs": pairs,
-        } | _measure(function, seq_len, timed=True)
-        # 4 head_dim a pair forward (two products), 3.5 times that in all.
-        for part, factor in (("forward", 1.0), ("forward_backward", 3.5)):
-          own, other = row[part], peer[part]
-          own["gflops"] = (
-            4e-6 * factor * _HEAD_DIM.value * pairs / own["median_ms"]
-          )
-          own["speed_ratio"] = other["median_ms"] / own["median_ms"]
-          own["memory_ratio"] = own["temporary_mib"] / other["temporary_mib"]
-        rows.append(row)
-        _print_row(row)
+  for case in cases:
+    of_case = _measure(case, implementations, peers, matmul[case.dtype])
+    for row in of_case:
+      _print_row(row)
+    rows += of_case
+    if uses_torch:
+      attention_peers.release()
+  print("outputs and gradients agree with the reference")
   for seq_len in memory_lens:
-    for name in _PATTERNS.value:
-      for implementation in _IMPLEMENTATIONS.value:
-        function = functools.partial(
-          scca_jax.attention,
-          pattern=_make_pattern(name, seq_len),
-          implementation=implementation,
-        )
-        rows.append(
-          {
-            "seq_len": seq_len,
-            "pattern": name,
-            "implementation": implementation,
-          }
-          | _measure(function, seq_len, timed=False)
-        )
+    for case in (
+      _Case(name, seq_len, dtype)
+      for name in dict.fromkeys(case.name for case in cases)
+      for dtype in _DTYPES.value
+    ):
+      for name in implementations:
+        rows.append(_measure_memory(case, name))
         _print_row(rows[-1])
+  if _PLOT.value is not None:
+    _draw(rows, title, _PLOT.value)
   if _OUTPUT.value is not None:
     cli.write_json(
-      _OUTPUT.value,
-      {
-        "device": device,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "dtype": _DTYPE.value,
-        "batch_size": _BATCH_SIZE.value,
-        "num_heads": _NUM_HEADS.value,
-        "num_kv_heads": _NUM_KV_HEADS.value or _NUM_HEADS.value,
-        "head_dim": _HEAD_DIM.value,
-        "chunk_size": _CHUNK_SIZE.value,
-        "repeats": _REPEATS.value,
-        "rows": rows,
-      },
+      _OUTPUT.value, facts | {"matmul_tflops": matmul, "rows": rows}
     )
     print(f"wrote {_OUTPUT.value}")
 

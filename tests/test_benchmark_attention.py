@@ -1,11 +1,19 @@
 """The command `benchmark_attention`: what it writes and what it refuses."""
 
+import dataclasses
 import json
+import sys
+import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from scca_jax import patterns
+from experiments import attention_peers
+from scca_jax import attention, backends, dispatch, patterns
 from scca_jax.backends import xla
+from scca_jax.backends.blocks import BlockSizes
 
 SMALL = (
   "--seq_lens=64",
@@ -24,13 +32,21 @@ def test_time_and_memory_are_written_beside_the_peer(
   output = tmp_path / "benchmark.json"
   assert not run_command("benchmark_attention", *SMALL, f"--output={output}")
   rows = json.loads(output.read_text())["rows"]
-  peer, ours, longer = rows
-  assert peer["implementation"] == "jax.nn dense"
-  assert ours["num_pairs"] == patterns.scca_fixed(4, 16).visible(64).sum()
-  for part in ("forward", "forward_backward"):
-    assert ours[part]["speed_ratio"] == pytest.approx(
-      peer[part]["median_ms"] / ours[part]["median_ms"]
+  ours, peer, longer = rows
+  assert (peer["implementation"], peer["is_peer"]) == ("jax.nn dense", True)
+  pairs = patterns.scca_fixed(4, 16).visible(64).sum()
+  assert ours["num_pairs"] == pairs
+  assert peer["num_pairs"] == 4 * 64 * 65 // 2
+  # Two products of 2 head_dim operations a pair, seven with the backward pass.
+  for part, products in (("forward", 2), ("forward_backward", 7)):
+    median = ours[part]["median_ms"]
+    assert ours[part]["ratios"] == {
+      "jax.nn dense": pytest.approx(peer[part]["median_ms"] / median)
+    }
+    assert ours[part]["tflops"] == pytest.approx(
+      2 * 8 * products * pairs / median / 1e9
     )
+    assert ours[part]["least_ms"] <= median <= ours[part]["most_ms"]
     assert longer[part]["temporary_mib"] > 0
   assert "agree with the reference" in capsys.readouterr().out
 
@@ -46,7 +62,177 @@ def test_what_is_wrong_is_not_timed(run_command, capsys, monkeypatch):
   assert run_command("benchmark_attention", *SMALL) == 2
   printed = capsys.readouterr()
   assert "xla is wrong for scca_fixed" in printed.err
-  assert "faster" not in printed.out
+  assert "scca_fixed" not in printed.out
+
+
+def test_cases_choose_what_is_timed(run_command, capsys, tmp_path):
+  output, plot = tmp_path / "benchmark.json", tmp_path / "benchmark.png"
+  assert not run_command(
+    "benchmark_attention",
+    *SMALL,
+    "--cases=sda:32,scca_flow:48",
+    "--implementations=xla,reference",
+    "--dtypes=float32,bfloat16",
+    "--max_peer_len=32",
+    "--memory_lens=",
+    f"--output={output}",
+    f"--plot={plot}",
+  )
+  result = json.loads(output.read_text())
+  assert set(result["matmul_tflops"]) == {"float32", "bfloat16"}
+  found = [
+    (row["pattern"], row["seq_len"], row["dtype"], row["implementation"])
+    for row in result["rows"]
+  ]
+  assert found == [
+    (*case, dtype, implementation)
+    for dtype in ("float32", "bfloat16")
+    for case, who in (
+      (("sda", 32), ("xla", "reference", "jax.nn dense")),
+      (("scca_flow", 48), ("xla", "reference")),
+    )
+    for implementation in who
+  ]
+  assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_served_is_left_out(
+  run_command, capsys, monkeypatch, tmp_path
+):
+  def refuse(*args, **kwargs):
+    raise NotImplementedError("xla serves nothing today.")
+
+  monkeypatch.setattr(xla, "attention", refuse)
+  output = tmp_path / "benchmark.json"
+  assert not run_command(
+    "benchmark_attention",
+    *SMALL,
+    "--memory_lens=",
+    "--implementations=xla,reference",
+    f"--output={output}",
+  )
+  rows = json.loads(output.read_text())["rows"]
+  skipped = [row for row in rows if "skipped" in row]
+  assert [row["implementation"] for row in skipped] == ["xla"]
+  assert "xla serves nothing today" in capsys.readouterr().out
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Of a back end with two kernels, the best of which is known."""
+
+  forward: BlockSizes = BlockSizes(1, 1)
+  keys: BlockSizes = BlockSizes(1, 1)
+
+
+def test_tuning_writes_the_fastest_sizes(run_command, monkeypatch, tmp_path):
+  def attend(query, key, value, pattern, *, sizes, **settings):
+    if sizes.keys.rows == 3:
+      raise ValueError("too much memory")
+    result = xla.attention(query, key, value, pattern, **settings)
+    # Work that takes its time.
+    for _ in range(0 if sizes.forward.rows == 2 else 60):
+      result = jax.tree.map(
+        lambda x: x + 0 * jnp.sum(jnp.sin(jnp.cumsum(x))), result
+      )
+    return result
+
+  fake = types.SimpleNamespace(
+    Sizes=Sizes,
+    attention=attend,
+    default_sizes=lambda *_: Sizes(),
+    candidates=lambda *_: {
+      "forward": [BlockSizes(1, 1), BlockSizes(2, 1)],
+      "keys": [BlockSizes(1, 1), BlockSizes(3, 1)],
+    },
+  )
+  monkeypatch.setitem(sys.modules, "scca_jax.backends.triton", fake)
+  monkeypatch.setattr(backends, "triton", fake, raising=False)
+  monkeypatch.setattr(dispatch, "check_implementation", lambda _: None)
+  table = tmp_path / "sizes.json"
+  table.write_text('{"mosaic": {"a GPU": {}}}')
+  assert not run_command(
+    "benchmark_attention",
+    *SMALL,
+    "--tune",
+    "--implementations=triton",
+    f"--sizes_output={table}",
+  )
+  found = json.loads(table.read_text())
+  assert found["mosaic"] == {"a GPU": {}}
+  (kind,) = found["triton"]
+  of_kernel = found["triton"][kind]["float32"]["8"]
+  assert of_kernel["forward"]["rows"] == 2
+  assert of_kernel["keys"]["rows"] == 1
+
+
+MASKED = {
+  "scca_fixed": patterns.scca_fixed(4, 8),
+  "scca_flow": patterns.scca_flow(8, 8, 4),
+  "s2": patterns.s2(4, 8),
+  "sda": patterns.sda(8, 4),
+  "dilated": patterns.dilated(4, 16, 2),
+  "dna": patterns.dna(2, 3, 2),
+  "longmixed": patterns.longmixed(8, 8),
+  "no formula": patterns.AttentionPattern(
+    tuple(
+      patterns.HeadPattern(chunk_size=5 + i % 3, shift=(7 * i * i) % 11)
+      for i in range(12)
+    )
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_the_masks_of_flex_are_the_patterns(name):
+  torch = pytest.importorskip("torch", reason="flex_attention is PyTorch's")
+  pattern, n = MASKED[name], 32
+  mask = attention_peers.mask_mod(pattern, "cpu")
+  h, p, k = torch.meshgrid(
+    *(torch.arange(x) for x in (pattern.num_heads, n, n)), indexing="ij"
+  )
+  np.testing.assert_array_equal(mask(0, h, p, k).numpy(), pattern.visible(n))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(
+  ("name", "pattern"),
+  [
+    ("flex", patterns.scca_fixed(4, 16)),
+    ("sdpa", patterns.dense(4)),
+    ("longlora_s2", patterns.s2(4, 16, causality="slot")),
+  ],
+)
+def test_peers_compute_what_they_are_named_for(name, pattern, kv_heads):
+  pytest.importorskip("torch", reason="the peers are PyTorch's")
+  shapes = [(1, 64, n, 16) for n in (4, kv_heads, kv_heads)]
+  peer = attention_peers.make(
+    name,
+    pattern,
+    shapes=shapes,
+    chunk_size=16,
+    dtype="float32",
+    device="cpu",
+  )
+
+  def by_token(x):
+    x = x.detach() if name == "longlora_s2" else x.detach().transpose(1, 2)
+    return jnp.asarray(x.numpy())
+
+  # PyTorch has flex_attention's backward pass on a GPU alone.
+  if name == "flex":
+    for x in peer.inputs:
+      x.requires_grad_(False)
+    found = peer.forward()
+  else:
+    found = peer.forward_backward()
+  truth, vjp = jax.vjp(
+    lambda *x: attention(*x, pattern, implementation="reference"),
+    *(by_token(x) for x in peer.inputs),
+  )
+  expected = truth, *vjp(by_token(peer.d_output))
+  for a, b in zip(found, expected, strict=name != "flex"):
+    np.testing.assert_allclose(by_token(a), b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +244,12 @@ def test_what_is_wrong_is_not_timed(run_command, capsys, monkeypatch):
     ("--implementations=cuda", "cuda"),
     ("--implementations=triton", "triton"),
     ("--repeats=0", "repeats"),
-    ("--dtype=int8", "int8"),
+    ("--dtypes=int8", "int8"),
+    ("--peers=flash", "flash"),
+    ("--cases=scca_fixed", "scca_fixed"),
+    ("--cases=scca_fixed:x", "scca_fixed:x"),
+    ("--cases=flow:64", "flow"),
+    ("--tune", "xla"),
   ],
 )
 def test_bad_flags_are_one_line(run_command, capsys, flag, said):
