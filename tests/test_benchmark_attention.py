@@ -194,6 +194,7 @@ def test_the_masks_of_flex_are_the_patterns(name):
   np.testing.assert_array_equal(mask(0, h, p, k).numpy(), pattern.visible(n))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(
   ("name", "pattern"),
