@@ -2,36 +2,33 @@
 
     python -m experiments.benchmark_attention --output=benchmark.json
 
-Output and gradients are compared with the reference; what is wrong is not
-timed. Then everything of one length and dtype, peers included, is timed in
-rounds, forward and forward with backward: a chip's clock falls as it warms, so
-ratios come from the same rounds. By default: 4,096 tokens, 8 heads of 64,
-chunks of 512, float32; on a CPU also memory alone, by compiling, at twice and
-four times the length.
+A case is a pattern at a length; forward, and forward with backward (the
+gradients of query, key and value) are measured. Implementation and peers take
+turns, round after round, so that ratios are of one heat of the chip. By
+default, on a CPU: 4,096 tokens, 8 heads of 64, chunks of 512, float32, beside
+`jax.nn.dot_product_attention`, dense; and memory alone, by compiling, at twice
+and four times the length. On a GPU the peers are cuDNN's dense attention
+(`jax.nn`), `xla` and, where PyTorch is installed, flex_attention with the same
+mask, dense SDPA, and LongLoRA's S2 as its users run it.
 
-`--tune` times the kernels' tile sizes instead and writes the best to the table
-that the package reads.
+`--tune` looks for the best sizes of the kernels instead. The module is long
+because it shares the cases, the check and the clock.
 """
 
-import os
-
-# Before jax starts: PyTorch, in this process too, needs memory of the GPU.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import importlib
-import io
 import json
-import math
+import os
 import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
+
+# PyTorch needs room on the GPU beside jax, which would take most of it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -40,38 +37,41 @@ from absl import flags
 
 import scca_jax
 from experiments import attention_peers, cli
-from scca_jax import dispatch, files, patterns
-from scca_jax.backends import blocks
+from scca_jax import dispatch, patterns
+from scca_jax.backends import blocks, target
 
 _SEQ_LENS = flags.DEFINE_list("seq_lens", ["4096"], "Lengths to time.")
 _MEMORY_LENS = flags.DEFINE_list(
   "memory_lens",
   None,
-  "Lengths to compile for their memory; by default 8192 and 16384 on a CPU.",
+  "Lengths to compile for their memory; by default 8192,16384 on a CPU.",
 )
 _PATTERNS = flags.DEFINE_list(
   "patterns", ["scca_fixed"], f"Any of {', '.join(patterns.NAMES)}."
 )
 _CASES = flags.DEFINE_list(
-  "cases", None, "PATTERN:LENGTH, in place of all --patterns at all --seq_lens."
+  "cases",
+  None,
+  "PATTERN:LENGTH,... to time just these, in place of all --patterns at all"
+  " --seq_lens.",
 )
 _IMPLEMENTATIONS = flags.DEFINE_list(
   "implementations",
   None,
-  f"Any of {', '.join(dispatch.IMPLEMENTATIONS)}; by default the device's best"
-  " and xla.",
+  f"Any of {', '.join(dispatch.IMPLEMENTATIONS)}; by default the best.",
 )
-_DENSE = "jax.nn"
-_PEER_LABELS = {_DENSE: "jax.nn dense", "xla": "xla"} | attention_peers.LABELS
+_PEER_NAMES = ("jax.nn", "xla", *attention_peers.LABELS)
 _PEERS = flags.DEFINE_list(
   "peers",
-  ["auto"],
-  f"Any of {', '.join(_PEER_LABELS)}; by default all on a GPU, jax.nn on a CPU.",
+  None,
+  f"Any of {', '.join(_PEER_NAMES)}; by default all on a GPU, jax.nn on a CPU.",
 )
 _MAX_PEER_LEN = flags.DEFINE_integer(
-  "max_peer_len", 32768, "Length above which no peer is timed."
+  "max_peer_len", 32768, "Longest sequence that peers are timed at."
 )
-_DTYPES = flags.DEFINE_list("dtypes", ["float32"], "Of the inputs.")
+_DTYPES = flags.DEFINE_list(
+  "dtypes", ["float32"], "Any of float32, bfloat16, float16."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Sequences.")
 _NUM_HEADS = flags.DEFINE_integer("num_heads", 8, "Query heads.")
 _NUM_KV_HEADS = flags.DEFINE_integer(
@@ -82,40 +82,63 @@ _CHUNK_SIZE = flags.DEFINE_integer(
   "chunk_size", 512, "Tokens; also the window of patterns that have one."
 )
 _DILATION = flags.DEFINE_integer(
-  "dilation", 4, "Tokens between keys (sda, dna, dilated)."
+  "dilation", 4, "Of the patterns that have one."
 )
-_REPEATS = flags.DEFINE_integer(
-  "repeats", None, "Timed rounds; by default 9 on a GPU, 5 on a CPU."
-)
-_CHECK_LEN = flags.DEFINE_integer(
-  "check_len",
-  1024,
-  "Length at which the reference, whole masks, is compared with, at most; there"
-  " a chunk is at most a quarter of it.",
-)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds of a case.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
-_PLOT = flags.DEFINE_string("plot", None, "Where to draw time against length.")
-_TUNE = flags.DEFINE_boolean("tune", False, "Time tile sizes instead.")
+_PLOT = flags.DEFINE_string(
+  "plot", None, "Where to draw time against length, a .png."
+)
+_TUNE = flags.DEFINE_boolean(
+  "tune", False, "Find the best sizes of mosaic or triton for the cases."
+)
 _SIZES_OUTPUT = flags.DEFINE_string(
-  "sizes_output", str(blocks.SIZES_PATH), "Where --tune puts the best sizes."
+  "sizes_output",
+  str(blocks.SIZES_PATH),
+  "Where --tune writes what it finds, beside what is there.",
 )
 
-_DTYPE_NAMES = ("float32", "bfloat16", "float16")
-# Beyond twice the dtype's own error, of the largest value.
-_TOLERANCE = 2e-5
-# How far tile sizes may be from others, of the largest value.
-_SIZES_TOLERANCE = {"float32": 4e-5, "bfloat16": 2e-2, "float16": 4e-3}
-_TUNED = ("mosaic", "triton")
-# On a GPU a timed sample lasts so long: many calls in a row, as in training.
-_SAMPLE_MS = 30.0
-_MAX_CALLS = 300
-# 4 head_dim flops a seen pair forward (two products), 3.5 times that in all.
-_PARTS = {"forward": 1.0, "forward_backward": 3.5}
+# Correctness is checked at most at this length: the reference holds the whole
+# mask. The pattern has as many chunks as at the length that is timed.
+_CHECKED_LEN = 1024
+# Largest error in the 2-norm, relative to the truth, by dtype.
+_TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
+_DENSE = "jax.nn dense"
+_PARTS = ("forward", "forward_backward")
+# Two products a pair forward, seven in all, of 2 head_dim operations each.
+_WORK = {"forward": 4.0, "forward_backward": 14.0}
+# A sample lasts at least as long on a GPU, whose calls are asynchronous.
+_SAMPLE_SECONDS = 0.03
 
-_Case = tuple[str, int]
+_Function = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-# Inputs.
+@dataclasses.dataclass(frozen=True)
+class _Case:
+  """A pattern at a length, in a dtype."""
+
+  name: str
+  seq_len: int
+  dtype: str
+
+  @property
+  def pattern(self) -> patterns.AttentionPattern:
+    """The pattern."""
+    return _make_pattern(self.name, self.seq_len, _CHUNK_SIZE.value)
+
+  @property
+  def shapes(self) -> list[tuple[int, int, int, int]]:
+    """Shapes of query, key and value."""
+    return _shapes(self.seq_len)
+
+  def row(self, implementation: str) -> dict[str, Any]:
+    """Returns the begin of a row of results."""
+    return {
+      "seq_len": self.seq_len,
+      "dtype": self.dtype,
+      "pattern": self.name,
+      "implementation": implementation,
+    }
 
 
 def _shapes(seq_len: int) -> list[tuple[int, int, int, int]]:
@@ -126,26 +149,22 @@ def _shapes(seq_len: int) -> list[tuple[int, int, int, int]]:
   ]
 
 
-@functools.lru_cache(maxsize=1)
 def _inputs(seq_len: int, dtype: str) -> list[jax.Array]:
-  """Returns query, key, value and the gradient of the output."""
-  shapes = _shapes(seq_len)
-  keys = jax.random.split(jax.random.key(0), 4)
+  keys = jax.random.split(jax.random.key(0), 3)
   return [
-    jax.random.normal(key, shape, jnp.dtype(dtype))
-    for key, shape in zip(keys, (*shapes, shapes[0]), strict=True)
+    jax.random.normal(key, shape, jnp.float32).astype(dtype)
+    for key, shape in zip(keys, _shapes(seq_len), strict=True)
   ]
 
 
 def _make_pattern(
-  name: str, seq_len: int, chunk_size: int | None = None
+  name: str, seq_len: int, chunk_size: int
 ) -> patterns.AttentionPattern:
-  chunk_size = chunk_size or _CHUNK_SIZE.value
   settings = {}
-  if name not in ("dense", "sliding", "dna", "sda"):
-    settings["chunk_size"] = chunk_size
   if name in ("sliding", "dna"):
     settings["window"] = chunk_size
+  elif name not in ("dense", "sda"):
+    settings["chunk_size"] = chunk_size
   if name in ("sda", "dna", "dilated"):
     settings["dilation"] = _DILATION.value
   return patterns.make(
@@ -153,418 +172,520 @@ def _make_pattern(
   )
 
 
-def _dense(dtype: str) -> Callable[..., jax.Array]:
-  # Elsewhere the whole mask is held, as it is by default.
-  fused = jax.default_backend() == "gpu" and dtype != "float32"
-  return functools.partial(
-    jax.nn.dot_product_attention,
-    is_causal=True,
-    implementation="cudnn" if fused else None,
-  )
+def _on_gpu() -> bool:
+  return target.current().platform == "gpu"
 
 
-def _ours(
-  implementation: str, pattern: patterns.AttentionPattern
-) -> Callable[..., jax.Array]:
+def _attend(
+  pattern: patterns.AttentionPattern, implementation: str
+) -> _Function:
   return functools.partial(
     scca_jax.attention, pattern=pattern, implementation=implementation
   )
 
 
-def _with_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+def _with_backward(function: _Function) -> Callable[..., Any]:
   def run(query, key, value, d_output):
     output, pull = jax.vjp(function, query, key, value)
-    return output, *pull(d_output)
+    return output, pull(d_output)
 
   return run
 
 
-# Correctness.
+class _JaxRun:
+  """A function of jax, compiled, with its inputs."""
+
+  def __init__(self, function: _Function, seq_len: int, dtype: str):
+    """Compiles both parts; nothing is run."""
+    specs = [jax.ShapeDtypeStruct(s, dtype) for s in _shapes(seq_len)]
+    self._where = seq_len, dtype
+    self._compiled = {
+      "forward": jax.jit(function).lower(*specs).compile(),
+      "forward_backward": jax.jit(_with_backward(function))
+      .lower(*specs, specs[0])
+      .compile(),
+    }
+
+  @functools.cached_property
+  def _arguments(self) -> list[jax.Array]:
+    query, *rest = _inputs(*self._where)
+    return [query, *rest, query[:, ::-1]]
+
+  def forward(self) -> Any:
+    """Starts the forward pass."""
+    return self._compiled["forward"](*self._arguments[:3])
+
+  def forward_backward(self) -> Any:
+    """Starts both passes."""
+    return self._compiled["forward_backward"](*self._arguments)
+
+  def wait(self, result: Any) -> None:
+    """Waits for what was started last, and so for all before."""
+    jax.block_until_ready(result)
+
+  def part_temporary_mib(self, part: str) -> float:
+    """Returns what the compiler allocates beside inputs and outputs."""
+    analysis: Any = self._compiled[part].memory_analysis()
+    return analysis.temp_size_in_bytes / 2**20
 
 
-class _Checks:
-  """Compares implementations with the reference, each once."""
-
-  def __init__(self, seq_len: int):
-    """Remembers the length to check at."""
-    self._seq_len = seq_len
-
-  def _pattern(self, name: str) -> patterns.AttentionPattern:
-    # Some borders of chunks must lie in the sequence.
-    chunk_size = min(_CHUNK_SIZE.value, max(1, self._seq_len // 4))
-    return _make_pattern(name, self._seq_len, chunk_size)
-
-  def _run(
-    self, name: str, implementation: str, inputs: list[jax.Array]
-  ) -> list[np.ndarray]:
-    function = _ours(implementation, self._pattern(name))
-    results = jax.jit(_with_backward(function))(*inputs)
-    return [np.asarray(x, np.float32) for x in results]
-
-  @functools.cache  # noqa: B019 (lives as long as the command)
-  def _truth(
-    self, name: str, dtype: str
-  ) -> tuple[list[np.ndarray], list[float]]:
-    """Returns the results in float32 and the errors that are allowed."""
-    inputs = _inputs(self._seq_len, dtype)
-    wide = [x.astype(jnp.float32) for x in inputs]
-    truth = rounded = self._run(name, "reference", wide)
-    if dtype != "float32":
-      rounded = self._run(name, "reference", inputs)
-    return truth, [
-      2 * float(np.max(np.abs(a - b))) + _TOLERANCE * float(np.max(np.abs(b)))
-      for a, b in zip(rounded, truth, strict=True)
-    ]
-
-  def check(self, name: str, implementation: str, dtype: str) -> None:
-    """Compares output and gradients with the reference in float32.
-
-    Raises:
-      ValueError: They differ by more than twice what dense attention in the
-        dtype does.
-      NotImplementedError: The implementation cannot serve the pattern.
-    """
-    inputs = _inputs(self._seq_len, dtype)
-    found = self._run(name, implementation, inputs)
-    truth, allowed = self._truth(name, dtype)
-    labels = ("output", "gradient of query", "of key", "of value")
-    for label, a, b, most in zip(labels, found, truth, allowed, strict=True):
-      error = float(np.max(np.abs(a - b)))
-      if not error <= most:
-        raise ValueError(
-          f"{implementation} is wrong for {name} at {self._seq_len} tokens of"
-          f" {dtype}, so it is not timed: {label} differs from the reference by"
-          f" {error:.1e}, and {most:.1e} is allowed."
-        )
+def _temporary_mib(run: Any, part: str) -> float | None:
+  if isinstance(run, _JaxRun):
+    return run.part_temporary_mib(part)
+  return run.temporary_mib(getattr(run, part))
 
 
-# Time.
+def _time(runs: dict[str, Any], part: str) -> dict[str, list[float]]:
+  """Returns the milliseconds of each contestant in each round."""
+
+  def sample(run: Any, calls: int) -> float:
+    start = getattr(run, part)
+    result = None
+    started = time.perf_counter()
+    for _ in range(calls):
+      result = start()
+    run.wait(result)
+    return (time.perf_counter() - started) / calls
+
+  calls = {}
+  for name, run in runs.items():
+    sample(run, 1)
+    calls[name] = 1
+    if _on_gpu():
+      calls[name] = max(1, round(_SAMPLE_SECONDS / sample(run, 2)))
+  times: dict[str, list[float]] = {name: [] for name in runs}
+  for _ in range(_REPEATS.value):
+    for name, run in runs.items():
+      times[name].append(1e3 * sample(run, calls[name]))
+  return times
 
 
-@dataclasses.dataclass
-class _Run:
-  """Something to time.
-
-  Attributes:
-    start: Starts a call; returns what to wait for.
-    wait: Waits for it.
-    calls: Calls in a sample.
-    times: Milliseconds of a call, a sample each.
-  """
-
-  start: Callable[[], Any]
-  wait: Callable[[Any], Any] = jax.block_until_ready
-  calls: int = 1
-  times: list[float] = dataclasses.field(default_factory=list)
-
-  def _sample(self) -> float:
-    began = time.perf_counter()
-    for _ in range(self.calls):
-      result = self.start()
-    self.wait(result)
-    return 1e3 * (time.perf_counter() - began) / self.calls
-
-  def warm_up(self) -> None:
-    """Calls it twice; on a GPU chooses the number of calls in a sample."""
-    once = [self._sample() for _ in range(2)][-1]
-    if jax.default_backend() == "gpu":
-      self.calls = min(_MAX_CALLS, max(1, math.ceil(_SAMPLE_MS / once)))
-
-  def time(self) -> None:
-    """Takes one more sample."""
-    self.times.append(self._sample())
-
-  @property
-  def median(self) -> float:
-    """The median of the samples, in milliseconds."""
-    return statistics.median(self.times)
-
-
-@dataclasses.dataclass
-class _Entry:
-  """A row of the results with what it takes to fill it.
-
-  Attributes:
-    row: As it is written. `skipped` says why there are no numbers.
-    function: Of JAX; None for a peer that `make` returns.
-    make: Returns a peer of PyTorch.
-    runs: What is timed, by part.
-  """
-
-  row: dict[str, Any]
-  function: Callable[..., Any] | None = None
-  make: Callable[[], attention_peers.Peer] | None = None
-  runs: dict[str, _Run] = dataclasses.field(default_factory=dict)
-
-  @contextlib.contextmanager
-  def may_fail(self) -> Iterator[None]:
-    """Turns what an implementation or a peer cannot do into a line.
-
-    Anything may go wrong in a peer, and costs only its row.
-    """
-    expected: tuple[type[Exception], ...] = (Exception,)
-    if self.function is not None and self.make is None:
-      expected = (NotImplementedError, jax.errors.JaxRuntimeError)
-    try:
-      yield
-    except expected as error:
-      self.skip(error)
-
-  def skip(self, error: Exception) -> None:
-    """Says and remembers why there are no numbers."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    self.row["skipped"] = reason
-    self.runs.clear()
-    print(
-      f"{self.row['implementation']} cannot serve {self.row['pattern']}"
-      f" ({self.row['seq_len']} tokens, {self.row['dtype']}): {reason}",
-      flush=True,
-    )
-
-  def prepare(self) -> None:
-    """Makes the runs of a peer of PyTorch, and measures their memory."""
-    if self.make is None or "skipped" in self.row:
-      return
-    with self.may_fail():
-      peer = self.make()
-      for part in _PARTS:
-        start = getattr(peer, part)
-        self.row[part] = {"temporary_mib": peer.temporary_mib(start)}
-        self.runs[part] = _Run(start, peer.wait)
-
-
-def _compile(entries: list[_Entry], seq_len: int, dtype: str) -> None:
-  """Compiles what is JAX's, several at a time, and notes its memory."""
-  shapes = _shapes(seq_len)
-  types = [
-    jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    for shape in (*shapes, shapes[0])
-  ]
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    jobs = []
-    for entry in entries:
-      if entry.function is None or "skipped" in entry.row:
-        continue
-      with entry.may_fail():
-        parts = zip(
-          _PARTS,
-          (entry.function, _with_backward(entry.function)),
-          (types[:3], types),
-          strict=True,
-        )
-        for part, function, arguments in parts:
-          lowered = jax.jit(function).lower(*arguments)
-          jobs.append((entry, part, pool.submit(lowered.compile)))
-    for entry, part, job in jobs:
-      with entry.may_fail():
-        compiled = job.result()
-        if "skipped" in entry.row:
-          continue
-        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        entry.row[part] = {"temporary_mib": memory}
-        count = len(types) if part == "forward_backward" else 3
-        # Inputs are looked up when it starts: entries that are not timed need
-        # none.
-        entry.runs[part] = _Run(
-          lambda compiled=compiled, count=count: compiled(
-            *_inputs(seq_len, dtype)[:count]
-          )
-        )
-
-
-def _num_repeats() -> int:
-  if _REPEATS.value is not None:
-    return _REPEATS.value
-  return 9 if jax.default_backend() == "gpu" else 5
-
-
-def _time(entries: list[_Entry]) -> None:
-  """Times entries in turns: each round has a sample of all."""
-  for entry in entries:
-    with entry.may_fail():
-      for run in entry.runs.values():
-        run.warm_up()
-  for _ in range(_num_repeats()):
-    for part in _PARTS:
-      for entry in entries:
-        if part in entry.runs:
-          with entry.may_fail():
-            entry.runs[part].time()
-  for entry in entries:
-    for part, run in entry.runs.items():
-      entry.row[part] |= {
-        "median_ms": run.median,
-        "least_ms": min(run.times),
-        "most_ms": max(run.times),
-      }
-
-
-@functools.cache
 def _matmul_tflops(dtype: str) -> float:
-  """Returns the rate of a large product, which attention cannot exceed."""
-  size = 8192 if jax.default_backend() == "gpu" else 1024
+  """Returns the rate of one large square product, in TFLOP/s."""
+  n = 8192 if _on_gpu() else 1024
   a, b = (
-    jax.random.normal(key, (size, size), jnp.dtype(dtype))
+    jax.random.normal(key, (n, n), jnp.float32).astype(dtype)
     for key in jax.random.split(jax.random.key(1))
   )
-  dot = jax.jit(jnp.dot)
-  run = _Run(lambda: dot(a, b))
-  run.warm_up()
-  for _ in range(_num_repeats()):
-    run.time()
-  return 2e-9 * size**3 / run.median
+
+  class Product:
+    def forward(self):
+      return multiply(a, b)
+
+    def wait(self, result):
+      jax.block_until_ready(result)
+
+  multiply = jax.jit(jnp.dot)
+  (times,) = _time({"": Product()}, "forward").values()
+  return 2e-9 * n**3 / statistics.median(times)
 
 
-# Rows.
+def _check(case: _Case, implementation: str, sizes: Any = None) -> None:
+  """Compares output and gradients with the reference, in float32.
 
-
-def _peer_entries(
-  peers: list[str], names: list[str], seq_len: int, dtype: str
-) -> list[_Entry]:
-  """Returns the peers of one length, other than `xla`.
-
-  Dense peers and S2 are there once, flex_attention once a pattern.
+  Raises:
+    ValueError: They differ by more than the tolerance of the dtype.
+    NotImplementedError: The implementation cannot serve the case.
   """
-  num_heads = _NUM_HEADS.value
-  dense = patterns.dense(num_heads)
-  s2 = patterns.s2(num_heads, _CHUNK_SIZE.value, causality="slot")
-  entries = []
-  for peer in peers:
-    if peer == "xla":
-      continue
-    seen = {name: _make_pattern(name, seq_len) for name in names}
-    if peer != "flex":
-      seen = {"s2": s2} if peer == "longlora_s2" else {"dense": dense}
-    for name, pattern in seen.items():
-      row = _row(name, seq_len, dtype, _PEER_LABELS[peer], pattern)
-      if peer == _DENSE:
-        entry = _Entry(row, _dense(dtype))
-      else:
-        on_gpu = jax.default_backend() == "gpu"
-        make = functools.partial(
-          attention_peers.make,
-          peer,
-          pattern,
-          shapes=_shapes(seq_len),
-          chunk_size=_CHUNK_SIZE.value,
-          dtype=dtype,
-          device="cuda" if on_gpu else "cpu",
-        )
-        entry = _Entry(row, make=make)
-      entries.append(entry)
-  return entries
+  seq_len = min(_CHECKED_LEN, case.seq_len)
+  chunk_size = max(1, _CHUNK_SIZE.value * seq_len // case.seq_len)
+  pattern = _make_pattern(case.name, seq_len, chunk_size)
+  query, key, value = _inputs(seq_len, case.dtype)
+
+  def result(function: _Function, inputs: list[jax.Array]) -> list[np.ndarray]:
+    run = jax.jit(_with_backward(function))
+    output, grads = run(*inputs, inputs[0][:, ::-1])
+    return [np.asarray(x, np.float64) for x in (output, *grads)]
+
+  attend = _attend(pattern, implementation)
+  if sizes is not None:
+    attend = _with_sizes(pattern, implementation, sizes)
+  found = result(attend, [query, key, value])
+  truth = result(
+    _attend(pattern, "reference"),
+    [x.astype(jnp.float32) for x in (query, key, value)],
+  )
+  labels = ("output", "gradient of query", "of key", "of value")
+  for label, a, b in zip(labels, found, truth, strict=True):
+    error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    if not error <= _TOLERANCE[case.dtype]:
+      raise ValueError(
+        f"{implementation} is wrong for {case.name} at {seq_len} tokens, so it"
+        f" is not timed: {label} differs from the reference by {error:.1e} of"
+        " its norm."
+      )
 
 
-def _row(
-  name: str,
-  seq_len: int,
-  dtype: str,
-  implementation: str,
-  pattern: patterns.AttentionPattern,
-) -> dict[str, Any]:
-  return {
-    "seq_len": seq_len,
-    "pattern": name,
-    "implementation": implementation,
-    "dtype": dtype,
-    "num_pairs": _BATCH_SIZE.value * pattern.num_pairs(seq_len),
+def _peer(name: str, case: _Case) -> tuple[str, Any]:
+  """Returns the label of a peer and what runs it.
+
+  Raises:
+    NotImplementedError: It cannot serve the case.
+  """
+  if name == "jax.nn":
+    cudnn = _on_gpu() and case.dtype != "float32"
+    dense = functools.partial(
+      jax.nn.dot_product_attention,
+      is_causal=True,
+      implementation="cudnn" if cudnn else None,
+    )
+    return _DENSE, _JaxRun(dense, case.seq_len, case.dtype)
+  if name == "xla":
+    return name, _JaxRun(_attend(case.pattern, "xla"), case.seq_len, case.dtype)
+  return attention_peers.LABELS[name], attention_peers.make(
+    name,
+    case.pattern,
+    shapes=case.shapes,
+    chunk_size=_CHUNK_SIZE.value,
+    dtype=case.dtype,
+    device="cuda",
+  )
+
+
+def _contestants(
+  case: _Case, implementations: Sequence[str], peers: Sequence[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """Returns what can be timed, by label, and rows of what cannot."""
+  runs, skipped = {}, []
+
+  def skip(label: str, error: Exception) -> None:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    print(f"{label} is left out of {case.name} at {case.seq_len}: {reason}")
+    skipped.append(case.row(label) | {"skipped": reason})
+
+  for name in implementations:
+    try:
+      _check(case, name)
+      runs[name] = _JaxRun(
+        _attend(case.pattern, name), case.seq_len, case.dtype
+      )
+    except NotImplementedError as error:
+      skip(name, error)
+  if case.seq_len <= _MAX_PEER_LEN.value and runs:
+    for name in peers:
+      if name in runs:
+        continue
+      try:
+        label, run = _peer(name, case)
+        run.wait(run.forward_backward())
+        runs[label] = run
+      # What is wrong with a peer, its memory for one, must not end the run.
+      except Exception as error:
+        skip(attention_peers.LABELS.get(name, name), error)
+  return runs, skipped
+
+
+def _measure(
+  case: _Case,
+  implementations: Sequence[str],
+  peers: Sequence[str],
+  matmul: float,
+) -> list[dict[str, Any]]:
+  """Returns a row for each contestant of a case."""
+  runs, rows = _contestants(case, implementations, peers)
+  pairs = _BATCH_SIZE.value * case.pattern.num_pairs(case.seq_len)
+  dense = patterns.dense(_NUM_HEADS.value).num_pairs(case.seq_len)
+  of_label = {name: case.row(name) for name in runs}
+  for name, row in of_label.items():
+    row["is_peer"] = name not in implementations
+    # Peers without the pattern see pairs of their own; S2 has as many as ours
+    # in a chunk, but its users' form sees those of the wrap as well.
+    if name in (*implementations, "xla", attention_peers.LABELS["flex"]):
+      row["num_pairs"] = pairs
+    elif name in (_DENSE, attention_peers.LABELS["sdpa"]):
+      row["num_pairs"] = _BATCH_SIZE.value * dense
+  for part in _PARTS:
+    times = _time(runs, part)
+    for name, row in of_label.items():
+      median = statistics.median(times[name])
+      row[part] = {
+        "median_ms": median,
+        "least_ms": min(times[name]),
+        "most_ms": max(times[name]),
+        "temporary_mib": _temporary_mib(runs[name], part),
+      }
+      if "num_pairs" in row:
+        work = _WORK[part] * _HEAD_DIM.value * row["num_pairs"]
+        row[part]["tflops"] = 1e-9 * work / median
+        row[part]["matmul_share"] = row[part]["tflops"] / matmul
+    for name, row in of_label.items():
+      if not row["is_peer"]:
+        row[part]["ratios"] = {
+          other: of_label[other][part]["median_ms"] / row[part]["median_ms"]
+          for other in runs
+          if other != name
+        }
+  return [*of_label.values(), *rows]
+
+
+def _measure_memory(case: _Case, implementation: str) -> dict[str, Any]:
+  run = _JaxRun(_attend(case.pattern, implementation), case.seq_len, case.dtype)
+  return case.row(implementation) | {
+    part: {"temporary_mib": _temporary_mib(run, part)} for part in _PARTS
   }
 
 
-def _own_entries(
-  implementations: list[str], names: list[str], seq_len: int, dtype: str
-) -> list[_Entry]:
-  entries = []
-  for name in names:
-    pattern = _make_pattern(name, seq_len)
-    for implementation in implementations:
-      row = _row(name, seq_len, dtype, implementation, pattern)
-      entries.append(_Entry(row, _ours(implementation, pattern)))
-  return entries
-
-
-def _derive(rows: list[dict[str, Any]], peers: list[str]) -> None:
-  """Adds rates, and ratios to the peers, to the rows of one length."""
-  for part, factor in _PARTS.items():
-    timed = [row for row in rows if "skipped" not in row]
-    for row in timed:
-      own = row[part]
-      flops = 4 * factor * _HEAD_DIM.value * row["num_pairs"]
-      own["gflops"] = 1e-6 * flops / own["median_ms"]
-      own["matmul_share"] = 1e-3 * own["gflops"] / _matmul_tflops(row["dtype"])
-    for row in timed:
-      if row["implementation"] not in dispatch.IMPLEMENTATIONS:
-        continue
-      own = row[part]
-      own["speed_ratios"] = {}
-      for label in (_PEER_LABELS[peer] for peer in peers):
-        for other in timed:
-          # Those of LongLoRA and dense attention have a pattern of their own.
-          if other["implementation"] != label or other is row:
-            continue
-          if label in ("xla", _PEER_LABELS["flex"]) and (
-            other["pattern"] != row["pattern"]
-          ):
-            continue
-          ratio = other[part]["median_ms"] / own["median_ms"]
-          own["speed_ratios"][label] = ratio
-          if label == _PEER_LABELS[_DENSE]:
-            own["speed_ratio"] = ratio
-            own["memory_ratio"] = own["temporary_mib"] / max(
-              other[part]["temporary_mib"], 2**-20
-            )
-
-
-_COLUMNS = (
-  ("tokens", 8),
-  ("dtype", 9),
-  ("pattern", 11),
-  ("implementation", 15),
-  ("pass", 8),
-  ("ms", 10),
-  ("least", 10),
-  ("most", 10),
-  ("TFLOP/s", 9),
-  ("matmul", 7),
-  ("MiB", 9),
-)
-
-
-def _print_cells(cells: list[str], peers: list[str]) -> None:
-  columns = [*_COLUMNS, *((f"/ {peer}", len(peer) + 3) for peer in peers)]
-  line = "  ".join(
-    f"{cell:<{width}}" if name in ("dtype", "pattern", "implementation", "pass")
-    else f"{cell:>{width}}"
-    for cell, (name, width) in zip(cells, columns, strict=True)
-  )
-  print(line.rstrip(), flush=True)
-
-
-def _print_row(row: dict[str, Any], peers: list[str]) -> None:
-  for part, short in zip(_PARTS, ("fwd", "fwd+bwd"), strict=True):
-    if part not in row or "skipped" in row:
-      continue
+def _print_row(row: dict[str, Any]) -> None:
+  for part in _PARTS if "skipped" not in row else ():
     values = row[part]
+    cells = [
+      f"{row['seq_len']:>8,}  {row['pattern']:<11} {row['implementation']:<15}",
+      f"{part.replace('_', '+'):<17}",
+    ]
+    if "median_ms" in values:
+      cells.append(
+        f"{values['median_ms']:>9.3f} ({values['least_ms']:.3f} to"
+        f" {values['most_ms']:.3f})"
+      )
+    if "tflops" in values:
+      cells.append(f"{values['tflops']:>8.3f} {values['matmul_share']:>4.0%}")
+    if values["temporary_mib"] is not None:
+      cells.append(f"{values['temporary_mib']:>9.1f} MiB")
+    cells += [f"{r:.2f}x {n}" for n, r in values.get("ratios", {}).items()]
+    print(" ".join(cells), flush=True)
 
-    def cell(name: str, form: str, values: dict[str, Any] = values) -> str:
-      return format(values[name], form) if values.get(name) is not None else ""
 
-    ratios = values.get("speed_ratios", {})
-    _print_cells(
-      [
-        f"{row['seq_len']:,}",
-        row["dtype"],
-        row["pattern"],
-        row["implementation"],
-        short,
-        *(cell(name, ".3f") for name in ("median_ms", "least_ms", "most_ms")),
-        f"{1e-3 * values['gflops']:.3g}" if "gflops" in values else "",
-        cell("matmul_share", ".1%"),
-        cell("temporary_mib", ",.1f"),
-        *(
-          f"{ratios[label]:.2f}x" if label in ratios else ""
-          for label in (_PEER_LABELS[peer] for peer in peers)
-        ),
-      ],
-      peers,
+def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
+  """Draws time against length, a line a contestant and pattern."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  lines: dict[str, list[dict[str, Any]]] = {}
+  for row in rows:
+    if "median_ms" in row.get("forward", {}):
+      label = f"{row['implementation']}, {row['dtype']}"
+      if row["implementation"] not in (_DENSE, "SDPA dense", "LongLoRA S2"):
+        label = f"{row['pattern']}, {label}"
+      lines.setdefault(label, []).append(row)
+  figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+  for part, axis in zip(_PARTS, axes, strict=True):
+    for label, points in lines.items():
+      points = sorted(points, key=lambda row: row["seq_len"])
+      axis.loglog(
+        [row["seq_len"] for row in points],
+        [row[part]["median_ms"] for row in points],
+        marker="o",
+        label=label,
+      )
+    axis.set(
+      xlabel="tokens",
+      ylabel="milliseconds",
+      title=part.replace("_", " and "),
     )
+    axis.grid(alpha=0.3)
+  axes[0].legend(fontsize="small")
+  figure.suptitle(title)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+# Tuning.
+
+
+def _with_sizes(
+  pattern: patterns.AttentionPattern, implementation: str, sizes: Any
+) -> _Function:
+  module = importlib.import_module(f"scca_jax.backends.{implementation}")
+
+  def attend(query, key, value):
+    return module.attention(
+      query,
+      key,
+      value,
+      pattern,
+      segment_ids=None,
+      query_offset=0,
+      scale=query.shape[-1] ** -0.5,
+      sizes=sizes,
+    )[0]
+
+  return attend
+
+
+def _tune(cases: Sequence[_Case], implementation: str, dtype: str) -> None:
+  """Tries all sizes of each kernel and writes the best."""
+  module = importlib.import_module(f"scca_jax.backends.{implementation}")
+  kind, head_dim = target.current().kind, _HEAD_DIM.value
+  best = module.default_sizes(head_dim, jnp.dtype(dtype), kind)
+  tried = module.candidates(head_dim, jnp.dtype(dtype))
+  for kernel, candidates in tried.items():
+    part = "forward" if kernel == "forward" else "forward_backward"
+    totals = {}
+    for sizes in dict.fromkeys([getattr(best, kernel), *candidates]):
+      trial = dataclasses.replace(best, **{kernel: sizes})
+      try:
+        _check(cases[0], implementation, trial)
+        totals[sizes] = 0.0
+        for case in cases:
+          run = _JaxRun(
+            _with_sizes(case.pattern, implementation, trial),
+            case.seq_len,
+            dtype,
+          )
+          (times,) = _time({"": run}, part).values()
+          totals[sizes] += statistics.median(times)
+      # Sizes that do not fit the device fail in as many ways.
+      except Exception as error:
+        totals.pop(sizes, None)
+        reason = " ".join(str(error).split())[:100]
+        print(f"{implementation} {kernel} {sizes}: {reason}")
+        continue
+      print(
+        f"{implementation} {kernel} {sizes}: {totals[sizes]:.3f} ms", flush=True
+      )
+    if not totals:
+      raise ValueError(f"no sizes of {kernel} of {implementation} work here.")
+    chosen = min(totals, key=lambda sizes: totals[sizes])
+    best = dataclasses.replace(best, **{kernel: chosen})
+  path = pathlib.Path(_SIZES_OUTPUT.value)
+  table = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
+  of_dtype = (
+    table.setdefault(implementation, {})
+    .setdefault(kind, {})
+    .setdefault(jnp.dtype(dtype).name, {})
+  )
+  of_dtype.setdefault(str(head_dim), {}).update(
+    {kernel: dataclasses.asdict(getattr(best, kernel)) for kernel in tried}
+  )
+  cli.write_json(path, table)
+  print(f"wrote {path}")
+
+
+# The command.
+
+
+def _lengths(flag: flags.FlagHolder, default: Sequence[str] = ()) -> list[int]:
+  values = default if flag.value is None else flag.value
+  try:
+    lengths = [int(value) for value in values]
+  except ValueError as error:
+    raise ValueError(
+      f"--{flag.name} must be lengths in tokens: {error}."
+    ) from error
+  if any(length < 1 for length in lengths):
+    raise ValueError(f"--{flag.name} must be at least 1, got {values}.")
+  return lengths
+
+
+def _cases(dtype: str) -> list[_Case]:
+  if _CASES.value is None:
+    return [
+      _Case(name, seq_len, dtype)
+      for seq_len in _lengths(_SEQ_LENS)
+      for name in _PATTERNS.value
+    ]
+  cases = []
+  for text in _CASES.value:
+    name, _, length = text.partition(":")
+    if not length.isdigit() or int(length) < 1:
+      raise ValueError(f"--cases must be PATTERN:LENGTH,..., got {text!r}.")
+    cases.append(_Case(name, int(length), dtype))
+  return cases
+
+
+def _choose_peers() -> list[str]:
+  """Returns the peers that can be timed here."""
+  default = _PEER_NAMES if _on_gpu() else ("jax.nn",)
+  names = default if _PEERS.value is None else _PEERS.value
+  for name in names:
+    if name not in _PEER_NAMES:
+      raise ValueError(
+        f"unknown peer {name!r}: use any of {', '.join(_PEER_NAMES)}."
+      )
+  of_torch = [name for name in names if name in attention_peers.LABELS]
+  problem = attention_peers.problem() if of_torch else None
+  if problem is not None:
+    print(f"{', '.join(of_torch)} are left out: {problem}")
+    names = [name for name in names if name not in of_torch]
+  return list(names)
+
+
+def main() -> None:
+  """Measures, prints a table and writes JSON, or tunes.
+
+  Raises:
+    ValueError: A flag is out of range, or an implementation is wrong.
+    NotImplementedError: The device lacks an implementation asked for.
+  """
+  for dtype in _DTYPES.value:
+    if dtype not in _TOLERANCE:
+      raise ValueError(
+        f"unknown dtype {dtype!r}: use any of {', '.join(_TOLERANCE)}."
+      )
+  memory_default = () if _on_gpu() else ("8192", "16384")
+  memory_lens = _lengths(_MEMORY_LENS, memory_default)
+  cases = [case for dtype in _DTYPES.value for case in _cases(dtype)]
+  if _REPEATS.value < 1:
+    raise ValueError(f"--repeats must be at least 1, got {_REPEATS.value}.")
+  for case in cases:
+    _ = case.pattern
+  implementations = _IMPLEMENTATIONS.value or [dispatch.available()[0]]
+  for name in implementations:
+    dispatch.check_implementation(name)
+  if _TUNE.value:
+    for name in implementations:
+      if name not in ("mosaic", "triton"):
+        raise ValueError(f"--tune is for mosaic and triton, not {name}.")
+      for dtype in _DTYPES.value:
+        _tune(_cases(dtype), name, dtype)
+    return
+  peers = _choose_peers()
+  uses_torch = any(name in attention_peers.LABELS for name in peers)
+  facts = {
+    "device": jax.devices()[0].device_kind,
+    "machine": platform.machine(),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "torch": attention_peers.version() if uses_torch else None,
+    "batch_size": _BATCH_SIZE.value,
+    "num_heads": _NUM_HEADS.value,
+    "num_kv_heads": _NUM_KV_HEADS.value or _NUM_HEADS.value,
+    "head_dim": _HEAD_DIM.value,
+    "chunk_size": _CHUNK_SIZE.value,
+    "repeats": _REPEATS.value,
+  }
+  title = (
+    f"{facts['device']}, Python {facts['python']}, jax {facts['jax']}"
+    + (f", torch {facts['torch']}" if uses_torch else "")
+    + f", batch {facts['batch_size']}, {facts['num_heads']} heads of"
+    f" {facts['head_dim']}, chunks of {facts['chunk_size']}"
+  )
+  print(
+    f"{title}: median of {facts['repeats']} (least to most) in milliseconds,"
+    " useful TFLOP/s, share of the rate of a matrix product, temporary memory,"
+    " times faster than"
+  )
+  matmul = {dtype: _matmul_tflops(dtype) for dtype in _DTYPES.value}
+  for dtype, rate in matmul.items():
+    print(f"matrix product, {dtype}: {rate:.3f} TFLOP/s")
+  rows = []
+  for case in cases:
+    of_case = _measure(case, implementations, peers, matmul[case.dtype])
+    for row in of_case:
+      _print_row(row)
+    rows += of_case
+    if uses_torch:
+      attention_peers.release()
+  print("outputs and gradients agree with the reference")
+  for seq_len in memory_lens:
+    for case in (
+      _Case(name, seq_len, dtype)
+      for name in dict.fromkeys(case.name for case in cases)
+      for dtype in _DTYPES.value
+    ):
+      for name in implementations:
+        rows.append(_measure_memory(case, name))
+        _print_row(rows[-1])
+  if _PLOT.value is not None:
+    _draw(rows, title, _PLOT.value)
+  if _OUTPUT.value is not None:
+    cli.write_json(
+      _OUTPUT.value, facts | {"matmul_tflops": matmul, "rows": rows}
+    )
+    print(f"wrote {_OUTPUT.value}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
