@@ -5,6 +5,9 @@ PyTorch is optional: it is imported where a peer is made. Arrays are
 head_dim]` for `longlora_s2`, whose users have them so.
 """
 
+# Types are checked without PyTorch too.
+# pyright: reportMissingImports=false
+
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
