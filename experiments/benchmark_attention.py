@@ -15,6 +15,7 @@ mask, dense SDPA, and LongLoRA's S2 as its users run it.
 because it shares the cases, the check and the clock.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib
@@ -149,6 +150,7 @@ def _shapes(seq_len: int) -> list[tuple[int, int, int, int]]:
   ]
 
 
+@functools.lru_cache(maxsize=1)
 def _inputs(seq_len: int, dtype: str) -> list[jax.Array]:
   keys = jax.random.split(jax.random.key(0), 3)
   return [
@@ -195,18 +197,25 @@ def _with_backward(function: _Function) -> Callable[..., Any]:
 class _JaxRun:
   """A function of jax, compiled, with its inputs."""
 
-  def __init__(self, function: _Function, seq_len: int, dtype: str):
-    """Compiles both parts; nothing is run."""
-    specs = [jax.ShapeDtypeStruct(s, dtype) for s in _shapes(seq_len)]
+  def __init__(
+    self,
+    function: _Function,
+    seq_len: int,
+    dtype: str,
+    parts: Sequence[str] = _PARTS,
+  ):
+    """Compiles the parts; nothing is run."""
+    query, *rest = [jax.ShapeDtypeStruct(s, dtype) for s in _shapes(seq_len)]
     self._where = seq_len, dtype
-    self._compiled = {
-      "forward": jax.jit(function).lower(*specs).compile(),
-      "forward_backward": jax.jit(_with_backward(function))
-      .lower(*specs, specs[0])
-      .compile(),
+    lowered = {
+      "forward": lambda: jax.jit(function).lower(query, *rest),
+      "forward_backward": lambda: jax.jit(_with_backward(function)).lower(
+        query, *rest, query
+      ),
     }
+    self._compiled = {part: lowered[part]().compile() for part in parts}
 
-  @functools.cached_property
+  @property
   def _arguments(self) -> list[jax.Array]:
     query, *rest = _inputs(*self._where)
     return [query, *rest, query[:, ::-1]]
@@ -505,33 +514,47 @@ def _with_sizes(
 
 
 def _tune(cases: Sequence[_Case], implementation: str, dtype: str) -> None:
-  """Tries all sizes of each kernel and writes the best."""
+  """Times all sizes of each kernel and writes the best.
+
+  Raises:
+    ValueError: No sizes of a kernel work, or the best are wrong.
+  """
   module = importlib.import_module(f"scca_jax.backends.{implementation}")
   kind, head_dim = target.current().kind, _HEAD_DIM.value
   best = module.default_sizes(head_dim, jnp.dtype(dtype), kind)
   tried = module.candidates(head_dim, jnp.dtype(dtype))
   for kernel, candidates in tried.items():
     part = "forward" if kernel == "forward" else "forward_backward"
-    totals = {}
-    for sizes in dict.fromkeys([getattr(best, kernel), *candidates]):
-      trial = dataclasses.replace(best, **{kernel: sizes})
+
+    def compiled(
+      sizes: Any, kernel: str = kernel, part: str = part, others: Any = best
+    ) -> list[_JaxRun]:
+      trial = dataclasses.replace(others, **{kernel: sizes})
+      return [
+        _JaxRun(
+          _with_sizes(case.pattern, implementation, trial),
+          case.seq_len,
+          dtype,
+          parts=(part,),
+        )
+        for case in cases
+      ]
+
+    totals: dict[Any, float] = {}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      jobs = {
+        sizes: pool.submit(compiled, sizes)
+        for sizes in dict.fromkeys([getattr(best, kernel), *candidates])
+      }
+    for sizes, job in jobs.items():
       try:
-        _check(cases[0], implementation, trial)
-        totals[sizes] = 0.0
-        for case in cases:
-          run = _JaxRun(
-            _with_sizes(case.pattern, implementation, trial),
-            case.seq_len,
-            dtype,
-          )
-          (times,) = _time({"": run}, part).values()
-          totals[sizes] += statistics.median(times)
+        times = [_time({"": run}, part)[""] for run in job.result()]
       # Sizes that do not fit the device fail in as many ways.
       except Exception as error:
-        totals.pop(sizes, None)
         reason = " ".join(str(error).split())[:100]
         print(f"{implementation} {kernel} {sizes}: {reason}")
         continue
+      totals[sizes] = sum(map(statistics.median, times))
       print(
         f"{implementation} {kernel} {sizes}: {totals[sizes]:.3f} ms", flush=True
       )
@@ -539,6 +562,8 @@ def _tune(cases: Sequence[_Case], implementation: str, dtype: str) -> None:
       raise ValueError(f"no sizes of {kernel} of {implementation} work here.")
     chosen = min(totals, key=lambda sizes: totals[sizes])
     best = dataclasses.replace(best, **{kernel: chosen})
+  for case in cases:
+    _check(case, implementation, best)
   path = pathlib.Path(_SIZES_OUTPUT.value)
   table = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
   of_dtype = (
