@@ -289,7 +289,7 @@ def _sdpa(query: Any, key: Any, value: Any) -> Any:
   )
 
 
-def _longlora_s2(query: Any, key: Any, value: Any, *, chunk_size: int) -> Any:
+def longlora_s2(query: Any, key: Any, value: Any, *, chunk_size: int) -> Any:
   """Returns S2-Attn as LongLoRA trains with it (arXiv 2309.12307).
 
   The second half of the heads is rolled by half a chunk, round the end; chunks
@@ -422,7 +422,7 @@ def make(
       raise NotImplementedError(
         f"LongLoRA S2 needs a multiple of {chunk_size} tokens, not {seq_len}."
       )
-    s2 = functools.partial(_longlora_s2, chunk_size=chunk_size)
+    s2 = functools.partial(longlora_s2, chunk_size=chunk_size)
     return Peer(s2, shapes, dtype, device)
   by_head = [(b, heads, n, width) for b, n, heads, width in shapes]
   if name == "flex":

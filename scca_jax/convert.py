@@ -186,8 +186,13 @@ def _old_rope(rope: dict[str, Any]) -> dict[str, Any] | None:
   return rope
 
 
-def _config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
-  """Returns config.json, with the rope scaling in both spellings."""
+def config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
+  """Returns config.json, with the rope scaling in both spellings.
+
+  Args:
+    config: Sizes of the model.
+    dtype: That it names for the weights.
+  """
   theta, scaling = config.rope_theta, config.rope_scaling
   context_len = config.context_len
   rope = {"rope_type": "default"}
@@ -633,7 +638,7 @@ def save_model(
       "weight_map": {n: file for file, names in shards.items() for n in names},
     }
     files.write(folder / _INDEX, _to_json(index))
-  files.write(folder / _CONFIG, _to_json(_config_to_json(model.config, dtype)))
+  files.write(folder / _CONFIG, _to_json(config_to_json(model.config, dtype)))
 
 
 def copy_tokenizer(

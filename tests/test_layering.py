@@ -77,10 +77,10 @@ def test_only_commands_read_flags(path):
   )
 
 
-def test_torch_stays_in_the_parity_tests():
+def test_torch_stays_in_parity_tests_and_peers():
   for folder in ("scca_jax", "configs", "experiments", "tests"):
     for path in (ROOT / folder).rglob("*.py"):
-      if "parity" not in path.parts and path.stem != "attention_peers":
+      if "parity" not in path.parts and not path.stem.endswith("_peers"):
         assert not any(
           name.split(".")[0] == "torch" for name in _imported(path)
         ), path

@@ -1,0 +1,23 @@
+"""LLaMA2-7B from 4k to 8k on one H200: llama2_7b_8k, for speed.
+
+It differs in bfloat16, and in memory spent where there is plenty: what the
+backward pass needs stays on the device, and MLP and loss are computed in large
+pieces. Hardware: one H200, or another GPU of 40 GB or more from Ampere on.
+Command: as there, with this config. Expected: the step that
+`python -m experiments.benchmark_step --random_weights
+--config=configs/llama2_7b_8k_h200.py` measures. It was not run with LLaMA2's
+weights.
+"""
+
+from configs import llama2_7b_8k
+
+
+def get_config():
+  """Returns the settings of the run."""
+  config = llama2_7b_8k.get_config()
+  config.training.dtype = "bfloat16"
+  config.training.param_dtype = "bfloat16"
+  config.training.remat = "layer"
+  config.training.mlp_chunk = None
+  config.training.loss_chunk = 1024
+  return config

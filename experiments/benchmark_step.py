@@ -1,0 +1,315 @@
+"""Measures a training step: tokens a second, utilisation and peak memory.
+
+    python -m experiments.benchmark_step --random_weights \
+      --config=configs/llama2_7b_8k_h200.py --patterns=scca_fixed,dense \
+      --seq_lens=8192,32768 --output=step.json --plot=step.png
+
+A step is forward, backward and update of one micro batch of the configuration.
+Beside it run the steps of Hugging Face's transformers with PEFT, dense and with
+LongLoRA's S2, where PyTorch finds a GPU (`step_peers`), up to `--max_peer_len`.
+To train adapters alone: --config.lora.train_embeddings=False
+--config.lora.train_norms=False.
+
+Contestants run one after another, by length, in the order of the table, each
+in a process of its own, so that its peak of memory is its own. Times are of
+single steps, after `--warmup` of them: median, least and most.
+
+* MFU is the share that the operations of the model (`step_timing.operations`:
+  without what is computed anew for the backward pass) have of the rate of a
+  matrix product, measured here after the steps.
+* The roofline is the rate of a step that does those operations, and one more
+  forward pass of the layers, at the rate of a matrix product.
+* Peak memory is that of the allocator of jax or PyTorch, beside the peak that
+  the compiled step says.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from experiments import cli, step_peers, step_timing
+from experiments.config import FinetuneConfig, from_config_dict, to_json
+from experiments.step_timing import Case
+
+_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+_CONFIG = cli.define_config(_CONFIGS / "tiny.py")
+flags.declare_key_flag("config")
+_MODEL = flags.DEFINE_string(
+  "model", None, "Model or folder with its config; overrides config.model."
+)
+_RANDOM_WEIGHTS = flags.DEFINE_boolean(
+  "random_weights",
+  False,
+  "Draw the weights on the device; of the model config.json is read alone.",
+)
+_PATTERNS = flags.DEFINE_list(
+  "patterns", None, "Patterns to time; by default that of the configuration."
+)
+_SEQ_LENS = flags.DEFINE_list(
+  "seq_lens", None, "Lengths to time; by default that of the configuration."
+)
+_PEERS = flags.DEFINE_list(
+  "peers",
+  list(step_peers.LABELS),
+  f"Any of {', '.join(step_peers.LABELS)}; they need PyTorch and its GPU.",
+)
+_MAX_PEER_LEN = flags.DEFINE_integer(
+  "max_peer_len", 8192, "Longest sequence that peers are timed at."
+)
+_WARMUP = flags.DEFINE_integer("warmup", 2, "Steps that are not timed.")
+_REPEATS = flags.DEFINE_integer("repeats", 8, "Steps that are timed.")
+_OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
+_PLOT = flags.DEFINE_string(
+  "plot", None, "Where to draw tokens a second against length, a .png."
+)
+
+_GIB = 2**30
+
+
+def _lengths(default: int) -> list[int]:
+  values = [default] if _SEQ_LENS.value is None else _SEQ_LENS.value
+  try:
+    lengths = [int(value) for value in values]
+  except ValueError as error:
+    raise ValueError(
+      f"--seq_lens must be lengths in tokens: {error}."
+    ) from error
+  if not lengths or min(lengths) < 1:
+    raise ValueError(f"--seq_lens must be at least 1, got {values}.")
+  return lengths
+
+
+def _choose_peers() -> list[str]:
+  """Returns the peers that can be timed here."""
+  for name in _PEERS.value:
+    if name not in step_peers.LABELS:
+      raise ValueError(
+        f"unknown peer {name!r}: use any of {', '.join(step_peers.LABELS)}."
+      )
+  problem = step_peers.problem() if _PEERS.value else None
+  if problem is not None:
+    print(f"{', '.join(_PEERS.value)} are left out: {problem}")
+    return []
+  return _PEERS.value
+
+
+def _measure(case: Case, peer: str | None) -> dict[str, Any]:
+  """Returns the row of a contestant; of what cannot run, why."""
+  row: dict[str, Any] = {
+    "implementation": step_peers.LABELS[peer] if peer else "scca_jax",
+    "pattern": step_peers.PATTERNS[peer] if peer else case.run.pattern.name,
+    "seq_len": case.run.training.seq_len,
+    "batch_size": case.run.training.batch_size,
+    "is_peer": peer is not None,
+  }
+  try:
+    if peer is None:
+      return row | step_timing.run_alone(step_timing.measure, case)
+    measure = functools.partial(step_peers.measure, peer)
+    return row | step_timing.run_alone(measure, case)
+  except Exception as error:
+    # These are of the input, if they are of this package.
+    if peer is None and isinstance(
+      error, ValueError | OSError | NotImplementedError
+    ):
+      raise
+    # What else is wrong with one, its memory for example, leaves the others.
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return row | {"skipped": reason}
+
+
+def _add_rates(row: dict[str, Any], case: Case, matmul: float | None) -> None:
+  """Adds what follows from the time; `matmul` is the rate of a product."""
+  num_tokens = row["batch_size"] * row["seq_len"]
+  work = step_timing.operations(
+    case.model, case.run.lora, row["num_pairs"], num_tokens
+  )
+  row["operations"] = work
+  row["tokens_per_second"] = 1e3 * num_tokens / row["median_ms"]
+  row["model_tflops"] = 1e-9 * work["model"] / row["median_ms"]
+  if matmul is not None:
+    roofline = 1e12 * matmul * num_tokens / work["with_remat"]
+    row["mfu"] = row["model_tflops"] / matmul
+    row["roofline_tokens_per_second"] = roofline
+    row["roofline_share"] = row["tokens_per_second"] / roofline
+
+
+def _add_ratios(rows: list[dict[str, Any]]) -> None:
+  """Adds, and prints, how much faster ours are than the rest of a length."""
+  timed = [row for row in rows if "median_ms" in row]
+  for row in timed:
+    if row["is_peer"]:
+      continue
+    row["ratios"] = {
+      f"{other['implementation']} {other['pattern']}": (
+        row["tokens_per_second"] / other["tokens_per_second"]
+      )
+      for other in timed
+      if other is not row
+    }
+    ratios = [f"{r:.2f}x {name}" for name, r in row["ratios"].items()]
+    if ratios:
+      print(
+        f"{row['seq_len']:>7,}  {row['pattern']}: {', '.join(ratios)}",
+        flush=True,
+      )
+
+
+_COLUMNS = (
+  f"{'tokens':>7}  {'step':<27} {'milliseconds':>26} {'tokens/s':>9}"
+  f" {'MFU':>5} {'roofline':>8} {'peak GiB':>8} {'compiled':>8}"
+  f" {'compile s':>9}"
+)
+
+
+def _print_row(row: dict[str, Any]) -> None:
+  name = f"{row['implementation']} {row['pattern']}"
+  start = f"{row['seq_len']:>7,}  {name:<27}"
+  if "skipped" in row:
+    print(f"{start} left out: {row['skipped']}", flush=True)
+    return
+  times = (
+    f"{row['median_ms']:.1f} ({row['least_ms']:.1f} to {row['most_ms']:.1f})"
+  )
+  shares = [
+    f"{row[name]:.0%}" if name in row else "-"
+    for name in ("mfu", "roofline_share")
+  ]
+  sizes = [
+    "-" if row[name] is None else f"{row[name] / _GIB:.2f}"
+    for name in ("peak_bytes", "compiled_peak_bytes")
+  ]
+  seconds = row["compile_seconds"]
+  print(
+    f"{start} {times:>26} {row['tokens_per_second']:>9,.0f}"
+    f" {shares[0]:>5} {shares[1]:>8} {sizes[0]:>8} {sizes[1]:>8}"
+    f" {'-' if seconds is None else f'{seconds:.1f}':>9}",
+    flush=True,
+  )
+
+
+def _title(row: dict[str, Any], run: FinetuneConfig) -> str:
+  versions = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
+  train = run.training
+  trained = ["embeddings"] * run.lora.train_embeddings
+  trained += ["norms"] * run.lora.train_norms
+  return (
+    f"{row['device']}, {versions}; {run.model or 'the embedded model'},"
+    f" {train.dtype}, batch {row['batch_size']}, remat {train.remat}, LoRA rank"
+    f" {run.lora.rank}" + (f" with {' and '.join(trained)}" if trained else "")
+  )
+
+
+def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
+  """Draws tokens a second and peak memory, a line a contestant."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  lines: dict[str, list[dict[str, Any]]] = {}
+  for row in rows:
+    if "median_ms" in row:
+      label = f"{row['implementation']} {row['pattern']}"
+      lines.setdefault(label, []).append(row)
+  figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+  for name, axis, unit, label in (
+    ("tokens_per_second", axes[0], 1, "tokens a second"),
+    ("peak_bytes", axes[1], _GIB, "peak memory in GiB"),
+  ):
+    for line, of_line in lines.items():
+      points = sorted(
+        (row["seq_len"], row[name] / unit)
+        for row in of_line
+        if row[name] is not None
+      )
+      if points:
+        axis.plot(*zip(*points, strict=True), marker="o", label=line)
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(bottom=0)
+    axis.set(xlabel="tokens of a sequence", ylabel=label)
+    axis.grid(alpha=0.3)
+  axes[0].legend(fontsize="small")
+  figure.suptitle(title)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def main() -> None:
+  """Measures, prints a table and writes JSON.
+
+  Raises:
+    ValueError: A flag or setting is out of range, or a loss is not finite.
+    NotImplementedError: The device lacks the implementation asked for.
+  """
+  run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
+  if _MODEL.value is not None:
+    run = dataclasses.replace(run, model=_MODEL.value)
+  if _WARMUP.value < 1 or _REPEATS.value < 1:
+    raise ValueError(
+      "--warmup and --repeats must be at least 1, got"
+      f" {_WARMUP.value} and {_REPEATS.value}."
+    )
+  cases = {
+    seq_len: [
+      step_timing.make_case(
+        run,
+        pattern,
+        seq_len,
+        random_weights=_RANDOM_WEIGHTS.value,
+        warmup=_WARMUP.value,
+        repeats=_REPEATS.value,
+      )
+      for pattern in _PATTERNS.value or [run.pattern.name]
+    ]
+    for seq_len in _lengths(run.training.seq_len)
+  }
+  peers = _choose_peers()
+  rows: list[dict[str, Any]] = []
+  title, matmul = "", None
+  for seq_len, of_length in cases.items():
+    contestants: list[tuple[Case, str | None]] = [(c, None) for c in of_length]
+    if seq_len <= _MAX_PEER_LEN.value:
+      contestants += [(of_length[0], peer) for peer in peers]
+    found = []
+    for case, peer in contestants:
+      row = _measure(case, peer)
+      if "median_ms" in row:
+        matmul = row["matmul_tflops"] or matmul
+        _add_rates(row, case, matmul)
+        if not title:
+          title = _title(row, run)
+          print(
+            f"{title}: median (least to most) of {_REPEATS.value} steps\n"
+            f"{_COLUMNS}"
+          )
+      _print_row(row)
+      found.append(row)
+    _add_ratios(found)
+    rows += found
+    if _OUTPUT.value is not None:
+      # After each length: a long run that is stopped leaves what it has.
+      cli.write_json(
+        _OUTPUT.value,
+        {
+          "title": title,
+          "random_weights": _RANDOM_WEIGHTS.value,
+          "warmup": _WARMUP.value,
+          "repeats": _REPEATS.value,
+          "config": to_json(run),
+          "rows": rows,
+        },
+      )
+  if _PLOT.value is not None:
+    _draw(rows, title, _PLOT.value)
+  for path in (_OUTPUT.value, _PLOT.value):
+    if path is not None:
+      print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

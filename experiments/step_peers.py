@@ -1,0 +1,214 @@
+"""The training step of Hugging Face's transformers with PEFT, to be timed.
+
+PyTorch is optional: it is imported where a peer is made. A peer is what its
+users run: `LlamaForCausalLM` in one dtype, its logits and loss whole, LoRA by
+PEFT, gradient checkpointing of each layer if the configuration computes layers
+anew, fused AdamW, nothing compiled. It trains the parameters that this package
+trains, but embeddings and norms in the dtype of the model, as LongLoRA does,
+where this package holds them in float32.
+"""
+
+import functools
+import math
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+from experiments import attention_peers
+from experiments.step_timing import Case, check_loss, spread
+from scca_jax import convert
+
+# The peers by the names of the flag, with those that tables show.
+LABELS = {"hf_sdpa": "HF + PEFT", "hf_s2": "HF + PEFT LongLoRA"}
+# What their attention sees: heads and layers see the same number of pairs.
+PATTERNS = {"hf_sdpa": "dense", "hf_s2": "s2"}
+
+
+def problem() -> str | None:
+  """Returns why no peer can be timed here, or None if they can."""
+  why = attention_peers.problem()
+  if why is not None:
+    return why
+  try:
+    import peft
+    import transformers
+  except ImportError as error:
+    return f"transformers and peft are not both installed ({error})"
+  del peft, transformers
+  return None
+
+
+def _chunk_size(case: Case) -> int:
+  """Returns the chunks of S2, a quarter of the sequence as in LongLoRA."""
+  seq_len = case.run.training.seq_len
+  size = case.run.pattern.chunk_size or max(1, seq_len // 4)
+  if seq_len % size:
+    raise NotImplementedError(
+      f"LongLoRA S2 needs a multiple of {size} tokens, not {seq_len}."
+    )
+  return size
+
+
+def num_pairs(name: str, case: Case) -> int:
+  """Returns the pairs that a peer sees, over sequences, heads and layers."""
+  train, config = case.run.training, case.base
+  length = _chunk_size(case) if name == "hf_s2" else train.seq_len
+  of_head = train.seq_len // length * length * (length + 1) // 2
+  return train.batch_size * config.num_layers * config.num_heads * of_head
+
+
+def _s2(
+  module: Any,
+  query: Any,
+  key: Any,
+  value: Any,
+  attention_mask: Any,
+  *,
+  chunk_size: int,
+  **settings: Any,
+) -> tuple[Any, None]:
+  """Returns S2 as transformers calls attention, `[batch, heads, seq, ...]`."""
+  del module, attention_mask, settings
+  return attention_peers.longlora_s2(
+    *(x.transpose(1, 2) for x in (query, key, value)), chunk_size=chunk_size
+  ), None
+
+
+def make_model(name: str, case: Case, device: str) -> Any:
+  """Returns the model of a peer with new adapters, its weights drawn.
+
+  Args:
+    name: One of `LABELS`.
+    case: The case; its pattern is not read but for the chunk size of S2.
+    device: "cuda" or, for tests, "cpu".
+
+  Raises:
+    NotImplementedError: The peer cannot serve the case.
+  """
+  import peft
+  import torch
+  import transformers
+
+  run, train = case.run, case.run.training
+  if train.dtype == "float16" or train.dtype != train.param_dtype:
+    raise NotImplementedError(
+      "peers compute in float32 or bfloat16, in which their weights are held:"
+      f" not in {train.dtype} with weights in {train.param_dtype}."
+    )
+  attention = "sdpa"
+  if name == "hf_s2":
+    attention = "longlora_s2"
+    transformers.AttentionInterface.register(
+      attention, functools.partial(_s2, chunk_size=_chunk_size(case))
+    )
+  config = transformers.LlamaConfig.from_dict(
+    convert.config_to_json(case.model, train.dtype)
+  )
+  torch.manual_seed(train.seed)
+  with torch.device(device):
+    base = transformers.AutoModelForCausalLM.from_config(
+      config,
+      dtype=getattr(torch, train.dtype),
+      attn_implementation=attention,
+    )
+    model = peft.get_peft_model(
+      base,
+      peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=run.lora.rank,
+        lora_alpha=run.lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=run.lora.dropout,
+        target_modules=list(run.lora.targets),
+        use_rslora=run.lora.rslora,
+      ),
+    )
+  trained = []
+  if run.lora.train_embeddings:
+    trained += ["embed_tokens", "lm_head"]
+  if run.lora.train_norms:
+    trained += ["norm"]
+  for parameter_name, parameter in model.named_parameters():
+    if any(part in parameter_name for part in trained):
+      parameter.requires_grad_()
+  if train.remat != "none":
+    arguments = {"use_reentrant": False}
+    # Versions of transformers 5 call it by one or the other name.
+    if hasattr(model, "activation_checkpointing_enable"):
+      model.activation_checkpointing_enable(arguments)
+    else:
+      model.gradient_checkpointing_enable(arguments)
+  return model.train()
+
+
+def make_step(model: Any, case: Case, device: str) -> Callable[[], Any]:
+  """Returns a function that does one step and returns its loss, a tensor."""
+  import torch
+
+  rule = case.run.optimizer
+  trained = [p for p in model.parameters() if p.requires_grad]
+  optimizer = torch.optim.AdamW(
+    trained,
+    lr=rule.learning_rate,
+    betas=(rule.beta1, rule.beta2),
+    eps=rule.epsilon,
+    weight_decay=rule.weight_decay,
+    fused=device == "cuda",
+  )
+  tokens = torch.tensor(case.tokens(), device=device).long()
+
+  def step() -> Any:
+    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    if rule.clip_norm is not None:
+      torch.nn.utils.clip_grad_norm_(trained, rule.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+  return step
+
+
+def measure(name: str, case: Case, device: str = "cuda") -> dict[str, Any]:
+  """Returns what a step of a peer takes, as `step_timing.measure` does.
+
+  Raises:
+    NotImplementedError: The peer cannot serve the case.
+    ValueError: Its loss is not finite.
+  """
+  import peft
+  import torch
+  import transformers
+
+  on_gpu = device == "cuda"
+
+  def wait() -> None:
+    if on_gpu:
+      torch.cuda.synchronize()
+
+  step = make_step(make_model(name, case, device), case, device)
+  times, losses = [], []
+  for i in range(case.warmup + case.repeats):
+    wait()
+    started = time.perf_counter()
+    losses.append(step())
+    wait()
+    if i >= case.warmup:
+      times.append(time.perf_counter() - started)
+  first, last = float(losses[0]), float(losses[-1])
+  check_loss(first if math.isfinite(last) else last, LABELS[name])
+  return spread(times) | {
+    "first_loss": first,
+    "compile_seconds": None,
+    "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    "compiled_peak_bytes": None,
+    "num_pairs": num_pairs(name, case),
+    "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    "versions": {
+      "python": platform.python_version(),
+      "torch": torch.__version__,
+      "transformers": transformers.__version__,
+      "peft": peft.__version__,
+    },
+    "matmul_tflops": None,
+  }
