@@ -8,6 +8,7 @@ training, and is here beside them.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -369,6 +370,14 @@ class _LayerCache:
     )
 
 
+def _split(dropout_key: jax.Array | None) -> dict[str, jax.Array | None]:
+  """Returns a key for each projection, or None for all."""
+  if dropout_key is None:
+    return dict.fromkeys(TARGETS)
+  split = jax.random.split(dropout_key, len(TARGETS))
+  return dict(zip(TARGETS, split, strict=True))
+
+
 class Layer(nnx.Module):
   """One layer: attention and MLP, each on the normalised residual stream."""
 
@@ -388,16 +397,82 @@ class Layer(nnx.Module):
     cache: _LayerCache | None = None,
   ) -> tuple[jax.Array, _LayerCache | None]:
     """Returns the residual stream, `[batch, seq, hidden]`, and the cache."""
-    keys: dict[str, jax.Array | None] = dict.fromkeys(TARGETS)
-    if dropout_key is not None:
-      split = jax.random.split(dropout_key, len(TARGETS))
-      keys.update(zip(TARGETS, split, strict=True))
+    x, cache = self.attend(x, pattern, call, dropout_key, cache)
+    return self.feed_forward(x, call, dropout_key), cache
+
+  def attend(
+    self,
+    x: jax.Array,
+    pattern: LayerPattern,
+    call: _Call,
+    dropout_key: jax.Array | None,
+    cache: _LayerCache | None = None,
+  ) -> tuple[jax.Array, _LayerCache | None]:
+    """Returns the residual stream after attention, and the cache."""
     attended, cache = self.self_attn(
-      self.input_layernorm(x), pattern, call, keys, cache
+      self.input_layernorm(x), pattern, call, _split(dropout_key), cache
     )
-    x = x + attended
+    return x + attended, cache
+
+  def feed_forward(
+    self, x: jax.Array, call: _Call, dropout_key: jax.Array | None
+  ) -> jax.Array:
+    """Returns the residual stream after the MLP."""
     normalised = self.post_attention_layernorm(x)
-    return x + self.mlp(normalised, keys, call.mlp_chunk), cache
+    return x + self.mlp(normalised, _split(dropout_key), call.mlp_chunk)
+
+
+def _project_primal(
+  axis: int, hidden: jax.Array, kernel: jax.Array, cast: jax.Array
+) -> jax.Array:
+  """Returns the float32 product of hidden states and the output head.
+
+  The rule that JAX has for a product with a float32 result multiplies in
+  float32 when it goes back: slow on a GPU, with a float32 copy of the head and
+  a gradient rounded to the dtype of the computation. Here both products have
+  operands of that dtype, and the gradient of the head is float32 as it leaves
+  the accumulators.
+
+  Args:
+    axis: The axis of the head that is summed over.
+    hidden: `[..., hidden]`.
+    kernel: The parameter, `[hidden, vocab]` or `[vocab, hidden]`; the gradient
+      goes to it.
+    cast: The same in the dtype of `hidden`; this is multiplied with.
+  """
+  del kernel
+  return jax.lax.dot_general(
+    hidden,
+    cast,
+    (((hidden.ndim - 1,), (axis,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+
+
+_project = jax.custom_vjp(_project_primal, nondiff_argnums=(0,))
+
+
+def _project_save(axis, hidden, kernel, cast):
+  return _project_primal(axis, hidden, kernel, cast), (hidden, kernel, cast)
+
+
+def _project_backward(axis, saved, d_logits):
+  hidden, kernel, cast = saved
+  d_logits = d_logits.astype(hidden.dtype)
+  leading = tuple(range(hidden.ndim - 1))
+  d_hidden = jax.lax.dot_general(
+    d_logits, cast, (((hidden.ndim - 1,), (1 - axis,)), ((), ()))
+  )
+  operands = (d_logits, hidden) if axis == 1 else (hidden, d_logits)
+  d_kernel = jax.lax.dot_general(
+    *operands,
+    ((leading, leading), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+  return d_hidden, d_kernel.astype(kernel.dtype), None
+
+
+_project.defvjp(_project_save, _project_backward)
 
 
 def _period(patterns: Patterns, num_layers: int) -> tuple[LayerPattern, ...]:
@@ -611,33 +686,48 @@ class Llama(nnx.Module):
     )
     graphdef, state = nnx.split(self.layers)
 
-    def run_layer(x, of_cycle, i):
+    def attend(layer, x, pattern, key):
+      return layer.attend(x, pattern, call, key)[0]
+
+    def feed_forward(layer, x, pattern, key):
+      del pattern
+      return layer.feed_forward(x, call, key)
+
+    def run_part(part, x, of_cycle, i):
       if remat == "offload":
         x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
       state, key = jax.tree.map(lambda leaf: leaf[i], of_cycle)
-      return nnx.merge(graphdef, state)(x, cycle[i], call, key)[0]
+      return part(nnx.merge(graphdef, state), x, cycle[i], key)
 
+    def whole(layer, x, pattern, key):
+      return layer(x, pattern, call, key)[0]
+
+    # Offloaded inputs take no room on the device: with one for each half of a
+    # layer, the backward pass of one half needs nothing of the other's.
+    parts = (attend, feed_forward) if remat == "offload" else (whole,)
     if remat != "none":
       # A scan of one step is inlined, and the compiler may then merge what is
-      # computed anew with what was computed first: this forbids it. It takes
-      # the weights as the scan has them: a slice would be saved with each
-      # layer's input, a second copy of the model.
+      # computed anew with what was computed first: this forbids it. It also
+      # keeps the halves of a layer one after the other. The weights are taken
+      # as the scan has them: a slice would be saved with each layer's input, a
+      # second copy of the model.
       policy = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_LAYER_INPUT],
         offload_src="device",
         offload_dst="pinned_host",
       )
-      run_layer = jax.checkpoint(
-        run_layer,
-        prevent_cse=num_cycles == 1,
+      run_part = jax.checkpoint(
+        run_part,
+        prevent_cse=num_cycles == 1 or remat == "offload",
         policy=policy if remat == "offload" else None,
-        static_argnums=2,
+        static_argnums=(0, 3),
       )
 
     def run_cycle(x, of_cycle):
       for i in range(len(cycle)):
-        x = run_layer(x, of_cycle, i)
+        for part in parts:
+          x = run_part(part, x, of_cycle, i)
       return x, None
 
     # jax.lax.scan over the pure state, not nnx.scan: layers change no variable,
@@ -760,18 +850,33 @@ class Llama(nnx.Module):
       )
     return jax.random.split(rngs.dropout(), self.config.num_layers)
 
+  def head(self, hidden: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Returns the map from hidden states to logits, for `hidden` in parts.
+
+    Its weights are brought to the dtype of the computation once, for a loop
+    over parts of the sequence, and not before the hidden states are there.
+
+    Args:
+      hidden: From `hidden_states`.
+    """
+    if self.lm_head is None:
+      kernel, axis = self.embed_tokens.embedding[...], 1
+    else:
+      kernel, axis = self.lm_head.kernel[...], 0
+    # The compiler would move the cast out of the loop over micro batches, where
+    # its result is kept while the layers run.
+    _, cast = jax.lax.optimization_barrier(
+      jax.lax.stop_gradient((hidden, kernel))
+    )
+    cast = cast.astype(self.dtype)
+    return lambda hidden: _project(
+      axis, hidden.astype(self.dtype), kernel, cast
+    )
+
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Returns the logits of hidden states, float32 `[..., vocab]`.
 
     Args:
       hidden: From `hidden_states`, or a part of it: `[..., hidden]`.
     """
-    if self.lm_head is None:
-      kernel = self.embed_tokens.embedding[...].T
-    else:
-      kernel = self.lm_head.kernel[...]
-    return jnp.matmul(
-      hidden.astype(self.dtype),
-      kernel.astype(self.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    return self.head(hidden)(hidden)

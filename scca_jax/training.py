@@ -261,7 +261,11 @@ def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
     rngs=nnx.Rngs(dropout=rng),
   )
   return losses.chunked_cross_entropy(
-    model.logits, hidden, batch["targets"], batch["mask"], config.loss_chunk
+    model.head(hidden),
+    hidden,
+    batch["targets"],
+    batch["mask"],
+    config.loss_chunk,
   )
 
 
@@ -310,31 +314,40 @@ def train_step(
   rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
   num_targets = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
   scale = state.loss_scale.scale
+  micro_batches = jax.tree.map(
+    lambda x: x.reshape(parts, batch_size // parts, *x.shape[1:]), batch
+  )
+  leaves, treedef = jax.tree.flatten(state.params)
+  # Each gradient is summed where it is made: there is no second copy of it.
+  sums = [jax.new_ref(jnp.zeros_like(leaf)) for leaf in leaves]
 
-  def scaled_loss(params, micro_batch, micro_rng):
-    loss = _batch_loss(params, graphdef, frozen, micro_batch, micro_rng, config)
-    return loss * (scale / num_targets), loss
+  def accumulate(total, micro):
+    micro_batch, micro_rng = micro
 
-  grad = jax.grad(scaled_loss, has_aux=True)
-  if parts == 1:
-    grads, loss = grad(state.params, batch, rng)
-  else:
-    micro_batches = jax.tree.map(
-      lambda x: x.reshape(parts, batch_size // parts, *x.shape[1:]), batch
+    def loss_of(leaves):
+      params = jax.tree.unflatten(treedef, leaves)
+      return _batch_loss(
+        params, graphdef, frozen, micro_batch, micro_rng, config
+      )
+
+    loss, pull_back = jax.vjp(loss_of, leaves)
+    # Scaled as if a micro batch were all: many of them would else push the
+    # gradients of float16 towards underflow. The barrier has the loss computed
+    # before the backward pass: its value is needed by nothing in there, and the
+    # compiler would keep what it is computed from until the end.
+    cotangent, loss = jax.lax.optimization_barrier(
+      (scale * parts / num_targets, loss)
     )
+    pull_back.with_refs(sums)(cotangent)
+    return total + loss, None
 
-    def accumulate(total, micro):
-      micro_batch, micro_rng = micro
-      part = grad(state.params, micro_batch, micro_rng)
-      return jax.tree.map(jnp.add, total, part), None
-
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    (grads, loss), _ = jax.lax.scan(
-      accumulate,
-      (zeros, jnp.zeros((), jnp.float32)),
-      (micro_batches, jax.random.split(rng, parts)),
-    )
-  grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
+  loss, _ = jax.lax.scan(
+    accumulate,
+    jnp.zeros((), jnp.float32),
+    (micro_batches, jax.random.split(rng, parts)),
+  )
+  grads = jax.tree.unflatten(treedef, [jax.freeze(total) for total in sums])
+  grads = jax.tree.map(lambda g: g / (scale * parts).astype(g.dtype), grads)
   grad_norm = _global_norm(grads)
   finite = jnp.isfinite(grad_norm)
 

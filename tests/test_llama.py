@@ -583,3 +583,36 @@ def test_calls_that_do_not_fit_are_refused(settings, message):
   with pytest.raises(ValueError, match=message) as error:
     _model().hidden_states(**arguments)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_multiplies_in_its_dtype_and_sums_in_float32(tied):
+  config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+  graphdef, state = nnx.split(_model(config, dtype=jnp.float16))
+  rng = np.random.default_rng(0)
+  hidden = rng.normal(size=(2, 400, 16)).astype(np.float16)
+  d_logits = rng.normal(size=(2, 400, 23)).astype(np.float32)
+
+  def logits(state, hidden):
+    return nnx.merge(graphdef, state).logits(hidden)
+
+  got, vjp = jax.vjp(logits, state, jnp.asarray(hidden))
+  d_state, d_hidden = vjp(jnp.asarray(d_logits))
+  name = "embed_tokens" if tied else "lm_head"
+  part = "embedding" if tied else "kernel"
+  kernel = np.asarray(state[name][part][...])
+  # What the products read is rounded; what they sum is not.
+  rounded = kernel.astype(np.float16).astype(np.float64)
+  rounded = rounded.T if tied else rounded
+  d_rounded = d_logits.astype(np.float16).astype(np.float64)
+  d_kernel = np.einsum("bsh,bsv->hv", hidden.astype(np.float64), d_rounded)
+  found = np.asarray(d_state[name][part][...])
+  assert (got.dtype, d_hidden.dtype) == (jnp.float32, jnp.float16)
+  assert found.dtype == kernel.dtype == np.float32
+  np.testing.assert_allclose(got, hidden @ rounded, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    found.T if tied else found, d_kernel, rtol=1e-5, atol=1e-4
+  )
+  np.testing.assert_allclose(
+    d_hidden, d_rounded @ rounded.T, rtol=1e-3, atol=1e-3
+  )

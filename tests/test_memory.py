@@ -115,6 +115,27 @@ def test_the_command_writes_what_it_prints(run_command, capsys, tmp_path):
   assert f"{plan['peak_bytes'] / 2**30:.2f} GiB" in printed
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+  ("config", "gpu", "most"),
+  [("llama2_7b_8k", "v100-32gb", 17.5), ("llama2_7b_32k", "v100-32gb", 23.8)],
+)
+def test_the_papers_model_compiles_within_a_v100(
+  run_command, tmp_path, config, gpu, most
+):
+  output = tmp_path / "plan.json"
+  assert not run_command(
+    "plan_memory",
+    f"--config=configs/{config}.py",
+    f"--gpu={gpu}",
+    f"--output={output}",
+  )
+  plan = json.loads(output.read_text())
+  assert plan["fits"]
+  # Frozen weights in two bytes each are there at least.
+  assert 12.0 < plan["peak_bytes"] / 2**30 <= most
+
+
 @pytest.mark.parametrize(
   ("flag", "said"),
   [

@@ -200,6 +200,25 @@ def test_float16_follows_float32():
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-2)
 
 
+def test_micro_batches_do_not_drive_float16_to_underflow():
+  def grad_norm(parts, dtype):
+    # A scale so small that a quarter of it loses gradients.
+    start = _start(dtype=dtype)
+    small = dataclasses.replace(
+      start[3].loss_scale, scale=jnp.asarray(2.0**-10, jnp.float32)
+    )
+    start = (*start[:3], dataclasses.replace(start[3], loss_scale=small))
+    _, history = _run(1, start=start, num_micro_batches=parts, dtype=dtype)
+    return history[0]["grad_norm"]
+
+  errors = [
+    abs(grad_norm(parts, "float16") / grad_norm(parts, "float32") - 1)
+    for parts in (1, 4)
+  ]
+  assert 1e-4 < errors[0]
+  assert errors[1] < 2 * errors[0]
+
+
 def test_the_loss_scale_doubles_after_good_steps():
   scale = training.LossScale.create(jnp.float16)
   scale = dataclasses.replace(

@@ -214,6 +214,9 @@ def _core_save(band: _Band, query, key, value, query_ids, key_ids):
 def _core_backward(band: _Band, saved, cotangents):
   query, key, value, query_ids, key_ids, output, log_sum = saved
   d_output, d_log_sum = cotangents
+  # Sums that start from a constant would be allocated before all else that the
+  # backward pass of a layer does.
+  zero, d_output = jax.lax.optimization_barrier((jnp.float32(0), d_output))
   empty = log_sum == -jnp.inf
   # With p the weights, ds = p (dp - sum(do o) + dlse).
   delta = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1)
@@ -247,7 +250,7 @@ def _core_backward(band: _Band, saved, cotangents):
     )
     return (d_keys, d_values), d_query.astype(query.dtype)
 
-  zeros = jnp.zeros(keys.shape, jnp.float32)
+  zeros = jnp.broadcast_to(zero, keys.shape)
   (d_keys, d_values), d_queries = jax.lax.scan(
     of_query_block, (zeros, zeros), jnp.arange(band.num_blocks)
   )
