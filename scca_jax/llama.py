@@ -28,7 +28,8 @@ LayerPattern = AttentionPattern | tuple[AttentionPattern, ...]
 # The same for all layers, or one a layer.
 Patterns = AttentionPattern | tuple[LayerPattern, ...]
 # What the backward pass has of each layer: all activations; its input, from
-# which they are computed anew; the same, waiting in the host's memory.
+# which they are computed anew; the inputs of attention and MLP, waiting in the
+# host's memory.
 REMAT = ("none", "layer", "offload")
 _LAYER_INPUT = "layer_input"
 
@@ -653,7 +654,7 @@ class Llama(nnx.Module):
       implementation: Attention back end; None takes the best for the device.
       remat: What the backward pass has of each layer: "none", all activations;
         "layer", its input only, from which it is computed anew; "offload", the
-        same, but the inputs wait in the host's memory.
+        inputs of attention and MLP, which wait in the host's memory.
       mlp_chunk: Tokens of each sequence whose MLP is computed at once, and anew
         in the backward pass; None takes all.
       deterministic: Whether dropout is off.
