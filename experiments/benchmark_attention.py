@@ -152,10 +152,12 @@ def _shapes(seq_len: int) -> list[tuple[int, int, int, int]]:
 
 @functools.lru_cache(maxsize=1)
 def _inputs(seq_len: int, dtype: str) -> list[jax.Array]:
-  keys = jax.random.split(jax.random.key(0), 3)
+  """Returns query, key, value and the gradient of the output."""
+  shapes = _shapes(seq_len)
+  keys = jax.random.split(jax.random.key(0), 4)
   return [
     jax.random.normal(key, shape, jnp.float32).astype(dtype)
-    for key, shape in zip(keys, _shapes(seq_len), strict=True)
+    for key, shape in zip(keys, (*shapes, shapes[0]), strict=True)
   ]
 
 
@@ -215,18 +217,13 @@ class _JaxRun:
     }
     self._compiled = {part: lowered[part]().compile() for part in parts}
 
-  @property
-  def _arguments(self) -> list[jax.Array]:
-    query, *rest = _inputs(*self._where)
-    return [query, *rest, query[:, ::-1]]
-
   def forward(self) -> Any:
     """Starts the forward pass."""
-    return self._compiled["forward"](*self._arguments[:3])
+    return self._compiled["forward"](*_inputs(*self._where)[:3])
 
   def forward_backward(self) -> Any:
     """Starts both passes."""
-    return self._compiled["forward_backward"](*self._arguments)
+    return self._compiled["forward_backward"](*_inputs(*self._where))
 
   def wait(self, result: Any) -> None:
     """Waits for what was started last, and so for all before."""
@@ -299,20 +296,18 @@ def _check(case: _Case, implementation: str, sizes: Any = None) -> None:
   seq_len = min(_CHECKED_LEN, case.seq_len)
   chunk_size = max(1, _CHUNK_SIZE.value * seq_len // case.seq_len)
   pattern = _make_pattern(case.name, seq_len, chunk_size)
-  query, key, value = _inputs(seq_len, case.dtype)
+  inputs = _inputs(seq_len, case.dtype)
 
   def result(function: _Function, inputs: list[jax.Array]) -> list[np.ndarray]:
-    run = jax.jit(_with_backward(function))
-    output, grads = run(*inputs, inputs[0][:, ::-1])
+    output, grads = jax.jit(_with_backward(function))(*inputs)
     return [np.asarray(x, np.float64) for x in (output, *grads)]
 
   attend = _attend(pattern, implementation)
   if sizes is not None:
     attend = _with_sizes(pattern, implementation, sizes)
-  found = result(attend, [query, key, value])
+  found = result(attend, inputs)
   truth = result(
-    _attend(pattern, "reference"),
-    [x.astype(jnp.float32) for x in (query, key, value)],
+    _attend(pattern, "reference"), [x.astype(jnp.float32) for x in inputs]
   )
   labels = ("output", "gradient of query", "of key", "of value")
   for label, a, b in zip(labels, found, truth, strict=True):
