@@ -1,7 +1,9 @@
 """The GPU implementations against dense attention, on a GPU.
 
-    JAX_PLATFORMS=cuda pytest -m gpu
+    JAX_PLATFORMS=cuda XLA_FLAGS=--xla_gpu_autotune_level=0 pytest -m gpu
 
+Without that flag XLA times many kernels for each dense product that is compared
+with, which takes most of the time.
 Every case compares outputs, the log-sum-exp and every gradient, also through
 the log-sum-exp, with float32; what is allowed is twice the error of a dense
 attention with products of the dtype.
