@@ -100,8 +100,9 @@ class TrainingConfig:
     dtype: Compute dtype, "float32", "bfloat16" or "float16".
     param_dtype: Dtype that frozen weights are held in.
     remat: What the backward pass has of each layer: "none", all activations;
-      "layer", its input, from which it is computed anew; "offload", the
-      inputs of attention and MLP, which wait in the host's memory.
+      "layer", its input, from which it is computed anew; "attention", beside
+      it what the attention kernels save; "offload", the inputs of attention
+      and MLP, which wait in the host's memory.
     mlp_chunk: Tokens of each sequence whose MLP is computed at once; None
       takes all.
     loss_chunk: Tokens of each sequence whose logits are held at once.

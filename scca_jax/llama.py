@@ -18,6 +18,7 @@ from flax import nnx
 from jax import ad_checkpoint
 
 from scca_jax import rope
+from scca_jax.backends import blocks
 from scca_jax.dispatch import attention
 from scca_jax.lora import TARGETS, Linear, LoraConfig
 from scca_jax.patterns import AttentionPattern
@@ -27,10 +28,10 @@ from scca_jax.rope import RopeScaling
 LayerPattern = AttentionPattern | tuple[AttentionPattern, ...]
 # The same for all layers, or one a layer.
 Patterns = AttentionPattern | tuple[LayerPattern, ...]
-# What the backward pass has of each layer: all activations; its input, from
-# which they are computed anew; the inputs of attention and MLP, waiting in the
-# host's memory.
-REMAT = ("none", "layer", "offload")
+# What the backward pass has of each layer: all activations; its input and what
+# attention gives; its input, from which all is computed anew; the inputs of
+# attention and MLP, waiting in the host's memory.
+REMAT = ("none", "attention", "layer", "offload")
 _LAYER_INPUT = "layer_input"
 
 
@@ -653,7 +654,9 @@ class Llama(nnx.Module):
         `scca_jax.attention`.
       implementation: Attention back end; None takes the best for the device.
       remat: What the backward pass has of each layer: "none", all activations;
-        "layer", its input only, from which it is computed anew; "offload", the
+        "layer", its input only, from which it is computed anew; "attention",
+        beside it what the attention kernels for GPUs save, so that they run
+        forward but once (with other back ends this is "layer"); "offload", the
         inputs of attention and MLP, which wait in the host's memory.
       mlp_chunk: Tokens of each sequence whose MLP is computed at once, and anew
         in the backward pass; None takes all.
@@ -712,16 +715,21 @@ class Llama(nnx.Module):
       # keeps the halves of a layer one after the other. The weights are taken
       # as the scan has them: a slice would be saved with each layer's input, a
       # second copy of the model.
-      policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[_LAYER_INPUT],
-        offload_src="device",
-        offload_dst="pinned_host",
-      )
+      policies = jax.checkpoint_policies
+      policy = {
+        "attention": policies.save_only_these_names(blocks.SAVED),
+        "layer": None,
+        "offload": policies.save_and_offload_only_these_names(
+          names_which_can_be_saved=[],
+          names_which_can_be_offloaded=[_LAYER_INPUT],
+          offload_src="device",
+          offload_dst="pinned_host",
+        ),
+      }[remat]
       run_part = jax.checkpoint(
         run_part,
         prevent_cse=num_cycles == 1 or remat == "offload",
-        policy=policy if remat == "offload" else None,
+        policy=policy,
         static_argnums=(0, 3),
       )
 

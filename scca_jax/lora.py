@@ -151,7 +151,9 @@ class Linear(nnx.Module):
       kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
       x = jnp.where(kept, x / (1 - self.dropout), 0)
     down = x @ self.lora_a[...].astype(self.dtype)
-    return y + self.scaling * (down @ self.lora_b[...].astype(self.dtype))
+    # The small matrix is scaled, not the product: that would be a pass over
+    # memory of its own, forward and backward.
+    return y + down @ (self.scaling * self.lora_b[...]).astype(self.dtype)
 
 
 def trainable(config: LoraConfig | None) -> Any:

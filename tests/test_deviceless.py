@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from scca_jax import attention, deviceless, patterns
 from scca_jax.backends import target
+from scca_jax.llama import Llama, LlamaConfig
 
 needs_compiler = pytest.mark.usefixtures("gpu_compiler")
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -101,6 +103,40 @@ def test_nothing_but_numbers_of_rows_is_stored(implementation, name):
   )
   # A rolled key alone would be 64 MiB; a float32 a row and head is 1 MiB.
   assert compiled.memory_analysis().temp_size_in_bytes <= 8 * 2**20
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  ("gpu", "implementation"), [("h200", "mosaic"), ("a100-40gb", "triton")]
+)
+def test_attention_that_is_kept_is_not_computed_anew(gpu, implementation):
+  config = LlamaConfig(
+    vocab_size=128,
+    hidden_size=128,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=64,
+    context_len=512,
+  )
+  model = nnx.eval_shape(lambda: Llama(config, dtype=BF16, rngs=nnx.Rngs(0)))
+  graphdef, state = nnx.split(model)
+  tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+
+  def num_calls(remat):
+    def loss(state, tokens):
+      hidden = nnx.merge(graphdef, state).hidden_states(
+        tokens, patterns=patterns.scca_fixed(2, 128), remat=remat
+      )
+      return jnp.sum(hidden.astype(jnp.float32))
+
+    text = deviceless.compile_for(gpu, jax.grad(loss), state, tokens).as_text()
+    return text.count(f'custom_call_target="{CALLS[implementation]}')
+
+  # Forward, again, and the two of the backward pass.
+  assert num_calls("layer") == 4
+  assert num_calls("attention") == 3
 
 
 def test_descriptions_say_what_dispatch_needs():

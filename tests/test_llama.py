@@ -221,7 +221,12 @@ def test_a_layer_may_attend_by_a_mixture():
 @pytest.mark.parametrize("schedule", [FIXED, (FIXED, DENSE)])
 @pytest.mark.parametrize(
   "lever",
-  [{"remat": "layer"}, {"remat": "offload"}, {"mlp_chunk": 4}],
+  [
+    {"remat": "layer"},
+    {"remat": "attention"},
+    {"remat": "offload"},
+    {"mlp_chunk": 4},
+  ],
   ids=lambda lever: "".join(lever.values()) if "remat" in lever else "chunk",
 )
 def test_levers_of_memory_change_no_gradient(schedule, lever):

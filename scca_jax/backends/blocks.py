@@ -28,6 +28,9 @@ from jax import lax
 
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
+# Name of what a kernel saves for its backward pass beside its inputs: by it,
+# `jax.checkpoint` can keep that and compute the rest anew.
+SAVED = "scca_attention"
 # Further than any sequence is long.
 FAR = 1 << 29
 # Positions of a whole tile must fit in 32 bits.

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import ad_checkpoint
 
 from scca_jax.backends import blocks, target
 from scca_jax.backends.blocks import BlockSizes
@@ -330,7 +331,9 @@ def _attend_and_save(
   run = _merging_batches(
     functools.partial(_forward_pass, settings), settings.num_launches > 1
   )
-  output, log_sums = run(query, key, value, segment_ids)
+  output, log_sums = ad_checkpoint.checkpoint_name(
+    run(query, key, value, segment_ids), blocks.SAVED
+  )
   log_sum = _log_sum_by_token(settings, query, key, segment_ids, log_sums)
   saved = query, key, value, segment_ids, output, log_sums
   return (output, log_sum), saved

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import ad_checkpoint, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -802,7 +802,9 @@ def _attend_and_save(
   value: jax.Array,
   segment_ids: jax.Array | None,
 ) -> tuple[Any, Any]:
-  output, lse = _forward(call, query, key, value, segment_ids)
+  output, lse = ad_checkpoint.checkpoint_name(
+    _forward(call, query, key, value, segment_ids), blocks.SAVED
+  )
   return (output, lse), (query, key, value, segment_ids, output, lse)
 
 
