@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from scca_jax import evaluation, llama
+from scca_jax import data, evaluation, llama
 from scca_jax.lora import LoraConfig
 from scca_jax.training import OptimizerConfig
 
 Settings = TypeVar("Settings")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,14 @@ class DataConfig:
   tokenizer: str | None = None
   packing: str = "concatenate"
 
+  def __post_init__(self):
+    """Checks the packing."""
+    if self.packing not in data.PACKINGS:
+      raise ValueError(
+        f"data.packing must be one of {', '.join(data.PACKINGS)}, got"
+        f" {self.packing!r}."
+      )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -135,10 +144,12 @@ class TrainingConfig:
         raise ValueError(
           f"training.{field.name} must be at least 1, got {value}."
         )
+    if self.seed < 0:
+      raise ValueError(f"training.seed must not be negative, got {self.seed}.")
     for name in ("dtype", "param_dtype"):
-      if getattr(self, name) not in ("float32", "bfloat16", "float16"):
+      if getattr(self, name) not in DTYPES:
         raise ValueError(
-          f"training.{name} must be float32, bfloat16 or float16, got"
+          f"training.{name} must be one of {', '.join(DTYPES)}, got"
           f" {getattr(self, name)!r}."
         )
     if self.remat not in llama.REMAT:
@@ -178,6 +189,26 @@ class EvaluationConfig:
   batch_tokens: int = 8192
   every: int = 0
   windows_on_the_way: int = 16
+
+  def __post_init__(self):
+    """Checks the ranges."""
+    for name, least in (
+      ("batch_tokens", 1),
+      ("every", 0),
+      ("windows_on_the_way", 1),
+    ):
+      if getattr(self, name) < least:
+        raise ValueError(
+          f"evaluation.{name} must be at least {least}, got"
+          f" {getattr(self, name)}."
+        )
+    for context_len in self.context_lens or ():
+      evaluation.check_settings(
+        self.protocol,
+        context_len,
+        num_windows=self.num_windows,
+        stride=self.stride,
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,6 +282,14 @@ class PretrainConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   training: TrainingConfig = TrainingConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
+
+  def __post_init__(self):
+    """Checks the dtype."""
+    if self.save_dtype not in DTYPES:
+      raise ValueError(
+        f"save_dtype must be one of {', '.join(DTYPES)}, got"
+        f" {self.save_dtype!r}."
+      )
 
 
 def _without_none(kind: Any) -> Any:

@@ -81,14 +81,26 @@ def _to_json(value: Any) -> bytes:
 # Configurations.
 
 
+def _size(name: str, value: Any) -> int:
+  if type(value) is not int or value < 1:
+    raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+  return value
+
+
+def _number(name: str, value: Any) -> float:
+  if type(value) not in (int, float):
+    raise ValueError(f"{name} must be a number, got {value!r}.")
+  return float(value)
+
+
 def _rope_scaling(
   path: pathlib.Path, config: dict[str, Any]
-) -> tuple[float, RopeScaling | None]:
-  """Returns the base and the scaling, from either spelling of config.json."""
+) -> tuple[Any, RopeScaling | None]:
+  """Returns the base, unchecked, and the scaling, of either spelling."""
   settings = dict(
     config.get("rope_parameters") or config.get("rope_scaling") or {}
   )
-  theta = float(settings.pop("rope_theta", config.get("rope_theta", 10000.0)))
+  theta = settings.pop("rope_theta", config.get("rope_theta", 10000.0))
   old_kind = settings.pop("type", "default")
   kind = settings.pop("rope_type", old_kind)
   if kind == "default":
@@ -140,23 +152,30 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
       )
   theta, scaling = _rope_scaling(path, config)
   eos_id = config.get("eos_token_id")
+
+  def size(name: str, default: int | None = None) -> int:
+    if default is not None and config.get(name) is None:
+      return default
+    return _size(name, config[name])
+
   try:
+    num_heads, hidden_size = size("num_attention_heads"), size("hidden_size")
     return LlamaConfig(
-      vocab_size=config["vocab_size"],
-      hidden_size=config["hidden_size"],
-      intermediate_size=config["intermediate_size"],
-      num_layers=config["num_hidden_layers"],
-      num_heads=config["num_attention_heads"],
-      num_kv_heads=config.get("num_key_value_heads")
-      or config["num_attention_heads"],
-      head_dim=config.get("head_dim")
-      or config["hidden_size"] // config["num_attention_heads"],
-      context_len=config["max_position_embeddings"],
-      rope_theta=theta,
+      vocab_size=size("vocab_size"),
+      hidden_size=hidden_size,
+      intermediate_size=size("intermediate_size"),
+      num_layers=size("num_hidden_layers"),
+      num_heads=num_heads,
+      num_kv_heads=size("num_key_value_heads", num_heads),
+      head_dim=size("head_dim", hidden_size // num_heads),
+      context_len=size("max_position_embeddings"),
+      rope_theta=_number("rope_theta", theta),
       rope_scaling=scaling,
-      rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+      rms_norm_eps=_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
       tie_embeddings=config.get("tie_word_embeddings", False),
-      initializer_range=config.get("initializer_range", 0.02),
+      initializer_range=_number(
+        "initializer_range", config.get("initializer_range", 0.02)
+      ),
       bos_token_id=config.get("bos_token_id"),
       # Llama 3 lists several ends.
       eos_token_id=tuple(eos_id) if isinstance(eos_id, list) else eos_id,

@@ -183,7 +183,17 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
   def _required(self, name: str) -> Any:
     value = self._field(name)
     if value is None:
-      raise ValueError(f"{self.path} lacks llama.{name} in its metadata.")
+      raise ValueError(f"llama.{name} is missing in its metadata.")
+    return value
+
+  def _size(self, name: str, default: int | None = None) -> int:
+    value = self._field(name, default)
+    if value is None:
+      value = self._required(name)
+    if not isinstance(value, int) or value < 1:
+      raise ValueError(
+        f"llama.{name} must be an integer of at least 1, got {value!r}."
+      )
     return value
 
   def _read_config(self) -> LlamaConfig:
@@ -201,38 +211,39 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     embedding = self._tensors.get("token_embd.weight")
     if embedding is None:
       raise ValueError(f"{self.path} lacks the tensor token_embd.weight.")
-    num_heads = int(self._required("attention.head_count"))
-    hidden_size = int(self._required("embedding_length"))
-    head_dim = int(
-      self._field("attention.key_length", hidden_size // num_heads)
-    )
-    rotated = int(self._field("rope.dimension_count", head_dim))
-    if rotated != head_dim:
-      raise ValueError(
-        f"{self.path}: rope.dimension_count={rotated} is not supported, only"
-        f" the head_dim {head_dim}."
-      )
-    context_len = int(self._required("context_length"))
-    theta = float(self._field("rope.freq_base", 10000.0))
     try:
-      return LlamaConfig(
-        vocab_size=int(embedding.shape[-1]),
-        hidden_size=hidden_size,
-        intermediate_size=int(self._required("feed_forward_length")),
-        num_layers=int(self._required("block_count")),
-        num_heads=num_heads,
-        num_kv_heads=int(self._field("attention.head_count_kv", num_heads)),
-        head_dim=head_dim,
-        context_len=context_len,
-        rope_theta=theta,
-        rope_scaling=self._read_rope_scaling(head_dim, theta, context_len),
-        rms_norm_eps=float(self._required("attention.layer_norm_rms_epsilon")),
-        tie_embeddings="output.weight" not in self._tensors,
-        bos_token_id=self.special_id("bos"),
-        eos_token_id=self.special_id("eos"),
-      )
+      return self._read_sizes(embedding.shape[-1])
     except (TypeError, ValueError) as error:
       raise ValueError(f"{self.path}: {error}") from error
+
+  def _read_sizes(self, vocab_size: int) -> LlamaConfig:
+    num_heads = self._size("attention.head_count")
+    hidden_size = self._size("embedding_length")
+    head_dim = self._size("attention.key_length", hidden_size // num_heads)
+    rotated = self._size("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+      raise ValueError(
+        f"rope.dimension_count={rotated} is not supported, only the head_dim"
+        f" {head_dim}."
+      )
+    context_len = self._size("context_length")
+    theta = float(self._field("rope.freq_base", 10000.0))
+    return LlamaConfig(
+      vocab_size=int(vocab_size),
+      hidden_size=hidden_size,
+      intermediate_size=self._size("feed_forward_length"),
+      num_layers=self._size("block_count"),
+      num_heads=num_heads,
+      num_kv_heads=self._size("attention.head_count_kv", num_heads),
+      head_dim=head_dim,
+      context_len=context_len,
+      rope_theta=theta,
+      rope_scaling=self._read_rope_scaling(head_dim, theta, context_len),
+      rms_norm_eps=float(self._required("attention.layer_norm_rms_epsilon")),
+      tie_embeddings="output.weight" not in self._tensors,
+      bos_token_id=self.special_id("bos"),
+      eos_token_id=self.special_id("eos"),
+    )
 
   def _read_rope_scaling(
     self, head_dim: int, theta: float, context_len: int

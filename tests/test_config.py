@@ -52,7 +52,12 @@ def test_a_setting_that_is_none_keeps_its_type():
     ({"training": {"steps": True}}, "training.steps must be of type int"),
     ({"training": {"steps": 0}}, "training.steps must be at least 1, got 0"),
     ({"training": {"dtype": "float8"}}, "training.dtype.*'float8'"),
+    ({"training": {"seed": -1}}, "training.seed must not be negative, got -1"),
     ({"training": 3}, "setting training must be a group"),
+    ({"data": {"packing": "tight"}}, "data.packing must be.* got 'tight'"),
+    ({"evaluation": {"batch_tokens": 0}}, "batch_tokens must be at least 1"),
+    ({"evaluation": {"every": -5}}, "evaluation.every must be.*0, got -5"),
+    ({"evaluation": {"context_lens": (8, 1)}}, "context_len must be.*2.*got 1"),
     ({"optimizer": {"learning_rate": "x"}}, "optimizer.learning_rate"),
     ({"optimizer": {"learning_rate": -1.0}}, "learning_rate must be above 0"),
     ({"optimizer": {"schedule": "linear"}}, "unknown schedule 'linear'"),
@@ -66,3 +71,8 @@ def test_a_setting_that_is_none_keeps_its_type():
 def test_a_bad_setting_is_named(change, said):
   with pytest.raises(ValueError, match=said):
     from_config_dict(FinetuneConfig, change)
+
+
+def test_weights_are_saved_in_a_float():
+  with pytest.raises(ValueError, match="save_dtype must be .* got 'int8'"):
+    from_config_dict(PretrainConfig, {"save_dtype": "int8"})

@@ -376,6 +376,12 @@ def _unset(folder, name):
     (lambda f: _set(f, hidden_act="gelu"), "gelu"),
     (lambda f: _set(f, attention_bias=True), "attention_bias"),
     (lambda f: _set(f, num_key_value_heads=3), "num_kv_heads=3"),
+    (
+      lambda f: _set(f, hidden_size="big"),
+      "config.json: hidden_size must be an integer.*'big'",
+    ),
+    (lambda f: _set(f, rms_norm_eps="low"), "rms_norm_eps.*number.*'low'"),
+    (lambda f: _set(f, rope_theta=None), "rope_theta.*number.*None"),
     (lambda f: _set(f, rope_scaling={"type": "cubic"}), "cubic"),
     (
       lambda f: _set(f, rope_scaling={"type": "linear", "factors": 2}),

@@ -279,6 +279,18 @@ def _nan(path):
       lambda p: _write(p, _tensors(), extra=lambda w: w.add_expert_count(8)),
       "8 experts",
     ),
+    (
+      lambda p: _write(p, _tensors(), extra=lambda w: w.add_key_length(0)),
+      r"m.gguf: llama.attention.key_length must be an integer.* got 0\.",
+    ),
+    (
+      lambda p: _write(
+        p,
+        _tensors(),
+        extra=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+      ),
+      "m.gguf: llama.rope.scaling.factor is missing",
+    ),
   ],
 )
 def test_damaged_files_are_named(path, damage, said):
