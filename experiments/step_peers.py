@@ -8,6 +8,9 @@ trains, but embeddings and norms in the dtype of the model, as LongLoRA does,
 where this package holds them in float32.
 """
 
+# Types are checked without PyTorch too.
+# pyright: reportMissingImports=false
+
 import functools
 import math
 import platform

@@ -84,3 +84,10 @@ def test_torch_stays_in_parity_tests_and_peers():
         assert not any(
           name.split(".")[0] == "torch" for name in _imported(path)
         ), path
+
+
+@pytest.mark.parametrize(
+  "path", sorted(ROOT.glob("experiments/*_peers.py")), ids=lambda p: p.stem
+)
+def test_types_of_peers_are_checked_without_torch(path):
+  assert "# pyright: reportMissingImports=false\n" in path.read_text("utf8")
