@@ -2,14 +2,20 @@
 
 A bad flag, file or setting is the user's to mend, so it ends in one line on
 standard error and exit status 2. `--traceback` shows where it came from.
+
+What jax compiles is kept between runs, in `scca_jax/compiled` of the user's
+cache folder ($XDG_CACHE_HOME, ~/.cache); JAX_COMPILATION_CACHE_DIR names another
+folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -80,6 +86,24 @@ def read_config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
   return settings
 
 
+def _keep_compiled() -> None:
+  """Tells jax where to keep what it compiles, unless the user has."""
+  settings: Any = jax.config
+  if (
+    settings.jax_compilation_cache_dir
+    or not settings.jax_enable_compilation_cache
+  ):
+    return
+  cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  folder = cache.expanduser() / "scca_jax" / "compiled"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    # A home that cannot be written: every run compiles.
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def run(main: Callable[[], None]) -> None:
   """Runs `main()` with the flags parsed; does not return.
 
@@ -94,6 +118,7 @@ def run(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       # Orbax reports every step of every save.
       logging.set_verbosity(logging.WARNING)
+    _keep_compiled()
     try:
       main()
     except (ValueError, OSError, NotImplementedError) as error:

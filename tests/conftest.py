@@ -2,9 +2,11 @@
 
 import os
 
-# Before jax starts: sharding is tested on simulated devices, without hardware.
+# Before jax starts: sharding is tested on simulated devices, without hardware,
+# and what is tested is compiled, not found in the user's cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import importlib.util
 import runpy

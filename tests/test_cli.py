@@ -1,8 +1,11 @@
-"""How commands end on bad input: one line, exit status 2."""
+"""How commands start and end: kept compilations, bad input in one line."""
 
 import json
+import os
+import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
 
@@ -64,3 +67,47 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     cli.write_json(file, {"a": object()})
   assert json.loads(file.read_text()) == {"a": [1, 2.5]}
   assert [f.name for f in file.parent.iterdir()] == ["out.json"]
+
+
+COMMAND = """
+import jax
+from experiments import cli
+cli.run(lambda: print(jax.jit(lambda x: 3 * x)(14)))
+"""
+
+
+def _compiled(folder):
+  return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_what_is_compiled_is_kept(tmp_path, chosen):
+  own = tmp_path / "own"
+  environment = os.environ | {
+    "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    "JAX_ENABLE_COMPILATION_CACHE": "true",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  if chosen:
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(own)
+  subprocess.run(
+    [sys.executable, "-c", COMMAND],
+    env=environment,
+    check=True,
+    capture_output=True,
+  )
+  default = tmp_path / "cache" / "scca_jax" / "compiled"
+  used, unused = (own, default) if chosen else (default, own)
+  assert _compiled(used)
+  assert not _compiled(unused)
+
+
+def test_a_home_that_cannot_be_written_ends_no_command(monkeypatch, tmp_path):
+  file = tmp_path / "file"
+  file.touch()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+  jax.config.update("jax_enable_compilation_cache", True)
+  try:
+    assert not _end(monkeypatch, lambda: None)
+  finally:
+    jax.config.update("jax_enable_compilation_cache", False)
