@@ -4,8 +4,8 @@ A bad flag, file or setting is the user's to mend, so it ends in one line on
 standard error and exit status 2. `--traceback` shows where it came from.
 
 What jax compiles is kept between runs, in `scca_jax/compiled` of the user's
-cache folder ($XDG_CACHE_HOME, ~/.cache); JAX_COMPILATION_CACHE_DIR names another
-folder, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+cache folder ($XDG_CACHE_HOME, ~/.cache); JAX_COMPILATION_CACHE_DIR names
+another, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
 import json
