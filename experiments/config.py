@@ -18,6 +18,7 @@ from ml_collections import config_dict
 
 from scca_jax import data, evaluation, llama
 from scca_jax.lora import LoraConfig
+from scca_jax.sharding import MeshConfig
 from scca_jax.training import OptimizerConfig
 
 Settings = TypeVar("Settings")
@@ -223,6 +224,7 @@ class FinetuneConfig:
     data: Texts.
     optimizer: Optimiser.
     training: Loop.
+    mesh: Devices that the run is laid out on.
     evaluation: Perplexity.
   """
 
@@ -233,6 +235,7 @@ class FinetuneConfig:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   training: TrainingConfig = TrainingConfig()
+  mesh: MeshConfig = MeshConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
 
 
@@ -272,6 +275,7 @@ class PretrainConfig:
     data: Texts; `data.tokenizer` must be given.
     optimizer: Optimiser.
     training: Loop.
+    mesh: Devices that the run is laid out on.
     evaluation: Perplexity.
   """
 
@@ -281,6 +285,7 @@ class PretrainConfig:
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   training: TrainingConfig = TrainingConfig()
+  mesh: MeshConfig = MeshConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
 
   def __post_init__(self):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from experiments import cli, inputs, loop
+from experiments import cli, cluster, inputs, loop
 from experiments.config import FinetuneConfig, from_config_dict, to_json
 from scca_jax import (
   assets,
@@ -26,6 +26,7 @@ from scca_jax import (
   dispatch,
   evaluation,
   lora,
+  sharding,
   tokenizer,
 )
 from scca_jax.llama import LlamaConfig
@@ -88,6 +89,7 @@ def print_table(rows: dict[str, dict[int, evaluation.Perplexity]]) -> None:
 
 def main() -> None:
   """Runs the command."""
+  cluster.start()
   run = _read_settings()
   train = run.training
   dispatch.check_implementation(train.implementation)
@@ -95,6 +97,7 @@ def main() -> None:
   base_config = convert.load_config(model_folder)
   target_config = inputs.extended(base_config, run)
   schedule = inputs.make_patterns(run.pattern, base_config, train.seq_len)
+  mesh = inputs.make_mesh(run.mesh, train, base_config, schedule)
   words = tokenizer.load(run.data.tokenizer or model_folder)
   output_dir = loop.open_output_dir(
     _OUTPUT_DIR.value or f"runs/{run.pattern.name}", to_json(run)
@@ -106,25 +109,31 @@ def main() -> None:
   test_tokens = inputs.open_tokens(
     run.data.test or assets.BOOKS_TEST, words, cache
   )
+  shard_index, num_shards = sharding.data_shard(mesh, train.batch_size)
   batches = data.batches(
     train_tokens,
     seq_len=train.seq_len,
     batch_size=train.batch_size,
     seed=train.seed,
     packing=run.data.packing,
+    shard_index=shard_index,
+    num_shards=num_shards,
   )
   dtype = jnp.dtype(train.dtype)
   param_dtype = jnp.dtype(train.param_dtype)
 
   def load(config: LlamaConfig, adapter: lora.LoraConfig | None) -> Any:
-    return convert.load_model(
-      model_folder,
-      config=config,
-      lora=adapter,
-      dtype=dtype,
-      param_dtype=param_dtype,
-      rngs=nnx.Rngs(train.seed),
-    )
+    def make() -> Any:
+      return convert.load_model(
+        model_folder,
+        config=config,
+        lora=adapter,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=nnx.Rngs(train.seed),
+      )
+
+    return loop.load(make, mesh)
 
   pretrained_len = base_config.context_len
   context_lens = run.evaluation.context_lens or tuple(
@@ -140,6 +149,7 @@ def main() -> None:
     config=run.evaluation,
     bos_id=words.bos_id,
     implementation=train.implementation,
+    mesh=mesh,
   )
 
   def on_the_way(model: Any) -> dict[str, Any]:
@@ -156,9 +166,10 @@ def main() -> None:
     f" {len(train_tokens):,} tokens to train on; {output_dir}",
     flush=True,
   )
+  trainable = lora.trainable(run.lora)
   result = loop.fit(
     load(target_config, run.lora),
-    trainable=lora.trainable(run.lora),
+    trainable=trainable,
     batches=batches,
     step_config=StepConfig(
       patterns=schedule,
@@ -169,17 +180,21 @@ def main() -> None:
       seed=train.seed,
       implementation=train.implementation,
       dtype=train.dtype,
+      mesh=mesh,
     ),
     optimizer_config=run.optimizer,
     config=train,
     output_dir=output_dir,
+    mesh=mesh,
     evaluate=on_the_way,
     evaluate_every=run.evaluation.every,
   )
   adapter = output_dir / "adapter"
-  convert.save_adapter(
-    result.model, adapter, base_model=str(model_folder), patterns=schedule
-  )
+  trained = loop.to_host(result.model, trainable)
+  if cluster.is_primary():
+    convert.save_adapter(
+      trained, adapter, base_model=str(model_folder), patterns=schedule
+    )
   rows = {
     name: measure(
       model, context_lens=context_lens, num_windows=run.evaluation.num_windows
@@ -190,6 +205,8 @@ def main() -> None:
       ("tuned", result.model),
     )
   }
+  if not cluster.is_primary():
+    return
   cli.write_json(
     output_dir / "summary.json",
     {

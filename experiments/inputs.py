@@ -7,9 +7,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
+from jax.sharding import Mesh
 
-from experiments.config import EvaluationConfig, FinetuneConfig, PatternConfig
-from scca_jax import assets, data, evaluation, patterns
+from experiments import cluster
+from experiments.config import (
+  EvaluationConfig,
+  FinetuneConfig,
+  PatternConfig,
+  TrainingConfig,
+)
+from scca_jax import assets, data, evaluation, patterns, sharding
 from scca_jax.llama import LlamaConfig
 from scca_jax.rope import RopeScaling
 from scca_jax.tokenizer import Tokenizer
@@ -47,10 +54,11 @@ def open_tokens(
           digest.update(block)
   name = path.name.split(".")[0]
   target = cache / f"{name}-{digest.hexdigest()[:16]}.bin"
-  if not target.exists():
-    print(f"Tokenising {path.name}.", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    data.write_token_file(data.read_documents(path), tokenizer, target)
+  with cluster.primary_first(str(target)):
+    if not target.exists():
+      print(f"Tokenising {path.name}.", flush=True)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      data.write_token_file(data.read_documents(path), tokenizer, target)
   return data.TokenFile.open(target, vocab_size=tokenizer.vocab_size)
 
 
@@ -88,6 +96,29 @@ def make_patterns(
   if config.interleaved:
     schedule = tuple(p.interleaved(model.num_kv_heads) for p in schedule)
   return schedule
+
+
+def make_mesh(
+  config: sharding.MeshConfig,
+  train: TrainingConfig,
+  model: LlamaConfig,
+  schedule: tuple[patterns.AttentionPattern, ...],
+) -> Mesh | None:
+  """Returns the devices of a run, or None for one device.
+
+  Raises:
+    ValueError: The run cannot be cut in that way, or there are not so many
+      devices.
+  """
+  sharding.check(
+    config,
+    num_kv_heads=model.num_kv_heads,
+    batch_size=train.batch_size,
+    num_micro_batches=train.num_micro_batches,
+    seq_len=train.seq_len,
+    chunk_sizes={h.chunk_size for pattern in schedule for h in pattern.heads},
+  )
+  return sharding.make_mesh(config)
 
 
 def model_path(name: str | None) -> pathlib.Path:
@@ -166,6 +197,7 @@ def perplexities(
   num_windows: int | None,
   bos_id: int | None,
   implementation: str | None,
+  mesh: Mesh | None = None,
 ) -> dict[int, evaluation.Perplexity]:
   """Returns the perplexity at each length, with dense attention."""
   return {
@@ -179,6 +211,7 @@ def perplexities(
       batch_size=max(1, config.batch_tokens // length),
       bos_id=bos_id,
       implementation=implementation,
+      mesh=mesh,
     )
     for length in context_lens
   }

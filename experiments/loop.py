@@ -2,7 +2,8 @@
 
 What a run leaves in its output folder:
 
-    config.json      the settings; a run that goes on must have the same
+    config.json      the settings; a run that goes on must have the same, but
+                     may be laid out on other devices
     metrics.jsonl    one line a step, and one an evaluation
     tensorboard/     the same, for TensorBoard
     checkpoints/     the newest few, through Orbax
@@ -24,10 +25,11 @@ import numpy as np
 import tensorboardX
 import tqdm
 from flax import nnx
+from jax.sharding import Mesh
 
-from experiments import cli
+from experiments import cli, cluster
 from experiments.config import TrainingConfig
-from scca_jax import checkpoint, training
+from scca_jax import checkpoint, sharding, training
 
 # Steps at the start that say nothing about speed: the first one compiles.
 _UNTIMED_STEPS = 2
@@ -55,13 +57,17 @@ def open_output_dir(path: str, settings: dict[str, Any]) -> pathlib.Path:
         f"{file} is no JSON ({error}): remove {folder}, or name another"
         " --output_dir."
       ) from error
-    differing = _differing(earlier, settings)
+    differing = [
+      name
+      for name in _differing(earlier, settings)
+      if not name.startswith("mesh.")
+    ]
     if differing:
       raise ValueError(
         f"{folder} holds a run with other settings ({', '.join(differing)}):"
         " name another --output_dir, or remove it."
       )
-  else:
+  elif cluster.is_primary():
     cli.write_json(file, settings)
   return folder
 
@@ -89,6 +95,9 @@ class Metrics:
     and that will be done again.
     """
     self._path = folder / "metrics.jsonl"
+    self._board = None
+    if not cluster.is_primary():  # Of several processes one writes.
+      return
     kept = []
     if self._path.exists():
       for line in self._path.read_text(encoding="utf8").splitlines():
@@ -105,6 +114,8 @@ class Metrics:
 
   def write(self, lines: list[dict[str, Any]]) -> None:
     """Adds lines; each has `step` and numbers, or dicts of numbers."""
+    if self._board is None:
+      return
     with self._path.open("a", encoding="utf8") as file:
       for line in lines:
         file.write(json.dumps(line) + "\n")
@@ -118,13 +129,15 @@ class Metrics:
     self._board.flush()
 
   def read(self) -> list[dict[str, Any]]:
-    """Returns all lines so far."""
+    """Returns all lines so far; every process must call it."""
+    cluster.barrier("metrics")
     text = self._path.read_text(encoding="utf8")
     return [json.loads(line) for line in text.splitlines()]
 
   def close(self) -> None:
     """Closes the files."""
-    self._board.close()
+    if self._board is not None:
+      self._board.close()
 
 
 @contextlib.contextmanager
@@ -179,6 +192,29 @@ def _check_finite(line: dict[str, Any], dtype: str) -> None:
     )
 
 
+def load(make: Callable[[], Any], mesh: Mesh | None) -> Any:
+  """Returns a model, placed on a mesh; no device has to hold all of it.
+
+  Args:
+    make: Reads it.
+    mesh: From `sharding.make_mesh`, or None.
+  """
+  if mesh is None:
+    return make()
+  with sharding.on_host():
+    graphdef, state = nnx.split(make())
+  return nnx.merge(graphdef, sharding.place(state, mesh))
+
+
+def to_host(model: Any, trainable: Any) -> Any:
+  """Returns the model with what was trained on the host, to be saved.
+
+  All processes must call it.
+  """
+  graphdef, params, frozen = nnx.split(model, trainable, ...)
+  return nnx.merge(graphdef, sharding.to_host(params), frozen)
+
+
 def fit(
   model: Any,
   *,
@@ -188,6 +224,7 @@ def fit(
   optimizer_config: training.OptimizerConfig,
   config: TrainingConfig,
   output_dir: pathlib.Path,
+  mesh: Mesh | None = None,
   evaluate: Callable[[Any], dict[str, Any]] | None = None,
   evaluate_every: int = 0,
 ) -> Result:
@@ -204,6 +241,8 @@ def fit(
     optimizer_config: The optimiser.
     config: The loop.
     output_dir: Where checkpoints and metrics go.
+    mesh: Devices that the run is laid out on; a checkpoint may be of a run on
+      others.
     evaluate: Gives numbers for the log from a model.
     evaluate_every: Steps between calls of it; 0 has none.
 
@@ -214,7 +253,8 @@ def fit(
   optimizer = training.make_optimizer(optimizer_config, config.steps)
   schedule = training.learning_rate_schedule(optimizer_config, config.steps)
   graphdef, params, frozen = nnx.split(model, trainable, ...)
-  state = training.init_state(params, optimizer, config.dtype)
+  params, frozen = sharding.place((params, frozen), mesh)
+  state = training.init_state(params, optimizer, config.dtype, mesh)
   checkpoints = checkpoint.Checkpointer(
     output_dir / "checkpoints", keep=config.keep_checkpoints
   )
@@ -224,7 +264,9 @@ def fit(
     batches.set_state(position)
     print(f"Going on from the checkpoint of step {done}.", flush=True)
   metrics = Metrics(output_dir, done)
-  step_fn = training.compile_step(graphdef, optimizer, step_config)
+  step_fn = training.compile_step(
+    graphdef, optimizer, step_config, state, frozen
+  )
   waiting: collections.deque[tuple[int, Any]] = collections.deque()
   last_flush = time.perf_counter()
   timed_from = done + _UNTIMED_STEPS
@@ -262,23 +304,27 @@ def fit(
       saved = step
 
   progress = tqdm.tqdm(
-    total=config.steps, initial=done, unit="step", dynamic_ncols=True
+    total=config.steps,
+    initial=done,
+    unit="step",
+    dynamic_ncols=True,
+    disable=not cluster.is_primary(),
   )
   try:
     with _stop_requests() as received, progress:
       for step in range(done + 1, config.steps + 1):
-        state, values = step_fn(state, frozen, next(batches))
+        batch = sharding.place_batch(next(batches), mesh, config.batch_size)
+        state, values = step_fn(state, frozen, batch)
         waiting.append((step, values))
-        stopping = bool(received)
         last = step == config.steps
+        logging = step % config.log_every == 0
+        stopping = bool(received)
+        if jax.process_count() > 1:
+          # They stop after the same step: one at which all look up.
+          stopping = logging and cluster.agree(stopping)
         evaluating = evaluate_every and (step % evaluate_every == 0 or last)
         saving = step % config.checkpoint_every == 0 or last or stopping
-        if (
-          step % config.log_every == 0
-          or saving
-          or evaluating
-          or step == timed_from
-        ):
+        if logging or saving or evaluating or step == timed_from:
           line = flush()
           shown = {"loss": f"{line['loss']:.3f}"}
           if "tokens_per_second" in line:
@@ -294,14 +340,15 @@ def fit(
           last_flush = time.perf_counter()
         if stopping and not last:
           checkpoints.wait()
-          name = signal.Signals(received[0]).name
+          number = received[0] if received else signal.SIGTERM
+          name = signal.Signals(number).name
           progress.close()
           print(
             f"Stopped by {name} after step {step}; the same command goes on"
             " from there.",
             flush=True,
           )
-          raise SystemExit(128 + received[0])
+          raise SystemExit(128 + number)
     checkpoints.wait()
     lines = [line for line in metrics.read() if "loss" in line]
   finally:

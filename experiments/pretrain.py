@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from experiments import cli, inputs, loop
+from experiments import cli, cluster, inputs, loop
 from experiments.config import PretrainConfig, from_config_dict, to_json
-from scca_jax import convert, data, dispatch, lora, tokenizer
+from scca_jax import convert, data, dispatch, lora, sharding, tokenizer
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.training import StepConfig
 
@@ -58,6 +58,7 @@ def _read_settings() -> PretrainConfig:
 
 def main() -> None:
   """Runs the command."""
+  cluster.start()
   run = _read_settings()
   train, sizes = run.training, run.architecture
   dispatch.check_implementation(train.implementation)
@@ -77,24 +78,31 @@ def main() -> None:
     eos_token_id=words.eos_id,
   )
   schedule = inputs.make_patterns(run.pattern, model_config, train.seq_len)
+  mesh = inputs.make_mesh(run.mesh, train, model_config, schedule)
   output_dir = loop.open_output_dir(_OUTPUT_DIR.value, to_json(run))
   cache = output_dir / "tokens"
   train_tokens = inputs.open_tokens(run.data.train or "", words, cache)
   test_tokens = None
   if run.data.test is not None:
     test_tokens = inputs.open_tokens(run.data.test, words, cache)
+  shard_index, num_shards = sharding.data_shard(mesh, train.batch_size)
   batches = data.batches(
     train_tokens,
     seq_len=train.seq_len,
     batch_size=train.batch_size,
     seed=train.seed,
     packing=run.data.packing,
+    shard_index=shard_index,
+    num_shards=num_shards,
   )
-  model = Llama(
-    model_config,
-    dtype=jnp.dtype(train.dtype),
-    param_dtype=jnp.dtype(train.param_dtype),
-    rngs=nnx.Rngs(train.seed),
+  model = loop.load(
+    lambda: Llama(
+      model_config,
+      dtype=jnp.dtype(train.dtype),
+      param_dtype=jnp.dtype(train.param_dtype),
+      rngs=nnx.Rngs(train.seed),
+    ),
+    mesh,
   )
   num_params = sum(
     leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))
@@ -119,6 +127,7 @@ def main() -> None:
       num_windows=num_windows,
       bos_id=words.bos_id,
       implementation=train.implementation,
+      mesh=mesh,
     )
     return {str(n): result.perplexity for n, result in results.items()}
 
@@ -141,10 +150,12 @@ def main() -> None:
       seed=train.seed,
       implementation=train.implementation,
       dtype=train.dtype,
+      mesh=mesh,
     ),
     optimizer_config=run.optimizer,
     config=train,
     output_dir=output_dir,
+    mesh=mesh,
     evaluate=None
     if test_tokens is None
     else lambda model: measure(
@@ -153,12 +164,14 @@ def main() -> None:
     evaluate_every=run.evaluation.every,
   )
   folder = output_dir / "model"
-  convert.save_model(
-    result.model,
-    folder,
-    dtype=jnp.dtype(run.save_dtype),
-    tokenizer_file=run.data.tokenizer,
-  )
+  trained = loop.to_host(result.model, lora.trainable(None))
+  if cluster.is_primary():
+    convert.save_model(
+      trained,
+      folder,
+      dtype=jnp.dtype(run.save_dtype),
+      tokenizer_file=run.data.tokenizer,
+    )
   summary = {
     "pattern": run.pattern.name,
     "context_len": train.seq_len,
@@ -177,6 +190,8 @@ def main() -> None:
         f"perplexity at {length:,} ({run.evaluation.protocol}):"
         f" {summary['perplexity'][str(length)]:.2f}"
       )
+  if not cluster.is_primary():
+    return
   cli.write_json(output_dir / "summary.json", summary)
   print(f"model: {folder}\nsummary: {output_dir / 'summary.json'}")
 

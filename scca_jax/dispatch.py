@@ -49,6 +49,23 @@ def _check_arrays(query: Any, key: Any, value: Any) -> None:
     )
 
 
+def check(
+  query: Any,
+  key: Any,
+  value: Any,
+  patterns: tuple[AttentionPattern, ...],
+  segment_ids: Any = None,
+  query_offset: Any = 0,
+) -> None:
+  """Checks the arguments of `attention`.
+
+  Raises:
+    ValueError: Shapes, dtypes or head counts do not fit.
+  """
+  _check_arrays(query, key, value)
+  _check_rest(query, key, patterns, segment_ids, query_offset)
+
+
 def _check_rest(
   query: Any, key: Any, patterns: Any, segment_ids: Any, query_offset: Any
 ) -> None:
@@ -170,7 +187,7 @@ def _run(
   return _run_one(names[-1], needs_log_sum, *args, **kwargs)
 
 
-def _combine(
+def combine(
   outputs: list[jax.Array], log_sums: list[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the mixture weighted by sums of exponentials (LongNet, Eq. 10)."""
@@ -269,8 +286,7 @@ def attention(
     NotImplementedError: The implementation asked for cannot serve the call.
   """
   patterns = pattern if isinstance(pattern, tuple) else (pattern,)
-  _check_arrays(query, key, value)
-  _check_rest(query, key, patterns, segment_ids, query_offset)
+  check(query, key, value, patterns, segment_ids, query_offset)
   check_implementation(implementation)
   results = [
     _run(
@@ -290,5 +306,5 @@ def attention(
     output, log_sum_exp = results[0]
   else:
     outputs, log_sums = zip(*results, strict=True)
-    output, log_sum_exp = _combine(list(outputs), list(log_sums))
+    output, log_sum_exp = combine(list(outputs), list(log_sums))
   return (output, log_sum_exp) if return_lse else output

@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from scca_jax import data
+from scca_jax import data, sharding
 from scca_jax.patterns import AttentionPattern, dense
 
 PROTOCOLS = ("longlora", "strided", "document")
@@ -241,7 +242,13 @@ def _check_document_ends(document_ends: np.ndarray, num_tokens: int) -> None:
 
 @functools.partial(
   jax.jit,
-  static_argnames=("graphdef", "patterns", "implementation", "loss_chunk"),
+  static_argnames=(
+    "graphdef",
+    "patterns",
+    "implementation",
+    "loss_chunk",
+    "mesh",
+  ),
 )
 def _token_losses(
   state: nnx.State,
@@ -251,6 +258,7 @@ def _token_losses(
   patterns: AttentionPattern | tuple[AttentionPattern, ...],
   implementation: str | None,
   loss_chunk: int,
+  mesh: Mesh | None,
 ) -> jax.Array:
   """Returns the loss of each prediction in nats, float32 `[batch, seq - 1]`.
 
@@ -263,13 +271,21 @@ def _token_losses(
     patterns: Attention pattern of all layers, or one a layer.
     implementation: Attention back end.
     loss_chunk: Positions whose logits are held at once.
+    mesh: Devices that the model lies on, or None.
   """
+  if mesh is not None:
+    state = sharding.gathered(state, mesh, leave="layers")
+    tokens = sharding.constrain(tokens, mesh, "batch", "seq")
   model = nnx.merge(graphdef, state)
+  # An argument more only with a mesh: other models need not know of them.
+  layout = {} if mesh is None else {"mesh": mesh}
   hidden = model.hidden_states(
-    tokens, patterns=patterns, implementation=implementation
+    tokens, patterns=patterns, implementation=implementation, **layout
   )
   # The last position predicts what lies behind the window: cut off at the end.
   targets = jnp.roll(tokens, -1, axis=1)
+  shape = tokens.shape
+  hidden, targets = (sharding.by_piece(x, mesh) for x in (hidden, targets))
 
   def losses_of(chunk):
     chunk_hidden, chunk_targets = chunk
@@ -277,7 +293,7 @@ def _token_losses(
     picked = jnp.take_along_axis(logits, chunk_targets[..., None], axis=-1)
     return jax.nn.logsumexp(logits, axis=-1) - picked[..., 0]
 
-  batch, seq_len = tokens.shape
+  batch, seq_len = targets.shape
   num_chunks = seq_len // loss_chunk
   whole = num_chunks * loss_chunk
   parts = []
@@ -296,7 +312,10 @@ def _token_losses(
     parts.append(jnp.moveaxis(losses, 0, 1).reshape(batch, whole))
   if whole < seq_len:
     parts.append(losses_of((hidden[:, whole:], targets[:, whole:])))
-  return jnp.concatenate(parts, axis=1)[:, :-1]
+  losses = jnp.concatenate(parts, axis=1).reshape(shape)[:, :-1]
+  if mesh is not None:
+    losses = sharding.constrain(losses, mesh, None, None)
+  return losses
 
 
 def _read(
@@ -429,6 +448,7 @@ def perplexity(
   bos_id: int | None = None,
   implementation: str | None = None,
   loss_chunk: int = 512,
+  mesh: Mesh | None = None,
   on_windows: Callable[[int], object] | None = None,
 ) -> Perplexity:
   """Returns the perplexity of a model on a corpus.
@@ -456,6 +476,7 @@ def perplexity(
     bos_id: BOS token, for "document"; None takes that of the token file.
     implementation: Attention back end; None takes the best for the device.
     loss_chunk: Tokens of each window whose logits are held at once.
+    mesh: Devices that the model lies on (`scca_jax.sharding`), or None.
     on_windows: Called after every batch with the number of its windows.
 
   Raises:
@@ -490,11 +511,12 @@ def perplexity(
     losses = np.asarray(
       _token_losses(
         state,
-        jnp.asarray(_read(ids, part, context_len, bos, batch_size)),
+        _read(ids, part, context_len, bos, batch_size),
         graphdef=graphdef,
         patterns=patterns,
         implementation=implementation,
         loss_chunk=loss_chunk,
+        mesh=mesh,
       ),
       np.float64,
     )

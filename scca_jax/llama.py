@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import ad_checkpoint
+from jax.sharding import Mesh
 
-from scca_jax import rope
-from scca_jax.backends import blocks
+from scca_jax import rope, sharding
+from scca_jax.backends import blocks, parallel
 from scca_jax.dispatch import attention
 from scca_jax.lora import TARGETS, Linear, LoraConfig
 from scca_jax.patterns import AttentionPattern
@@ -225,11 +226,12 @@ class SelfAttention(nnx.Module):
     query = rope.apply(query, *call.rotation)
     key = rope.apply(key, *call.rotation)
     if cache is None or call.starts is None:
-      output = attention(
+      output = parallel.attention(
         query,
         key,
         value,
         pattern,
+        mesh=call.mesh,
         segment_ids=call.segment_ids,
         implementation=call.implementation,
       )
@@ -296,6 +298,7 @@ class _Call:
     segment_ids: `[batch, seq]` or None.
     implementation: Attention back end.
     mlp_chunk: See `MLP`.
+    mesh: Devices that the call is laid out on, or None.
     starts: With a cache: position of the first token of each sequence,
       `[batch]`; None is the start of all, where no key is in the cache yet.
   """
@@ -304,6 +307,7 @@ class _Call:
   segment_ids: jax.Array | None
   implementation: str | None
   mlp_chunk: int | None = None
+  mesh: Mesh | None = None
   starts: jax.Array | None = None
 
 
@@ -421,7 +425,9 @@ class Layer(nnx.Module):
   ) -> jax.Array:
     """Returns the residual stream after the MLP."""
     normalised = self.post_attention_layernorm(x)
-    return x + self.mlp(normalised, _split(dropout_key), call.mlp_chunk)
+    pieces = sharding.by_piece(normalised, call.mesh)
+    result = self.mlp(pieces, _split(dropout_key), call.mlp_chunk)
+    return x + result.reshape(x.shape)
 
 
 def _project_primal(
@@ -608,6 +614,7 @@ class Llama(nnx.Module):
     implementation: str | None = None,
     remat: str = "none",
     mlp_chunk: int | None = None,
+    mesh: Mesh | None = None,
     deterministic: bool = True,
     rngs: nnx.Rngs | None = None,
   ) -> jax.Array:
@@ -623,6 +630,7 @@ class Llama(nnx.Module):
       implementation=implementation,
       remat=remat,
       mlp_chunk=mlp_chunk,
+      mesh=mesh,
       deterministic=deterministic,
       rngs=rngs,
     )
@@ -638,6 +646,7 @@ class Llama(nnx.Module):
     implementation: str | None = None,
     remat: str = "none",
     mlp_chunk: int | None = None,
+    mesh: Mesh | None = None,
     deterministic: bool = True,
     rngs: nnx.Rngs | None = None,
   ) -> jax.Array:
@@ -660,6 +669,8 @@ class Llama(nnx.Module):
         inputs of attention and MLP, which wait in the host's memory.
       mlp_chunk: Tokens of each sequence whose MLP is computed at once, and anew
         in the backward pass; None takes all.
+      mesh: From `sharding.make_mesh`, if parameters and tokens lie on several
+        devices. Of a sequence in pieces, `mlp_chunk` is of each piece.
       deterministic: Whether dropout is off.
       rngs: Its stream `dropout` is used if there is dropout.
 
@@ -687,6 +698,7 @@ class Llama(nnx.Module):
       segment_ids,
       implementation,
       mlp_chunk,
+      mesh,
     )
     graphdef, state = nnx.split(self.layers)
 
@@ -701,7 +713,9 @@ class Llama(nnx.Module):
       if remat == "offload":
         x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
       state, key = jax.tree.map(lambda leaf: leaf[i], of_cycle)
-      return part(nnx.merge(graphdef, state), x, cycle[i], key)
+      layer = nnx.merge(graphdef, sharding.gathered(state, mesh))
+      x = part(layer, x, cycle[i], key)
+      return sharding.constrain(x, mesh, "batch", "seq", None)
 
     def whole(layer, x, pattern, key):
       return layer(x, pattern, call, key)[0]
@@ -747,7 +761,9 @@ class Llama(nnx.Module):
       lambda leaf: leaf.reshape(num_cycles, len(cycle), *leaf.shape[1:]),
       of_layers,
     )
-    x, _ = jax.lax.scan(run_cycle, self.embed_tokens(tokens), of_cycles)
+    x = self.embed_tokens(tokens)
+    x = sharding.constrain(x, mesh, "batch", "seq", None)
+    x, _ = jax.lax.scan(run_cycle, x, of_cycles)
     return self.norm(x)
 
   def init_cache(self, batch: int, capacity: int) -> Cache:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from scca_jax import losses
+from scca_jax import losses, sharding
 from scca_jax.patterns import AttentionPattern
 
 SCHEDULES = ("constant", "cosine")
@@ -217,6 +218,8 @@ class StepConfig:
     seed: Of the dropout.
     implementation: Attention back end; None takes the best for the device.
     dtype: The model's compute dtype; "float16" scales the loss.
+    mesh: Devices that state and batch lie on (`sharding`); None is one. Of a
+      sequence in pieces, `loss_chunk` and `mlp_chunk` are of each piece.
   """
 
   patterns: AttentionPattern | tuple[AttentionPattern, ...]
@@ -227,10 +230,14 @@ class StepConfig:
   seed: int = 0
   implementation: str | None = None
   dtype: str = "float32"
+  mesh: Mesh | None = None
 
 
 def init_state(
-  params: nnx.State, optimizer: optax.GradientTransformation, dtype: str
+  params: nnx.State,
+  optimizer: optax.GradientTransformation,
+  dtype: str,
+  mesh: Mesh | None = None,
 ) -> TrainState:
   """Returns the state before the first step.
 
@@ -238,16 +245,29 @@ def init_state(
     params: The trainable parameters, as `nnx.split` gives them.
     optimizer: From `make_optimizer`.
     dtype: The model's compute dtype, "float32", "bfloat16" or "float16".
+    mesh: Devices that the parameters lie on; the rest of the state goes there.
   """
-  return TrainState(
-    jnp.zeros((), jnp.int32),
-    params,
-    optimizer.init(params),
-    LossScale.create(jnp.dtype(dtype)),
-  )
+
+  def rest(params):
+    return (
+      jnp.zeros((), jnp.int32),
+      optimizer.init(params),
+      LossScale.create(jnp.dtype(dtype)),
+    )
+
+  make = rest
+  if mesh is not None:
+    layout = sharding.shardings(jax.eval_shape(rest, params), mesh)
+    make = jax.jit(rest, out_shardings=layout)
+  step, of_optimizer, loss_scale = make(params)
+  return TrainState(step, params, of_optimizer, loss_scale)
 
 
 def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
+  # The head is used in every turn of the loss's loop, the layers in theirs.
+  params, frozen = sharding.gathered(
+    (params, frozen), config.mesh, leave="layers"
+  )
   model = nnx.merge(graphdef, params, frozen)
   hidden = model.hidden_states(
     batch["tokens"],
@@ -257,15 +277,16 @@ def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
     implementation=config.implementation,
     remat=config.remat,
     mlp_chunk=config.mlp_chunk,
+    mesh=config.mesh,
     deterministic=False,
     rngs=nnx.Rngs(dropout=rng),
   )
+  hidden, targets, mask = (
+    sharding.by_piece(x, config.mesh)
+    for x in (hidden, batch["targets"], batch["mask"])
+  )
   return losses.chunked_cross_entropy(
-    model.head(hidden),
-    hidden,
-    batch["targets"],
-    batch["mask"],
-    config.loss_chunk,
+    model.head(hidden), hidden, targets, mask, config.loss_chunk
   )
 
 
@@ -314,12 +335,21 @@ def train_step(
   rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
   num_targets = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
   scale = state.loss_scale.scale
+  # A micro batch takes every so many sequences one: as many from each device.
   micro_batches = jax.tree.map(
-    lambda x: x.reshape(parts, batch_size // parts, *x.shape[1:]), batch
+    lambda x: jnp.swapaxes(
+      x.reshape(batch_size // parts, parts, *x.shape[1:]), 0, 1
+    ),
+    batch,
   )
   leaves, treedef = jax.tree.flatten(state.params)
+  zeros = jax.tree.map(jnp.zeros_like, state.params)
+  if config.mesh is not None:
+    zeros = jax.lax.with_sharding_constraint(
+      zeros, sharding.shardings(zeros, config.mesh)
+    )
   # Each gradient is summed where it is made: there is no second copy of it.
-  sums = [jax.new_ref(jnp.zeros_like(leaf)) for leaf in leaves]
+  sums = [jax.new_ref(zero) for zero in jax.tree.leaves(zeros)]
 
   def accumulate(total, micro):
     micro_batch, micro_rng = micro
@@ -378,14 +408,36 @@ def compile_step(
   graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
   config: StepConfig,
+  state: TrainState | None = None,
+  frozen: nnx.State | None = None,
 ):
   """Returns `train_step` under jit, called with `(state, frozen, batch)`.
 
   The state's buffers are donated: the one passed in is gone afterwards.
+
+  Args:
+    graphdef: See `train_step`.
+    optimizer: See `train_step`.
+    config: See `train_step`.
+    state: With a mesh: a state, arrays or shapes; it stays laid out as
+      `sharding.shardings` says.
+    frozen: With a mesh: the frozen parameters, likewise.
   """
+  layout = {}
+  if config.mesh is not None:
+    of_state = sharding.shardings(state, config.mesh)
+    layout = {
+      "in_shardings": (
+        of_state,
+        sharding.shardings(frozen, config.mesh),
+        sharding.batch_sharding(config.mesh),
+      ),
+      "out_shardings": (of_state, sharding.replicated(config.mesh)),
+    }
   return jax.jit(
     functools.partial(
       train_step, graphdef=graphdef, optimizer=optimizer, config=config
     ),
     donate_argnums=0,
+    **layout,
   )

@@ -1,11 +1,11 @@
-"""What every test runs under: four CPU devices, no implicit broadcasting."""
+"""What every test runs under: eight CPU devices, no implicit broadcasting."""
 
 import os
 
 # Before jax starts: sharding is tested on simulated devices, without hardware,
 # and what is tested is compiled, not found in the user's cache.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import importlib.util

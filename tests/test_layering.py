@@ -10,7 +10,7 @@ PACKAGE = ROOT / "scca_jax"
 
 # Each module may import those in layers above it, never below.
 LAYERS = (
-  ("patterns", "assets", "files"),
+  ("patterns", "assets", "files", "sharding"),
   ("receptive_field", "backends", "backends.target", "backends.blocks"),
   ("deviceless",),
   ("backends.mosaic_launch",),
@@ -23,6 +23,7 @@ LAYERS = (
     "backends.mosaic",
   ),
   ("dispatch", "rope", "lora"),
+  ("backends.parallel",),
   ("llama",),
   ("gguf_file",),
   ("convert", "tokenizer", "generation"),

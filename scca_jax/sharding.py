@@ -1,0 +1,451 @@
+"""How a training step is laid out over several devices.
+
+A mesh has four axes, and one table says which of them cuts which dimension:
+
+    data      copies of the model, each with its own sequences
+    fsdp      the same, but every weight is cut too and gathered where it is
+              used, a layer at a time
+    tensor    heads, the inner channels of the MLP and the vocabulary
+    sequence  the tokens of a sequence (`backends.parallel`)
+
+Arrays are placed by `place` and `place_batch`; the rest is `jax.jit`, which
+adds what must be moved. Devices of the last axes are neighbours: in a cluster
+`tensor` and `sequence` stay within a host as long as they fit.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
+
+DATA, FSDP, TENSOR, SEQUENCE = AXES = ("data", "fsdp", "tensor", "sequence")
+
+# Which mesh axes cut a logical axis; those that are not here stay whole.
+_RULES: dict[str, tuple[str, ...]] = {
+  "batch": (DATA, FSDP),
+  "seq": (SEQUENCE,),
+  "heads": (TENSOR,),
+  "inner": (TENSOR,),
+  "vocab": (TENSOR,),
+  "hidden": (FSDP,),
+  "pieces": (DATA, FSDP, SEQUENCE),
+}
+# Logical axes of the inputs and outputs of each linear map.
+_MAPS = {
+  "q_proj": ("hidden", "heads"),
+  "k_proj": ("hidden", "heads"),
+  "v_proj": ("hidden", "heads"),
+  "o_proj": ("heads", "hidden"),
+  "gate_proj": ("hidden", "inner"),
+  "up_proj": ("hidden", "inner"),
+  "down_proj": ("inner", "hidden"),
+  "lm_head": ("hidden", "vocab"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Number of devices along each axis of the mesh.
+
+  Attributes:
+    data: Copies of the model, each with its own sequences.
+    fsdp: The same, with every weight cut over them.
+    tensor: Parts of the heads, of the MLP and of the vocabulary.
+    sequence: Pieces of every sequence.
+  """
+
+  data: int = 1
+  fsdp: int = 1
+  tensor: int = 1
+  sequence: int = 1
+
+  def __post_init__(self):
+    """Checks the ranges."""
+    for axis, size in self.sizes.items():
+      if size < 1:
+        raise ValueError(f"mesh.{axis} must be at least 1, got {size}.")
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """Number of devices by axis."""
+    return {axis: getattr(self, axis) for axis in AXES}
+
+  @property
+  def num_devices(self) -> int:
+    """Number of devices of the whole mesh."""
+    return math.prod(self.sizes.values())
+
+  @classmethod
+  def parse(cls, text: str) -> "MeshConfig":
+    """Returns the mesh that a flag says, such as "data=2,sequence=4".
+
+    Raises:
+      ValueError: It is not of that form, or names another axis.
+    """
+    sizes = {}
+    for item in filter(None, text.split(",")):
+      axis, _, size = item.partition("=")
+      if axis not in AXES or axis in sizes or not size.isdigit():
+        raise ValueError(
+          f"cannot read {item!r} of the mesh {text!r}: give each of"
+          f" {', '.join(AXES)} at most once, as in data=2,sequence=4."
+        )
+      sizes[axis] = int(size)
+    return cls(**sizes)
+
+
+def make_mesh(
+  config: MeshConfig, devices: Sequence[Any] | None = None
+) -> Mesh | None:
+  """Returns the mesh, or None for one device of one process.
+
+  Args:
+    config: Its sizes.
+    devices: What it is made of; None takes all devices of all processes. One
+      process may leave the last of its devices unused.
+
+  Raises:
+    ValueError: The devices are too few, or those of some process would be left
+      out.
+  """
+  devices = jax.devices() if devices is None else devices
+  num_processes = len({device.process_index for device in devices})
+  wanted, there = config.num_devices, len(devices)
+  if wanted > there or (num_processes > 1 and wanted != there):
+    axis = max(AXES, key=lambda axis: config.sizes[axis])
+    # The axis that is largest is the one to change.
+    most = max(1, there // (wanted // config.sizes[axis]))
+    raise ValueError(
+      f"the mesh {_shown(config)} takes {wanted} devices, and"
+      f" {'all ' if num_processes > 1 else ''}{there} are here: the nearest"
+      f" that fits is mesh.{axis}={most}."
+    )
+  if wanted == 1:
+    return None
+  return jax.make_mesh(
+    tuple(config.sizes.values()),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices[:wanted],
+  )
+
+
+def _shown(config: MeshConfig) -> str:
+  return ",".join(f"{axis}={n}" for axis, n in config.sizes.items() if n > 1)
+
+
+def _nearest(size: int, fits: Iterable[int]) -> int:
+  """Returns what lies nearest to a size; of two, the smaller."""
+  return min(fits, key=lambda other: (abs(other - size), other))
+
+
+def _divisors(number: int) -> list[int]:
+  return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def check(
+  config: MeshConfig,
+  *,
+  num_kv_heads: int,
+  batch_size: int,
+  num_micro_batches: int = 1,
+  seq_len: int,
+  chunk_sizes: Iterable[int | None] = (),
+) -> None:
+  """Checks that a training step can be cut as a mesh says.
+
+  Args:
+    config: The mesh.
+    num_kv_heads: Of the model; its query heads are a multiple.
+    batch_size: Sequences of a step.
+    num_micro_batches: Parts of the batch.
+    seq_len: Tokens of a sequence.
+    chunk_sizes: Of the heads' patterns, in tokens; None is no chunk.
+
+  Raises:
+    ValueError: It cannot; the message names the axis and the nearest size of
+      it that fits.
+  """
+  tensor, pieces = config.tensor, config.sequence
+  if num_kv_heads % tensor:
+    nearest = _nearest(tensor, _divisors(num_kv_heads))
+    raise ValueError(
+      f"mesh.tensor={tensor} cannot share out {num_kv_heads} key/value heads:"
+      f" the nearest that fits is mesh.tensor={nearest}."
+    )
+  micro_batch = batch_size // num_micro_batches
+  if micro_batch % (config.data * config.fsdp):
+    axis, other = (
+      (FSDP, config.data) if config.fsdp >= config.data else (DATA, config.fsdp)
+    )
+    size = config.sizes[axis]
+    fits = [n for n in _divisors(micro_batch) if micro_batch % (n * other) == 0]
+    remedy = (
+      f"the nearest that fits is mesh.{axis}={_nearest(size, fits)}"
+      if fits
+      else "take a larger batch"
+    )
+    raise ValueError(
+      f"mesh.{axis}={size}{f' beside {other} more' if other > 1 else ''} cannot"
+      f" share out {micro_batch} sequences of a micro batch: {remedy}."
+    )
+  sizes = sorted({size for size in chunk_sizes if size is not None})
+  unit = math.lcm(*sizes) if sizes else 1
+  if pieces > 1 and seq_len % (pieces * unit):
+    whole = [n for n in _divisors(seq_len) if seq_len % (n * unit) == 0]
+    remedy = (
+      f"the nearest that fits is mesh.sequence={_nearest(pieces, whole)}"
+      if whole
+      else f"take a length that is a multiple of {pieces * unit}"
+    )
+    of_chunks = f" of whole chunks of {unit} tokens" if unit > 1 else ""
+    raise ValueError(
+      f"mesh.sequence={pieces} cannot cut {seq_len} tokens in equal"
+      f" pieces{of_chunks}: {remedy}."
+    )
+
+
+# From arrays to partition specs.
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+  return [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+
+
+def logical_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
+  """Returns the logical axes of a parameter, the last ones it has.
+
+  It is known by the names in its path. What is derived from it, moments of the
+  optimiser and quantised values with their scales, has its name in the path
+  too.
+  """
+  names = _names(path)
+  if "embedding" in names:
+    return "vocab", "hidden"
+  for name, (inputs, outputs) in _MAPS.items():
+    if name in names:
+      if "kernel" in names:
+        return inputs, outputs
+      if "lora_a" in names:
+        return inputs, None
+      if "lora_b" in names:
+        return None, outputs
+  return ()
+
+
+def _spec(
+  mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]
+) -> PartitionSpec:
+  """Returns the partition spec of the last dimensions of a shape.
+
+  What cannot be cut in equal parts stays whole, such as the scales of a
+  quantised matrix along a dimension that has few of them.
+  """
+  axes = axes[max(0, len(axes) - len(shape)) :]
+  axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+  cuts: list[tuple[str, ...] | None] = []
+  for axis, size in zip(axes, shape, strict=True):
+    cut = tuple(
+      name for name in _RULES.get(axis or "", ()) if mesh.shape[name] > 1
+    )
+    parts = math.prod(mesh.shape[name] for name in cut)
+    cuts.append(cut if cut and size % parts == 0 else None)
+  return PartitionSpec(*cuts)
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+  """Returns the sharding of every array of a tree of parameters.
+
+  Args:
+    tree: Parameters of `Llama`, or a training state: arrays or shapes.
+    mesh: From `make_mesh`.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: NamedSharding(
+      mesh, _spec(mesh, logical_axes(path), leaf.shape)
+    ),
+    tree,
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a batch's arrays, `[batch, seq]`."""
+  return NamedSharding(mesh, PartitionSpec(_RULES["batch"], _RULES["seq"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of what every device has whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def activation_spec(
+  mesh: Mesh, shape: Sequence[int], *axes: str | None
+) -> PartitionSpec:
+  """Returns the partition spec of an activation by its logical axes."""
+  return _spec(mesh, axes, shape)
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+  """Returns an activation, laid out by its logical axes.
+
+  Args:
+    x: `[*axes]`.
+    mesh: None leaves it as it is.
+    *axes: A logical axis for each dimension, or None for one that is whole.
+  """
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(
+    x, NamedSharding(mesh, _spec(mesh, axes, x.shape))
+  )
+
+
+def by_piece(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Returns an activation with the pieces of a sequence as sequences.
+
+  What goes through the tokens of a sequence bit by bit then goes through all
+  pieces at once, each on its device. A reshape undoes it.
+
+  Args:
+    x: `[batch, seq, ...]`.
+    mesh: None leaves it as it is.
+
+  Returns:
+    `[batch * pieces, seq / pieces, ...]`.
+  """
+  pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
+  if pieces == 1 or x.shape[1] % pieces:
+    return x
+  x = x.reshape(x.shape[0] * pieces, x.shape[1] // pieces, *x.shape[2:])
+  return constrain(x, mesh, "pieces", *[None] * (x.ndim - 1))
+
+
+def gathered(
+  tree: Tree, mesh: Mesh | None, *, leave: str | None = None
+) -> Tree:
+  """Returns parameters with their parts along `fsdp` brought together.
+
+  Called where weights are used: without it XLA may rather cut the activations
+  than gather the weights, or gather them in every turn of a loop.
+
+  Args:
+    tree: Parameters.
+    mesh: From `make_mesh`, or None.
+    leave: Those with this name in their path stay as they are.
+  """
+  if mesh is None or mesh.shape[FSDP] == 1:
+    return tree
+
+  def gather(path, leaf):
+    if leave is not None and leave in _names(path):
+      return leaf
+    axes = [a if a != "hidden" else None for a in logical_axes(path)]
+    return jax.lax.with_sharding_constraint(
+      leaf, NamedSharding(mesh, _spec(mesh, axes, leaf.shape))
+    )
+
+  return jax.tree_util.tree_map_with_path(gather, tree)
+
+
+# Placing.
+
+
+def place(tree: Tree, mesh: Mesh | None) -> Tree:
+  """Returns parameters or a training state, each device with its part.
+
+  Args:
+    tree: Arrays, of the same values in every process.
+    mesh: From `make_mesh`; None leaves them where they are.
+  """
+  if mesh is None:
+    return tree
+  return jax.tree.map(_put, tree, shardings(tree, mesh))
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+  if sharding.is_fully_addressable:
+    return jax.device_put(array, sharding)
+  # Every process has the whole array and gives its own devices their parts.
+  host = np.asarray(array)
+  return jax.make_array_from_callback(
+    host.shape, sharding, lambda index: host[index]
+  )
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+  """Makes new arrays on the CPU, for what no single device could hold."""
+  try:
+    device = jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX_PLATFORMS may leave the CPU out.
+    yield
+    return
+  with jax.default_device(device):
+    yield
+
+
+def data_shard(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
+  """Returns which part of every batch this process has to load.
+
+  Args:
+    mesh: From `make_mesh`.
+    batch_size: Sequences of a whole batch.
+
+  Returns:
+    The part's number and the number of parts, for `data.batches`. Processes
+    whose devices hold pieces of the same sequences load the same part.
+  """
+  if mesh is None:
+    return 0, 1
+  shape = (batch_size, mesh.shape[SEQUENCE])
+  mine = batch_sharding(mesh).addressable_devices_indices_map(shape)
+  rows = [index[0].indices(batch_size) for index in mine.values() if index]
+  start, stop = min(r[0] for r in rows), max(r[1] for r in rows)
+  size = stop - start
+  # Parts that do not meet the borders of equal ones: all is loaded.
+  if batch_size % size or start % size:
+    return 0, 1
+  return start // size, batch_size // size
+
+
+def place_batch(
+  batch: dict[str, np.ndarray], mesh: Mesh | None, batch_size: int
+) -> dict[str, Any]:
+  """Returns a batch, each device with its sequences or pieces of them.
+
+  Args:
+    batch: Arrays `[rows, seq]`: the part that `data_shard` says.
+    mesh: From `make_mesh`; None leaves it as it is.
+    batch_size: Sequences of the whole batch.
+  """
+  if mesh is None:
+    return batch
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(
+      sharding, array, (batch_size, array.shape[1])
+    )
+    for name, array in batch.items()
+  }
+
+
+def to_host(tree: Tree) -> Tree:
+  """Returns a tree of whole numpy arrays, in every process.
+
+  All processes of a run must call it. One array at a time is put together.
+  """
+
+  def whole(array: Any) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+      return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+  return jax.tree.map(whole, tree)
