@@ -8,6 +8,7 @@ training, and is here beside them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -226,12 +227,14 @@ class SelfAttention(nnx.Module):
     query = rope.apply(query, *call.rotation)
     key = rope.apply(key, *call.rotation)
     if cache is None or call.starts is None:
-      output = parallel.attention(
+      attend = attention
+      if call.mesh is not None:
+        attend = functools.partial(parallel.attention, mesh=call.mesh)
+      output = attend(
         query,
         key,
         value,
         pattern,
-        mesh=call.mesh,
         segment_ids=call.segment_ids,
         implementation=call.implementation,
       )

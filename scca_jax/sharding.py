@@ -371,6 +371,8 @@ def place(tree: Tree, mesh: Mesh | None) -> Tree:
 
 
 def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+  if isinstance(array, jax.Array) and array.sharding == sharding:
+    return array
   if sharding.is_fully_addressable:
     return jax.device_put(array, sharding)
   # Every process has the whole array and gives its own devices their parts.

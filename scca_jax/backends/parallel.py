@@ -859,7 +859,7 @@ def attention(
   value: jax.Array,
   pattern: dispatch.Patterns,
   *,
-  mesh: Mesh | None,
+  mesh: Mesh,
   segment_ids: jax.Array | None = None,
   scale: float | None = None,
   implementation: str | None = None,
@@ -873,7 +873,7 @@ def attention(
     key: `[batch, seq, kv_heads, head_dim]`.
     value: Like `key`.
     pattern: Which keys each query head sees; see `scca_jax.attention`.
-    mesh: From `sharding.make_mesh`; None is one device.
+    mesh: From `sharding.make_mesh`.
     segment_ids: Integers `[batch, seq]`, or None.
     scale: Factor of the scores; None takes `head_dim ** -0.5`.
     implementation: Of the calls on each device.
@@ -883,16 +883,6 @@ def attention(
     NotImplementedError: The implementation cannot serve a call, or a pattern
       that wraps round meets a length that cannot be divided.
   """
-  if mesh is None:
-    return dispatch.attention(
-      query,
-      key,
-      value,
-      pattern,
-      segment_ids=segment_ids,
-      scale=scale,
-      implementation=implementation,
-    )
   patterns = pattern if isinstance(pattern, tuple) else (pattern,)
   dispatch.check(query, key, value, patterns, segment_ids)
   results = [

@@ -1,0 +1,178 @@
+"""Runs of several processes, and runs that go on on other devices."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from scca_jax import convert
+from scca_jax.llama import Llama, LlamaConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 4
+
+
+def _run(num_devices, *args, processes=1):
+  """Runs `experiments.finetune` in several processes; returns their output."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  devices = f"--xla_force_host_platform_device_count={num_devices // processes}"
+  # The test waits for the compiler, not for what it compiles.
+  quickly = "--xla_backend_optimization_level=0"
+  environment = os.environ | {
+    "XLA_FLAGS": f"{devices} {quickly}",
+    "JAX_PLATFORMS": "cpu",
+  }
+  started = []
+  for number in range(processes):
+    command = [sys.executable, "-m", "experiments.finetune", *map(str, args)]
+    if processes > 1:
+      command += [
+        "--distributed",
+        f"--coordinator_address={address}",
+        f"--num_processes={processes}",
+        f"--process_id={number}",
+      ]
+    started.append(
+      subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
+  outputs = [process.communicate(timeout=300) for process in started]
+  for process, (_, errors) in zip(started, outputs, strict=True):
+    assert process.returncode == 0, errors
+  return [output for output, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+  """A model of a few thousand parameters, words, and the settings of a run."""
+  folder = tmp_path_factory.mktemp("cluster")
+  from scca_jax import assets, tokenizer
+
+  words = tokenizer.load(assets.MODEL)
+  model = Llama(
+    LlamaConfig(
+      vocab_size=words.vocab_size,
+      hidden_size=16,
+      intermediate_size=24,
+      num_layers=1,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=4,
+      context_len=16,
+      bos_token_id=words.bos_id,
+      eos_token_id=words.eos_id,
+    ),
+    rngs=nnx.Rngs(0),
+  )
+  convert.save_model(
+    model,
+    folder / "model",
+    dtype=np.dtype("float32"),
+    tokenizer_file=assets.MODEL / "tokenizer.model",
+  )
+  rng = random.Random(0)
+  text = "the ship sailed over a grey sea and no one saw it come home".split()
+  for name, count in (("train", 3000), ("test", 1000)):
+    (folder / f"{name}.txt").write_text(
+      " ".join(rng.choice(text) for _ in range(count)), encoding="utf8"
+    )
+  return (
+    f"--model={folder / 'model'}",
+    f"--data={folder / 'train.txt'}",
+    f"--config.data.test={folder / 'test.txt'}",
+    "--config.lora.rank=4",
+    "--config.training.seq_len=64",
+    "--config.training.batch_size=8",
+    f"--config.training.steps={STEPS}",
+    "--config.training.checkpoint_every=2",
+    "--config.training.implementation=reference",
+    "--config.evaluation.context_lens=(64,)",
+    "--config.evaluation.num_windows=2",
+    "--config.pattern.chunk_size=16",
+  )
+
+
+@pytest.fixture(scope="module")
+def alone(arguments, tmp_path_factory):
+  output = tmp_path_factory.mktemp("alone") / "run"
+  _run(1, f"--output_dir={output}", *arguments)
+  return output
+
+
+def _losses(output):
+  lines = (output / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+  return [record["loss"] for record in records]
+
+
+def _same(got, expected):
+  np.testing.assert_allclose(_losses(got), _losses(expected), rtol=1e-5)
+  adapters = [
+    load_file(run / "adapter" / "adapter_model.safetensors")
+    for run in (got, expected)
+  ]
+  assert adapters[0].keys() == adapters[1].keys()
+  for name, value in adapters[1].items():
+    np.testing.assert_allclose(
+      adapters[0][name], value, rtol=0, atol=1e-5, err_msg=name
+    )
+  summaries = [
+    json.loads((r / "summary.json").read_text()) for r in (got, expected)
+  ]
+  tuned = [summary["perplexity"]["tuned"] for summary in summaries]
+  assert tuned[0] == pytest.approx(tuned[1], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def together(arguments, tmp_path_factory):
+  """A run of two processes with four devices, and what they print."""
+  output = tmp_path_factory.mktemp("together") / "run"
+  mesh = ("--config.mesh.fsdp=2", "--config.mesh.sequence=2")
+  printed = _run(4, f"--output_dir={output}", *arguments, *mesh, processes=2)
+  return output, printed
+
+
+def test_two_processes_train_as_one(alone, together):
+  output, printed = together
+  _same(output, alone)
+  # One of them writes for both.
+  assert "adapter:" in printed[0]
+  lines = printed[1].splitlines()
+  assert all(line.startswith("[Gloo]") for line in lines), lines
+
+
+@pytest.mark.parametrize("to", ["2x2 to 1", "1 to 8"])
+def test_a_run_goes_on_on_other_devices(
+  arguments, alone, together, tmp_path, to
+):
+  run = tmp_path / "run"
+  shutil.copytree(together[0] if to == "2x2 to 1" else alone, run)
+  # As a run that was killed after its third step left it.
+  shutil.rmtree(run / "checkpoints" / str(STEPS))
+  shutil.rmtree(run / "adapter")
+  (run / "summary.json").unlink()
+  mesh = ()
+  if to == "1 to 8":
+    mesh = tuple(f"--config.mesh.{x}=2" for x in ("data", "tensor", "sequence"))
+  printed = _run(8, f"--output_dir={run}", *arguments, *mesh)
+  assert "Going on from the checkpoint of step 2." in printed[0]
+  # Each step has the loss of its own samples: none is lost or seen twice.
+  _same(run, alone)
