@@ -11,6 +11,7 @@ is read: what is wrong is said by the name it has there.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -378,6 +379,34 @@ def _open_folder(folder: pathlib.Path) -> _Tensors:
   return _Tensors([folder / _WEIGHTS])
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "is_matrix"))
+def _turn(
+  value: jax.Array, dtype: jnp.dtype, is_matrix: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns a tensor of a file as we have it, and where it is finite.
+
+  Args:
+    value: As the file has it.
+    dtype: That we have it in.
+    is_matrix: Whether the file has it transposed.
+
+  Returns:
+    The tensor, whether it was finite in the file, and whether it still is.
+  """
+  turned = (value.T if is_matrix else value).astype(dtype)
+  finite = jnp.isfinite(value).all()
+  if value.dtype == dtype:
+    return turned, finite, finite
+  return turned, finite, jnp.isfinite(turned).all()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(stack: jax.Array, tensor: jax.Array, index: int) -> jax.Array:
+  """Returns the bits of a stack with those of a tensor in their place."""
+  bits = jax.lax.bitcast_convert_type(tensor, stack.dtype)
+  return jax.lax.dynamic_update_index_in_dim(stack, bits, index, 0)
+
+
 def _fill(
   target: jax.ShapeDtypeStruct,
   path: _Path,
@@ -385,9 +414,29 @@ def _fill(
   tensors: _Tensors | gguf_file.GgufFile,
   source: pathlib.Path,
 ) -> jax.Array:
-  """Returns a parameter from the tensors of its layers, checked."""
+  """Returns a parameter from the tensors of its layers, checked.
+
+  One tensor at a time goes to the device, while the next is read.
+  """
+
+  def check(shown: str, value_finite: jax.Array, part_finite: jax.Array):
+    if part_finite:
+      return
+    reason = (
+      f"exceeds {target.dtype}: load it as bfloat16 or float32"
+      if value_finite
+      else "holds a NaN or an infinity: copy the model again"
+    )
+    raise ValueError(f"{source}: the tensor {shown} {reason}.")
+
   stacked = path[0] == "layers"
-  result = np.empty(target.shape, target.dtype)
+  wanted = target.shape[1:] if stacked else target.shape
+  # As bits: for an update of 16-bit floats a CPU makes all of it float32.
+  bits = jnp.dtype(f"uint{8 * target.dtype.itemsize}")
+  result = jnp.zeros((len(names), *wanted), bits)
+  if _is_matrix(path):
+    wanted = wanted[::-1]
+  before: tuple[Any, ...] | None = None
   for i, name in enumerate(names):
     shown = (
       tensors.name_in_file(name)
@@ -397,9 +446,6 @@ def _fill(
     if name not in tensors:
       raise ValueError(f"{source} lacks the tensor {shown}.")
     value = tensors[name]()
-    wanted = target.shape[1:] if stacked else target.shape
-    if _is_matrix(path):
-      wanted = wanted[::-1]
     if value.shape != wanted:
       raise ValueError(
         f"{source}: the tensor {shown} is {list(value.shape)}, the model's"
@@ -410,19 +456,17 @@ def _fill(
         f"{source}: the tensor {shown} is {value.dtype}; float32, bfloat16 and"
         " float16 can be read."
       )
-    if _is_matrix(path):
-      value = value.T
-    part = result[i] if stacked else result
-    with np.errstate(over="ignore"):
-      part[...] = value
-    if not np.isfinite(part).all():
-      reason = (
-        f"exceeds {target.dtype}: load it as bfloat16 or float32"
-        if np.isfinite(value).all()
-        else "holds a NaN or an infinity: copy the model again"
-      )
-      raise ValueError(f"{source}: the tensor {shown} {reason}.")
-  return jnp.asarray(result)
+    # Two steps: a CPU is slow where a transposition is part of an update.
+    tensor, *finite = _turn(value, target.dtype, _is_matrix(path))
+    result = _place(result, tensor, i)
+    # This waits for the device: a tensor later, so that both are at work.
+    if before is not None:
+      check(*before)
+    before = shown, *finite
+  if before is not None:
+    check(*before)
+  result = jax.lax.bitcast_convert_type(result, target.dtype)
+  return result if stacked else result.reshape(target.shape)
 
 
 def _flatten(state: nnx.State) -> dict[_Path, Any]:
