@@ -10,6 +10,17 @@ LongLoRA's S2, where PyTorch finds a GPU (`step_peers`), up to `--max_peer_len`.
 To train adapters alone: --config.lora.train_embeddings=False
 --config.lora.train_norms=False.
 
+--mesh lays the step out on several devices, and may be given more than once to
+compare; each copy of the model then has a micro batch of its own:
+
+    python -m experiments.benchmark_step --random_weights \
+      --config=configs/llama2_7b_8k_h200.py --mesh= --mesh=data=2 \
+      --mesh=fsdp=2 --peers= --output=step.json
+
+Beside the bytes that a device receives, read from the program, then stand those
+that the pattern asks for between pieces of a sequence, and those that ring
+attention would move.
+
 Contestants run one after another, by length, in the order of the table, each
 in a process of its own, so that its peak of memory is its own. Times are of
 single steps, after `--warmup` of them: median, least and most.
@@ -33,6 +44,7 @@ from absl import flags
 from experiments import cli, step_peers, step_timing
 from experiments.config import FinetuneConfig, from_config_dict, to_json
 from experiments.step_timing import Case
+from scca_jax import sharding
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -48,6 +60,12 @@ _RANDOM_WEIGHTS = flags.DEFINE_boolean(
 )
 _PATTERNS = flags.DEFINE_list(
   "patterns", None, "Patterns to time; by default that of the configuration."
+)
+_MESH = flags.DEFINE_multi_string(
+  "mesh",
+  None,
+  "Devices to lay the step out on, such as data=2,sequence=4; empty is one. By"
+  " default those of the configuration.",
 )
 _SEQ_LENS = flags.DEFINE_list(
   "seq_lens", None, "Lengths to time; by default that of the configuration."
@@ -67,7 +85,7 @@ _PLOT = flags.DEFINE_string(
   "plot", None, "Where to draw tokens a second against length, a .png."
 )
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 
 
 def _lengths(default: int) -> list[int]:
@@ -104,6 +122,7 @@ def _measure(case: Case, peer: str | None) -> dict[str, Any]:
     "pattern": step_peers.PATTERNS[peer] if peer else case.run.pattern.name,
     "seq_len": case.run.training.seq_len,
     "batch_size": case.run.training.batch_size,
+    "mesh": "" if peer else sharding.shown(case.run.mesh),
     "is_peer": peer is not None,
   }
   try:
@@ -132,10 +151,18 @@ def _add_rates(row: dict[str, Any], case: Case, matmul: float | None) -> None:
   row["tokens_per_second"] = 1e3 * num_tokens / row["median_ms"]
   row["model_tflops"] = 1e-9 * work["model"] / row["median_ms"]
   if matmul is not None:
-    roofline = 1e12 * matmul * num_tokens / work["with_remat"]
-    row["mfu"] = row["model_tflops"] / matmul
+    # That of all devices of the row.
+    rate = matmul * row.get("num_devices", 1)
+    roofline = 1e12 * rate * num_tokens / work["with_remat"]
+    row["mfu"] = row["model_tflops"] / rate
     row["roofline_tokens_per_second"] = roofline
     row["roofline_share"] = row["tokens_per_second"] / roofline
+
+
+def _name(row: dict[str, Any]) -> str:
+  return " ".join(
+    filter(None, (row["implementation"], row["pattern"], row["mesh"]))
+  )
 
 
 def _add_ratios(rows: list[dict[str, Any]]) -> None:
@@ -145,16 +172,15 @@ def _add_ratios(rows: list[dict[str, Any]]) -> None:
     if row["is_peer"]:
       continue
     row["ratios"] = {
-      f"{other['implementation']} {other['pattern']}": (
-        row["tokens_per_second"] / other["tokens_per_second"]
-      )
+      _name(other): (row["tokens_per_second"] / other["tokens_per_second"])
       for other in timed
       if other is not row
     }
     ratios = [f"{r:.2f}x {name}" for name, r in row["ratios"].items()]
     if ratios:
       print(
-        f"{row['seq_len']:>7,}  {row['pattern']}: {', '.join(ratios)}",
+        f"{row['seq_len']:>7,}  {row['pattern']} {row['mesh']}:"
+        f" {', '.join(ratios)}",
         flush=True,
       )
 
@@ -167,8 +193,7 @@ _COLUMNS = (
 
 
 def _print_row(row: dict[str, Any]) -> None:
-  name = f"{row['implementation']} {row['pattern']}"
-  start = f"{row['seq_len']:>7,}  {name:<27}"
+  start = f"{row['seq_len']:>7,}  {_name(row):<27}"
   if "skipped" in row:
     print(f"{start} left out: {row['skipped']}", flush=True)
     return
@@ -190,6 +215,22 @@ def _print_row(row: dict[str, Any]) -> None:
     f" {'-' if seconds is None else f'{seconds:.1f}':>9}",
     flush=True,
   )
+  moved = row.get("moved_bytes")
+  if moved:
+    of_kind = [f"{k} {v / _MIB:,.2f}" for k, v in moved["compiled"].items()]
+    print(
+      f"{'':>7}  MiB of floats that a device receives:"
+      f" {', '.join(of_kind) or 'none'}"
+      + "".join(
+        f"; {label} {moved[name] / _MIB:,.2f}"
+        for name, label in (
+          ("attention", "attention by the closed form"),
+          ("ring_attention", "ring attention"),
+        )
+        if name in moved
+      ),
+      flush=True,
+    )
 
 
 def _title(row: dict[str, Any], run: FinetuneConfig) -> str:
@@ -214,7 +255,7 @@ def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
   lines: dict[str, list[dict[str, Any]]] = {}
   for row in rows:
     if "median_ms" in row:
-      label = f"{row['implementation']} {row['pattern']}"
+      label = _name(row)
       lines.setdefault(label, []).append(row)
   figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
   for name, axis, unit, label in (
@@ -254,10 +295,13 @@ def main() -> None:
       "--warmup and --repeats must be at least 1, got"
       f" {_WARMUP.value} and {_REPEATS.value}."
     )
+  meshes = [run.mesh]
+  if _MESH.value is not None:
+    meshes = [sharding.MeshConfig.parse(text) for text in _MESH.value]
   cases = {
     seq_len: [
       step_timing.make_case(
-        run,
+        dataclasses.replace(run, mesh=mesh),
         pattern,
         seq_len,
         random_weights=_RANDOM_WEIGHTS.value,
@@ -265,6 +309,7 @@ def main() -> None:
         repeats=_REPEATS.value,
       )
       for pattern in _PATTERNS.value or [run.pattern.name]
+      for mesh in meshes
     ]
     for seq_len in _lengths(run.training.seq_len)
   }

@@ -98,6 +98,27 @@ def make_patterns(
   return schedule
 
 
+def check_mesh(
+  config: sharding.MeshConfig,
+  train: TrainingConfig,
+  model: LlamaConfig,
+  schedule: tuple[patterns.AttentionPattern, ...],
+) -> None:
+  """Checks that a run can be cut as a mesh says.
+
+  Raises:
+    ValueError: It cannot; the message says what can.
+  """
+  sharding.check(
+    config,
+    num_kv_heads=model.num_kv_heads,
+    batch_size=train.batch_size,
+    num_micro_batches=train.num_micro_batches,
+    seq_len=train.seq_len,
+    chunk_sizes={h.chunk_size for pattern in schedule for h in pattern.heads},
+  )
+
+
 def make_mesh(
   config: sharding.MeshConfig,
   train: TrainingConfig,
@@ -110,14 +131,7 @@ def make_mesh(
     ValueError: The run cannot be cut in that way, or there are not so many
       devices.
   """
-  sharding.check(
-    config,
-    num_kv_heads=model.num_kv_heads,
-    batch_size=train.batch_size,
-    num_micro_batches=train.num_micro_batches,
-    seq_len=train.seq_len,
-    chunk_sizes={h.chunk_size for pattern in schedule for h in pattern.heads},
-  )
+  check_mesh(config, train, model, schedule)
   return sharding.make_mesh(config)
 
 

@@ -8,6 +8,8 @@ config.json is enough.
       --gpu=v100-32gb --output=plan.json
     python -m experiments.plan_memory --config=configs/llama2_7b_8k.py \
       --gpu=v100-32gb --search=seq_len
+    python -m experiments.plan_memory --config=configs/llama2_7b_8k_h200.py \
+      --gpu=h200 --mesh=sequence=8 --config.training.seq_len=131072
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from absl import flags
 
 from experiments import cli, inputs
 from experiments.config import FinetuneConfig, from_config_dict
-from scca_jax import convert, deviceless, memory
+from scca_jax import convert, deviceless, memory, sharding
 from scca_jax.training import StepConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -39,6 +41,13 @@ _SEARCH = flags.DEFINE_enum(
   "Find the longest context (a multiple of 1,024), or the most sequences at"
   " once, that fit.",
 )
+_MESH = flags.DEFINE_string(
+  "mesh",
+  None,
+  "GPUs to lay the step out on, such as fsdp=2,sequence=4; overrides"
+  " config.mesh. Each copy of the model, along data and fsdp, has a micro batch"
+  " of its own.",
+)
 _FRACTION = flags.DEFINE_float(
   "memory_fraction",
   memory.DEFAULT_FRACTION,
@@ -50,23 +59,26 @@ _OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
 def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
   """Returns the plan of one micro batch at a time."""
   train = run.training
+  copies = run.mesh.data * run.mesh.fsdp
   run = dataclasses.replace(
     run,
     training=dataclasses.replace(
       train,
       seq_len=seq_len,
-      batch_size=batch_size * train.num_micro_batches,
+      batch_size=batch_size * train.num_micro_batches * copies,
     ),
   )
   train = run.training
   base = convert.load_config(inputs.model_path(run.model))
+  schedule = inputs.make_patterns(run.pattern, base, seq_len)
+  inputs.check_mesh(run.mesh, train, base, schedule)
   return memory.plan_step(
     _GPU.value,
     inputs.extended(base, run),
     lora_config=run.lora,
     optimizer=run.optimizer,
     step=StepConfig(
-      patterns=inputs.make_patterns(run.pattern, base, seq_len),
+      patterns=schedule,
       num_micro_batches=train.num_micro_batches,
       loss_chunk=train.loss_chunk,
       remat=train.remat,
@@ -78,6 +90,7 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
     param_dtype=train.param_dtype,
     batch_size=train.batch_size,
     seq_len=seq_len,
+    mesh_config=run.mesh,
     memory_fraction=_FRACTION.value,
   )
 
@@ -85,7 +98,8 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
 def _print(plan: memory.Plan) -> None:
   gib = 2**30
   print(
-    f"{plan.gpu}, {plan.batch_size} x {plan.seq_len:,} tokens: peak"
+    f"{plan.gpu}{f' on each of {plan.mesh}' if plan.mesh else ''},"
+    f" {plan.batch_size} x {plan.seq_len:,} tokens: peak"
     f" {plan.peak_bytes / gib:.2f} GiB of {plan.pool_bytes / gib:.2f} GiB that"
     f" jax may use ({plan.capacity_bytes / gib:.2f} GiB on the card):"
     f" {'fits' if plan.fits else 'does not fit'}",
@@ -103,6 +117,8 @@ def main() -> None:
   run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
   if _MODEL.value is not None:
     run = dataclasses.replace(run, model=_MODEL.value)
+  if _MESH.value is not None:
+    run = dataclasses.replace(run, mesh=sharding.MeshConfig.parse(_MESH.value))
   train = run.training
   micro_batch = train.batch_size // train.num_micro_batches
 

@@ -20,10 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from experiments import inputs
+from experiments import inputs, loop
 from experiments.config import FinetuneConfig, PatternConfig
-from scca_jax import convert, lora, patterns, training
+from scca_jax import convert, lora, patterns, sharding, traffic, training
+from scca_jax.backends import parallel
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.training import StepConfig, TrainState
@@ -67,6 +69,16 @@ class Case:
       self.run.pattern, self.base, self.run.training.seq_len
     )
 
+  def make_mesh(self) -> Mesh | None:
+    """Returns the devices of the step, or None for one.
+
+    Raises:
+      ValueError: The step cannot be cut in that way, or there are not so many.
+    """
+    return inputs.make_mesh(
+      self.run.mesh, self.run.training, self.base, self.schedule
+    )
+
   def tokens(self) -> np.ndarray:
     """Returns the tokens of the step, drawn once, `[batch, seq]`."""
     train = self.run.training
@@ -84,9 +96,10 @@ def make_case(
   warmup: int,
   repeats: int,
 ) -> Case:
-  """Returns the case of a pattern at a length, one micro batch a step.
+  """Returns the case of a pattern at a length.
 
-  The pattern of the configuration keeps its settings; others have its
+  Each copy of the model, along `data` and `fsdp`, has one micro batch. The
+  pattern of the configuration keeps its settings; others have its
   `chunk_size`, if they have chunks.
 
   Raises:
@@ -107,7 +120,9 @@ def make_case(
       training=dataclasses.replace(
         train,
         seq_len=seq_len,
-        batch_size=train.batch_size // train.num_micro_batches,
+        batch_size=train.batch_size
+        // train.num_micro_batches
+        * (run.mesh.data * run.mesh.fsdp),
         num_micro_batches=1,
       ),
     ),
@@ -116,6 +131,7 @@ def make_case(
     repeats=repeats,
   )
   _ = case.model, case.schedule
+  inputs.check_mesh(run.mesh, case.run.training, case.base, case.schedule)
   return case
 
 
@@ -205,22 +221,33 @@ def prepare(case: Case) -> Prepared:
     "param_dtype": jnp.dtype(train.param_dtype),
   }
   optimizer = training.make_optimizer(run.optimizer, train.steps)
+  mesh = case.make_mesh()
   if case.random_weights:
 
     def make() -> Llama:
       return Llama(case.model, rngs=nnx.Rngs(train.seed), **settings)
 
     # Under jit they are drawn on the device, each in its own dtype.
-    graphdef = nnx.split(nnx.eval_shape(make), trainable, ...)[0]
-    params, frozen = jax.jit(lambda: nnx.split(make(), trainable, ...)[1:])()
+    graphdef, *shapes = nnx.split(nnx.eval_shape(make), trainable, ...)
+    layout = None
+    if mesh is not None:
+      layout = sharding.shardings(tuple(shapes), mesh)
+    params, frozen = jax.jit(
+      lambda: tuple(nnx.split(make(), trainable, ...)[1:]),
+      out_shardings=layout,
+    )()
   else:
-    model = convert.load_model(
-      inputs.model_path(run.model),
-      config=case.model,
-      rngs=nnx.Rngs(train.seed),
-      **settings,
+    model = loop.load(
+      lambda: convert.load_model(
+        inputs.model_path(run.model),
+        config=case.model,
+        rngs=nnx.Rngs(train.seed),
+        **settings,
+      ),
+      mesh,
     )
     graphdef, params, frozen = nnx.split(model, trainable, ...)
+  state = training.init_state(params, optimizer, train.dtype, mesh)
   step = training.compile_step(
     graphdef,
     optimizer,
@@ -232,19 +259,64 @@ def prepare(case: Case) -> Prepared:
       seed=train.seed,
       implementation=train.implementation,
       dtype=train.dtype,
+      mesh=mesh,
     ),
+    state,
+    frozen,
   )
   tokens = case.tokens()
   # As the peers shift the tokens: the last has no target.
   mask = np.ones(tokens.shape, np.float32)
   mask[:, -1] = 0
   batch = {
-    "tokens": jnp.asarray(tokens),
-    "targets": jnp.asarray(np.roll(tokens, -1, axis=1)),
-    "mask": jnp.asarray(mask),
+    "tokens": tokens,
+    "targets": np.roll(tokens, -1, axis=1),
+    "mask": mask,
   }
-  state = training.init_state(params, optimizer, train.dtype)
+  if mesh is None:
+    batch = jax.tree.map(jnp.asarray, batch)
+  batch = sharding.place_batch(batch, mesh, train.batch_size)
   return Prepared(step, state, frozen, batch)
+
+
+def moved_bytes(case: Case, compiled: Any) -> dict[str, Any]:
+  """Returns what a device receives in a step, in bytes of floats.
+
+  Args:
+    case: What was compiled.
+    compiled: The step.
+
+  Returns:
+    `compiled`, by kind of collective, as read from the program; of what
+    attention moves between pieces of a sequence, `attention`, in closed form,
+    and `ring_attention`, the same for keys and values that go round all
+    devices. A layer goes forward once, once more where it is computed anew for
+    the backward pass, and back.
+  """
+  run, mesh = case.run, case.run.mesh
+  sizes = {
+    "seq_len": run.training.seq_len,
+    "num_pieces": mesh.sequence,
+    "num_kv_heads": case.base.num_kv_heads // mesh.tensor,
+    "head_dim": case.base.head_dim,
+    "itemsize": jnp.dtype(run.training.dtype).itemsize,
+    "batch": run.training.batch_size // (mesh.data * mesh.fsdp),
+  }
+  forward = 1 if run.training.remat == "none" else 2
+  result: dict[str, Any] = {
+    "compiled": {
+      kind: moved["floats"]
+      for kind, moved in traffic.moved_bytes(compiled).items()
+    }
+  }
+  if mesh.sequence > 1 and mesh.tensor == 1:
+    result["attention"] = (forward + 1) * sum(
+      parallel.bytes_received(pattern, **sizes) for pattern in case.schedule
+    )
+    result["ring_attention"] = (
+      (forward + 2) * len(case.schedule) * traffic.ring_bytes(**sizes)
+    )
+  return result
 
 
 def spread(seconds: list[float]) -> dict[str, Any]:
@@ -315,7 +387,11 @@ def measure(case: Case) -> dict[str, Any]:
     if i == 0:
       loss = check_loss(float(metrics["loss"]), "scca_jax")
   check_loss(float(metrics["loss"]), "scca_jax")
-  memory = jax.devices()[0].memory_stats() or {}
+  # All devices do the same: the most that one of them had.
+  num_devices = case.run.mesh.num_devices
+  stats = [d.memory_stats() or {} for d in jax.devices()[:num_devices]]
+  memory = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+  moved = moved_bytes(case, compiled) if num_devices > 1 else None
   del state, frozen, batch, metrics
   train = case.run.training
   num_pairs = train.batch_size * sum(
@@ -324,7 +400,9 @@ def measure(case: Case) -> dict[str, Any]:
   return spread(times) | {
     "first_loss": loss,
     "compile_seconds": compile_seconds,
-    "peak_bytes": memory.get("peak_bytes_in_use"),
+    "peak_bytes": max(memory, default=None),
+    "num_devices": num_devices,
+    "moved_bytes": moved,
     "compiled_peak_bytes": analysis.peak_memory_in_bytes,
     "num_pairs": num_pairs,
     "device": jax.devices()[0].device_kind,

@@ -26,6 +26,7 @@ from jax.sharding import (
 from scca_jax.backends import target
 
 _SPECS = pathlib.Path(__file__).parent / "assets" / "gpu_specs"
+_GPUS_OF_HOST = 8
 GPUS = tuple(sorted(path.stem for path in _SPECS.glob("*.txtpb")))
 _MISSING = "pip install 'scca_jax[plan]', and jax-cuda12-pjrt as jax itself"
 
@@ -84,18 +85,49 @@ def _cuda_folder() -> pathlib.Path:
   raise ValueError(f"there is no ptxas to compile for a GPU with: {_MISSING}.")
 
 
+def devices(gpu: str, number: int = 1) -> list[Any]:
+  """Returns described GPUs, eight to a host.
+
+  Args:
+    gpu: One of `GPUS`.
+    number: How many; above 8 a multiple of it.
+
+  Raises:
+    ValueError: The GPU is unknown, the compiler is not installed, or the last
+      host would not be full.
+  """
+  hosts, rest = divmod(number, _GPUS_OF_HOST)
+  if hosts and rest:
+    raise ValueError(
+      f"{number} GPUs are no whole hosts of {_GPUS_OF_HOST}: take up to"
+      f" {_GPUS_OF_HOST}, or a multiple."
+    )
+  shape = f"1x{hosts or 1}x{_GPUS_OF_HOST if hosts else number}"
+  _cuda_folder()
+  try:
+    topology = topologies.get_topology_desc(
+      "", platform="cuda", target_config=_spec(gpu), topology=shape
+    )
+  except RuntimeError as error:
+    raise ValueError(
+      f"this jax cannot compile for a GPU: {_MISSING} ({error})."
+    ) from error
+  return list(topology.devices)
+
+
 def compile_for(
   gpu: str,
   function: Callable[..., Any],
   *args: Any,
   donate_argnums: Sequence[int] = (),
 ) -> Any:
-  """Returns what a function compiles to for one GPU of a kind.
+  """Returns what a function compiles to for one GPU of a kind, or several.
 
   Args:
     gpu: One of `GPUS`.
     function: To be compiled.
-    *args: Its arguments, pytrees of anything with a shape and a dtype.
+    *args: Its arguments, pytrees of anything with a shape and a dtype. With a
+      sharding too they lie on several of `devices`.
     donate_argnums: See `jax.jit`.
 
   Returns:
@@ -110,19 +142,13 @@ def compile_for(
   os.environ["CUDA_ROOT"] = str(folder)
   if str(folder) not in os.environ["PATH"]:
     os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-  try:
-    topology = topologies.get_topology_desc(
-      "", platform="cuda", target_config=_spec(gpu), topology="1x1x1"
+  leaves = jax.tree.leaves(args)
+  if all(getattr(leaf, "sharding", None) is None for leaf in leaves):
+    mesh = Mesh(np.array(devices(gpu)), ("device",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
     )
-  except RuntimeError as error:
-    raise ValueError(
-      f"this jax cannot compile for a GPU: {_MISSING} ({error})."
-    ) from error
-  mesh = Mesh(np.array(topology.devices), ("device",))
-  sharding = NamedSharding(mesh, PartitionSpec())
-  specs = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
-  )
   described = AbstractMesh(
     (),
     (),
@@ -133,7 +159,7 @@ def compile_for(
   with target.compile_for(device), jax.sharding.use_abstract_mesh(described):
     lowered = (
       jax.jit(function, donate_argnums=donate_argnums)
-      .trace(*specs)
+      .trace(*args)
       .lower(lowering_platforms=("cuda",))
     )
   return lowered.compile({"xla_gpu_cuda_data_dir": str(folder)})

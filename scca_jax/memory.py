@@ -8,6 +8,7 @@ of the card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from scca_jax import deviceless, lora, training
+from scca_jax import deviceless, lora, sharding, training
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import LoraConfig
+from scca_jax.sharding import MeshConfig
 from scca_jax.training import OptimizerConfig, StepConfig
 
 # Share of the card that jax takes by default.
@@ -32,7 +34,8 @@ class Plan:
     gpu: Name of the described GPU.
     seq_len: Tokens of a sequence.
     batch_size: Sequences of the step.
-    peak_bytes: Most that is allocated at once.
+    mesh: How the step is laid out, such as "sequence=8"; empty is one GPU.
+    peak_bytes: Most that is allocated at once, on each GPU.
     capacity_bytes: Memory of the card.
     pool_bytes: What jax may use of it.
     parts: What `peak_bytes` is made of, in bytes, by name. `residuals` are the
@@ -43,6 +46,7 @@ class Plan:
   gpu: str
   seq_len: int
   batch_size: int
+  mesh: str = ""
   peak_bytes: int
   capacity_bytes: int
   pool_bytes: int
@@ -55,7 +59,23 @@ class Plan:
 
 
 def _size(tree: Any) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  """Returns the bytes of a tree, or of the part that each device has of it."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
+    * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _laid_out(tree: Any, layout: Any) -> Any:
+  """Returns the shapes of a tree with their shardings."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding
+    ),
+    tree,
+    layout,
+  )
 
 
 def plan_step(
@@ -68,6 +88,7 @@ def plan_step(
   param_dtype: str,
   batch_size: int,
   seq_len: int,
+  mesh_config: MeshConfig | None = None,
   memory_fraction: float = DEFAULT_FRACTION,
 ) -> Plan:
   """Returns the memory that a training step takes on a GPU.
@@ -81,6 +102,7 @@ def plan_step(
     param_dtype: Dtype that frozen weights are held in.
     batch_size: Sequences.
     seq_len: Tokens of each.
+    mesh_config: Number of GPUs along each axis; None is one.
     memory_fraction: Share of the card that jax may use.
 
   Raises:
@@ -119,6 +141,23 @@ def plan_step(
       ("mask", jnp.float32),
     )
   }
+  mesh = None
+  if mesh_config is not None and mesh_config.num_devices > 1:
+    mesh = sharding.make_mesh(
+      mesh_config, deviceless.devices(gpu, mesh_config.num_devices)
+    )
+  if mesh is not None:
+    step = dataclasses.replace(step, mesh=mesh)
+    state, frozen = _laid_out(
+      (state, frozen), sharding.shardings((state, frozen), mesh)
+    )
+    params = state.params
+    batch = {
+      name: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)
+      )
+      for name, x in batch.items()
+    }
   compiled = deviceless.compile_for(
     gpu,
     functools.partial(
@@ -147,6 +186,9 @@ def plan_step(
     * config.hidden_size
     * jnp.dtype(step.dtype).itemsize
   )
+  if mesh_config is not None:
+    # They lie along every axis but this one.
+    layer_inputs //= mesh_config.num_devices // mesh_config.tensor
   parts = {
     "weights": _size(frozen),
     "trainable": _size(params),
@@ -160,6 +202,7 @@ def plan_step(
     gpu=gpu,
     seq_len=seq_len,
     batch_size=batch_size,
+    mesh="" if mesh_config is None else sharding.shown(mesh_config),
     peak_bytes=peak,
     capacity_bytes=capacity,
     pool_bytes=int(memory_fraction * capacity),

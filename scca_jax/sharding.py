@@ -124,7 +124,7 @@ def make_mesh(
     # The axis that is largest is the one to change.
     most = max(1, there // (wanted // config.sizes[axis]))
     raise ValueError(
-      f"the mesh {_shown(config)} takes {wanted} devices, and"
+      f"the mesh {shown(config)} takes {wanted} devices, and"
       f" {'all ' if num_processes > 1 else ''}{there} are here: the nearest"
       f" that fits is mesh.{axis}={most}."
     )
@@ -138,7 +138,8 @@ def make_mesh(
   )
 
 
-def _shown(config: MeshConfig) -> str:
+def shown(config: MeshConfig) -> str:
+  """Returns a mesh as `MeshConfig.parse` reads it; empty is one device."""
   return ",".join(f"{axis}={n}" for axis, n in config.sizes.items() if n > 1)
 
 

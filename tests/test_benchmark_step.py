@@ -127,6 +127,35 @@ def test_other_patterns_have_the_chunks_of_the_configuration():
   assert case("dense").tokens().shape == (2, 128)
 
 
+def test_a_mesh_is_timed_beside_one_device(
+  run_command, capsys, small, tmp_path
+):
+  output = tmp_path / "step.json"
+  assert not run_command(
+    "benchmark_step",
+    *small,
+    "--config.training.implementation=reference",
+    "--mesh=",
+    "--mesh=fsdp=2,sequence=2",
+    f"--output={output}",
+  )
+  one, four = json.loads(output.read_text())["rows"]
+  assert (one["mesh"], four["mesh"]) == ("", "fsdp=2,sequence=2")
+  assert (one["num_devices"], four["num_devices"]) == (1, 4)
+  # Both copies of the model have a batch, all their own.
+  assert (one["batch_size"], four["batch_size"]) == (2, 4)
+  assert one["moved_bytes"] is None
+  # Two layers, forward, anew and back; two sequences, one key head that two
+  # shifted heads share, eight tokens.
+  moved = four["moved_bytes"]
+  assert moved["attention"] == 2 * 3 * 2 * (1 * 8 * 2 * 8) * 4
+  assert moved["compiled"]["collective-permute"] == moved["attention"]
+  assert moved["compiled"]["all-gather"] > 0
+  # Two key heads, a piece of 32 tokens.
+  assert moved["ring_attention"] == 2 * 4 * 2 * (2 * 32 * 2 * 8) * 4
+  assert "ring attention" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
   ("flag", "said"),
   [
@@ -136,6 +165,9 @@ def test_other_patterns_have_the_chunks_of_the_configuration():
     ("--peers=hf", "hf_sdpa"),
     ("--repeats=0", "repeats"),
     ("--model=nowhere", "nowhere"),
+    ("--mesh=rows=2", "rows"),
+    ("--mesh=sequence=8", "sequence=4"),
+    ("--mesh=data=16", "data=8"),
     ("--config.training.remat=all", "'all'"),
     ("--config.training.implementation=cuda", "cuda"),
     ("--norandom_weights", "model.safetensors"),

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "scca_jax"
 
 # Each module may import those in layers above it, never below.
 LAYERS = (
-  ("patterns", "assets", "files", "sharding"),
+  ("patterns", "assets", "files", "sharding", "traffic"),
   ("receptive_field", "backends", "backends.target", "backends.blocks"),
   ("deviceless",),
   ("backends.mosaic_launch",),

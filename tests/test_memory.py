@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from scca_jax import deviceless, lora, memory, patterns, training
+from scca_jax import deviceless, lora, memory, patterns, sharding, training
 from scca_jax.llama import LlamaConfig
 
 needs_compiler = pytest.mark.usefixtures("gpu_compiler")
@@ -23,7 +23,9 @@ LAYER = 256 * (256 + 128 + 128 + 256) + 3 * 256 * 512
 EMBEDDINGS = 2 * 512 * 256
 
 
-def _plan(remat="layer", seq_len=2048, mlp_chunk=None):
+def _plan(
+  remat="layer", seq_len=2048, mlp_chunk=None, batch_size=1, mesh_config=None
+):
   return memory.plan_step(
     "v100-16gb",
     CONFIG,
@@ -36,8 +38,9 @@ def _plan(remat="layer", seq_len=2048, mlp_chunk=None):
       dtype="float16",
     ),
     param_dtype="float16",
-    batch_size=1,
+    batch_size=batch_size,
     seq_len=seq_len,
+    mesh_config=mesh_config,
   )
 
 
@@ -55,6 +58,18 @@ def test_parts_are_those_that_arithmetic_gives():
   assert 2 * trained <= plan.parts["optimizer"] <= 2 * trained + 64
   assert plan.parts["residuals"] == 8 * 2048 * 256 * 2
   assert sum(plan.parts.values()) >= plan.peak_bytes
+
+
+@needs_compiler
+def test_a_mesh_has_a_part_on_each_gpu():
+  one = _plan(seq_len=4096)
+  mesh = sharding.MeshConfig(fsdp=2, sequence=2)
+  plan = _plan(seq_len=4096, batch_size=2, mesh_config=mesh)
+  assert plan.mesh == "fsdp=2,sequence=2"
+  assert plan.parts["weights"] == one.parts["weights"] // 2
+  # Two sequences over two copies and two pieces.
+  assert plan.parts["residuals"] == one.parts["residuals"] // 2
+  assert plan.peak_bytes < one.peak_bytes
 
 
 @needs_compiler
@@ -141,6 +156,7 @@ def test_the_papers_model_compiles_within_a_v100(
   [
     ("--gpu=b200", "b200"),
     ("--search=layers", "layers"),
+    ("--mesh=sequence=3", "mesh.sequence=2"),
     ("--memory_fraction=2", "2"),
     ("--config.training.remat=all", "'all'"),
     ("--model=nowhere", "nowhere"),

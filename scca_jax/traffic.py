@@ -1,0 +1,171 @@
+"""What a compiled step moves between devices, in bytes.
+
+The numbers are those that one device receives, read from the program that XLA
+made of the step: what it does in a loop counts as often as the loop turns. Of
+the common algorithms, an all-gather or all-to-all among `n` devices brings
+`(n - 1) / n` of its result, a reduce-scatter `n - 1` times its result, and an
+all-reduce twice `(n - 1) / n` of it.
+"""
+
+import math
+import re
+from typing import Any
+
+# Bytes of a number, by the names of XLA.
+_BYTES = {
+  "pred": 1,
+  "s4": 0.5,
+  "u4": 0.5,
+  "s8": 1,
+  "u8": 1,
+  "s16": 2,
+  "u16": 2,
+  "f16": 2,
+  "bf16": 2,
+  "s32": 4,
+  "u32": 4,
+  "f32": 4,
+  "s64": 8,
+  "u64": 8,
+  "f64": 8,
+}
+_FLOATS = ("f16", "bf16", "f32", "f64")
+KINDS = (
+  "collective-permute",
+  "all-to-all",
+  "all-gather",
+  "reduce-scatter",
+  "all-reduce",
+)
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(
+  r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<shape>.*?) (?P<name>[a-z\-]+)\("
+)
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_CALLED = re.compile(
+  r"(?:calls|to_apply|body|condition|true_computation|false_computation)"
+  r"=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# Devices by number, a grid of them, or axes of a mesh, whole or in part.
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_GRID = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_AXES = re.compile(r"replica_groups=\w+\[([^\]]*)\][^{]*\{([^}]*)\}")
+
+
+def _group_size(line: str) -> int:
+  """Returns how many devices exchange with each other."""
+  found = _GRID.search(line)
+  if found:
+    return int(found[1])
+  found = _LISTED.search(line)
+  if found:
+    return found[1].count(",") + 1
+  found = _AXES.search(line)
+  if not found:
+    raise ValueError(f"cannot read the devices of a collective: {line}")
+  sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+  names = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+  return math.prod(int(part or sizes[name]) for name, part in names)
+
+
+def _received(kind: str, line: str, shape: str) -> tuple[float, float]:
+  """Returns the bytes of a collective: floats, and all else."""
+  arrays = _ARRAY.findall(shape)
+  if "-start(" in line and kind != "all-reduce":
+    # Operands come before results, and numbers of XLA's own behind them.
+    arrays = [(dtype, dimensions) for dtype, dimensions in arrays if dimensions]
+    arrays = arrays[len(arrays) // 2 :]
+  n = 1 if kind == "collective-permute" else _group_size(line)
+  share = {
+    "collective-permute": 1.0,
+    "all-to-all": (n - 1) / n,
+    "all-gather": (n - 1) / n,
+    "reduce-scatter": n - 1.0,
+    "all-reduce": 2 * (n - 1) / n,
+  }[kind]
+  sizes = {True: 0.0, False: 0.0}
+  for dtype, dimensions in arrays:
+    numbers = math.prod(int(d) for d in dimensions.split(",") if d)
+    sizes[dtype in _FLOATS] += share * numbers * _BYTES.get(dtype, 0)
+  return sizes[True], sizes[False]
+
+
+def moved_bytes(compiled: Any) -> dict[str, dict[str, float]]:
+  """Returns what one device receives in one call of a compiled function.
+
+  Args:
+    compiled: A `jax.stages.Compiled`, or the text of its HLO.
+
+  Returns:
+    By kind of collective, of those that occur: `floats`, the bytes of
+    floating-point numbers, and `others`, those of all else.
+  """
+  text = compiled if isinstance(compiled, str) else compiled.as_text()
+  own: dict[str, list[tuple[str, float, float]]] = {}
+  calls: dict[str, list[tuple[str, int]]] = {}
+  entry = name = ""
+  for line in text.splitlines():
+    header = _COMPUTATION.match(line)
+    if header:
+      name = header[1]
+      own[name], calls[name] = [], []
+      if line.startswith("ENTRY"):
+        entry = name
+      continue
+    found = _INSTRUCTION.match(line)
+    if not found:
+      continue
+    kind = found["name"].removesuffix("-start")
+    if kind in KINDS and not found["name"].endswith("-done"):
+      own[name].append((kind, *_received(kind, line, found["shape"])))
+    if found["name"].endswith(("-done", "-update")):
+      continue  # Of what was started and counted before.
+    turns = _TURNS.search(line)
+    times = int(turns[1]) if turns and found["name"] == "while" else 1
+    called = _CALLED.findall(line)
+    branches = _BRANCHES.search(line)
+    if branches:
+      # Of branches one is taken; they hold no collectives of ours.
+      called += [b.strip().lstrip("%") for b in branches[1].split(",")]
+    calls[name] += [(c, times) for c in called]
+  totals: dict[str, dict[str, float]] = {}
+
+  def add(name: str, times: int) -> None:
+    for kind, floats, others in own.get(name, []):
+      total = totals.setdefault(kind, {"floats": 0.0, "others": 0.0})
+      total["floats"] += times * floats
+      total["others"] += times * others
+    for called, turns in calls.get(name, []):
+      add(called, times * turns)
+
+  add(entry, 1)
+  return totals
+
+
+def ring_bytes(
+  *,
+  seq_len: int,
+  num_pieces: int,
+  num_kv_heads: int,
+  head_dim: int,
+  itemsize: int,
+  batch: int = 1,
+) -> int:
+  """Returns what a device receives in ring attention (arXiv 2310.01889).
+
+  All keys and values but its own go round once, in one forward pass of one
+  layer. The backward pass moves twice as much: keys and values, and their
+  gradients.
+
+  Args:
+    seq_len: Tokens.
+    num_pieces: Devices that share a sequence.
+    num_kv_heads: Key heads on the device.
+    head_dim: Length of a head.
+    itemsize: Bytes of a number.
+    batch: Sequences on the device.
+  """
+  others = seq_len // num_pieces * (num_pieces - 1)
+  return 2 * batch * others * num_kv_heads * head_dim * itemsize
