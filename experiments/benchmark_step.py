@@ -1,4 +1,4 @@
-"""Measures a training step: tokens a second, utilisation and peak memory.
+r"""Measures a training step: tokens a second, utilisation and peak memory.
 
     python -m experiments.benchmark_step --random_weights \
       --config=configs/llama2_7b_8k_h200.py --patterns=scca_fixed,dense \
