@@ -201,7 +201,10 @@ def test_a_gguf_file_is_the_same_in_transformers(tmp_path, kind):
       }.items()
     }
   for name, shape in shapes.items():
-    value = rng.normal(size=shape).astype(np.float32)
+    drawn = rng.normal(size=shape).astype(np.float32)
+    # Matrices that keep the size of what they are given: where attention is
+    # sharp, rounding alone exceeds the tolerance.
+    value = drawn / shape[-1] ** 0.5 if len(shape) == 2 else 1 + 0.2 * drawn
     if kind is None or len(shape) == 1:
       writer.add_tensor(f"{name}.weight", value)
     else:
