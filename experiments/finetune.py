@@ -185,6 +185,7 @@ def main() -> None:
     optimizer_config=run.optimizer,
     config=train,
     output_dir=output_dir,
+    settings=to_json(run),
     mesh=mesh,
     evaluate=on_the_way,
     evaluate_every=run.evaluation.every,

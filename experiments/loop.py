@@ -36,10 +36,10 @@ _UNTIMED_STEPS = 2
 
 
 def open_output_dir(path: str, settings: dict[str, Any]) -> pathlib.Path:
-  """Returns the run's folder, with its settings in `config.json`.
+  """Returns the run's folder, if no other run is in it; writes nothing.
 
   Args:
-    path: The folder; made if it is not there.
+    path: The folder; it need not be there.
     settings: The run's settings, of JSON types.
 
   Raises:
@@ -67,8 +67,6 @@ def open_output_dir(path: str, settings: dict[str, Any]) -> pathlib.Path:
         f"{folder} holds a run with other settings ({', '.join(differing)}):"
         " name another --output_dir, or remove it."
       )
-  elif cluster.is_primary():
-    cli.write_json(file, settings)
   return folder
 
 
@@ -224,6 +222,7 @@ def fit(
   optimizer_config: training.OptimizerConfig,
   config: TrainingConfig,
   output_dir: pathlib.Path,
+  settings: dict[str, Any] | None = None,
   mesh: Mesh | None = None,
   evaluate: Callable[[Any], dict[str, Any]] | None = None,
   evaluate_every: int = 0,
@@ -241,6 +240,8 @@ def fit(
     optimizer_config: The optimiser.
     config: The loop.
     output_dir: Where checkpoints and metrics go.
+    settings: What goes to `config.json` there: only now, when all input has
+      been read, so that bad input leaves no run behind.
     mesh: Devices that the run is laid out on; a checkpoint may be of a run on
       others.
     evaluate: Gives numbers for the log from a model.
@@ -250,6 +251,9 @@ def fit(
     ValueError: A checkpoint cannot be read, or training diverged.
     OSError: A checkpoint or the metrics cannot be written.
   """
+  file = output_dir / "config.json"
+  if settings is not None and cluster.is_primary() and not file.exists():
+    cli.write_json(file, settings)
   optimizer = training.make_optimizer(optimizer_config, config.steps)
   schedule = training.learning_rate_schedule(optimizer_config, config.steps)
   graphdef, params, frozen = nnx.split(model, trainable, ...)

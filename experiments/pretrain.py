@@ -155,6 +155,7 @@ def main() -> None:
     optimizer_config=run.optimizer,
     config=train,
     output_dir=output_dir,
+    settings=to_json(run),
     mesh=mesh,
     evaluate=None
     if test_tokens is None

@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from scca_jax import assets
 
@@ -32,16 +33,27 @@ def _command(name, *args):
   return [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
 
 
-def _environment():
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+  """A folder in which the runs find what an earlier one has compiled."""
+  folder = tmp_path_factory.mktemp("compiled")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+    yield folder
+
+
+def _environment(**changes):
   # One device, as a user has it: the claim is bitwise there.
-  return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | changes
 
 
-def _run(name, *args):
+def _run(name, *args, **changes):
   return subprocess.run(
     _command(name, *args),
     cwd=ROOT,
-    env=_environment(),
+    env=_environment(**changes),
     capture_output=True,
     text=True,
     timeout=300,
@@ -188,7 +200,13 @@ def test_a_killed_run_ends_as_if_undisturbed(finished, arguments, tmp_path):
     if metrics.exists():
       with metrics.open("a") as file:
         file.write('{"step": 99, "lo')
-  done = _run("finetune", f"--output_dir={output}", *arguments)
+  # Compiled anew, as on another day: to the same bits.
+  done = _run(
+    "finetune",
+    f"--output_dir={output}",
+    *arguments,
+    JAX_ENABLE_COMPILATION_CACHE="false",
+  )
   assert done.returncode == 0, done.stderr
   _same_end(finished[0], output)
 
@@ -255,6 +273,7 @@ def test_a_full_disk_keeps_earlier_checkpoints(finished, arguments, tmp_path):
   [
     (["--model={tmp}/none"], "none"),
     (["--data={tmp}/none.bin"], "none.bin"),
+    (["--model={tmp}/nan"], "norm.weight holds a NaN"),
     (["--data={tmp}/empty.bin"], "empty"),
     (["--data={tmp}/odd.bin"], "odd.bin"),
     (["--data={tmp}/beyond.bin"], "60000"),
@@ -273,8 +292,12 @@ def test_a_full_disk_keeps_earlier_checkpoints(finished, arguments, tmp_path):
   ],
 )
 def test_bad_input_is_one_line(
-  run_command, capsys, arguments, tmp_path, change, said
+  run_command, capsys, base, arguments, tmp_path, change, said
 ):
+  shutil.copytree(base, tmp_path / "nan")
+  tensors = load_file(base / "model.safetensors")
+  tensors["model.norm.weight"][3] = np.nan
+  save_file(tensors, tmp_path / "nan" / "model.safetensors")
   (tmp_path / "empty.bin").touch()
   (tmp_path / "odd.bin").write_bytes(b"\0" * 2001)
   ids = np.zeros(4000, np.uint16)
@@ -297,7 +320,8 @@ def test_bad_input_is_one_line(
   assert status == 2
   assert len(errors) == 1
   assert re.search(said, errors[0])
-  assert not (output / "adapter").exists()
+  # Nothing that the command, put right, would take for another run.
+  assert not (output / "config.json").exists()
 
 
 def test_a_run_with_other_settings_is_not_mixed_in(
