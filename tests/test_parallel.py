@@ -2,15 +2,17 @@
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import scca_jax
 from scca_jax import patterns, sharding
 from scca_jax.backends import parallel
-from scca_jax.patterns import AttentionPattern
+from scca_jax.patterns import AttentionPattern, HeadPattern
 
 SEQ = 64
 TOLERANCE = 2e-5
@@ -45,12 +47,24 @@ def _run(attend, inputs):
   return run(*inputs)
 
 
-def _check(pattern, mesh, *, kv_heads, seq_len=SEQ, segment_ids=None):
+def _check(
+  pattern,
+  mesh,
+  *,
+  kv_heads,
+  seq_len=SEQ,
+  segment_ids=None,
+  implementation="reference",
+):
   one = pattern if isinstance(pattern, AttentionPattern) else pattern[0]
   inputs = _inputs(one.num_heads, seq_len, kv_heads)
   got = _run(
     lambda *x: parallel.attention(
-      *x, pattern, mesh=mesh, segment_ids=segment_ids, implementation="xla"
+      *x,
+      pattern,
+      mesh=mesh,
+      segment_ids=segment_ids,
+      implementation=implementation,
     ),
     inputs,
   )
@@ -96,4 +110,93 @@ def test_pieces_together_are_the_sequence(boundary):
     _mesh(sequence=8),
     kv_heads=pattern.num_heads,
     segment_ids=_segments(SEQ) if boundary == "drop" else None,
+  )
+
+
+def test_each_device_runs_its_own_heads():
+  # Five query heads of a key head, whose patterns differ; two shards of them.
+  pattern = _named("local", num_heads=2)
+  _check(
+    pattern,
+    _mesh(tensor=2, sequence=2, data=2),
+    kv_heads=pattern.num_heads // 5,
+  )
+
+
+def test_the_implementation_for_one_device_serves_the_pieces():
+  pattern = patterns.mix(
+    patterns.scca_fixed(2, 8), patterns.scca_flow(4, 8, 8), patterns.sda(2, 2)
+  )
+  _check(
+    pattern,
+    _mesh(tensor=2, sequence=4),
+    kv_heads=4,
+    segment_ids=_segments(SEQ),
+    implementation="xla",
+  )
+
+
+@pytest.mark.parametrize("seq_len", [1, 37, 70])
+def test_lengths_need_not_fit(seq_len):
+  pattern = patterns.mix(
+    patterns.scca_fixed(2, 8), patterns.scca_flow(2, 8, 9), patterns.dense(2)
+  )
+  _check(pattern, _mesh(sequence=8), kv_heads=3, seq_len=seq_len)
+
+
+def test_patterns_are_mixed_by_their_log_sum_exp():
+  mixture = (
+    patterns.dilated(4, 8, 2),
+    patterns.dilated(4, 32, 4),
+    patterns.scca_fixed(4, 16),
+  )
+  _check(mixture, _mesh(fsdp=2, sequence=4), kv_heads=2)
+
+
+def test_keys_that_wrap_round_are_exchanged_whole():
+  pattern = patterns.mix(
+    patterns.scca_fixed(2, 16, causality="slot"),
+    patterns.s2(2, 16, causality="slot"),
+  )
+  _check(pattern, _mesh(sequence=4), kv_heads=2)
+  inputs = _inputs(4, 63, 4)
+  with pytest.raises(NotImplementedError, match="63 tokens"):
+    parallel.attention(*inputs[:3], pattern, mesh=_mesh(sequence=4))
+
+
+def _heads():
+  return st.builds(
+    lambda chunk_size, offset, shift, dilation, window, select: HeadPattern(
+      chunk_size=chunk_size,
+      offset=offset if chunk_size else 0,
+      shift=shift,
+      dilation=dilation,
+      window=window,
+      select=None if select is None else select % dilation,
+    ),
+    st.none() | st.sampled_from([2, 4, 8, 16]),
+    st.sampled_from([0, 0, 3, 8]),
+    st.integers(0, 40),
+    st.integers(1, 4),
+    st.none() | st.integers(1, 12),
+    st.none() | st.integers(0, 3),
+  )
+
+
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
+@hypothesis.given(
+  heads=st.lists(_heads(), min_size=6, max_size=6),
+  boundary=st.sampled_from(["drop", "local"]),
+  seq_len=st.integers(20, 64),
+  segmented=st.booleans(),
+)
+def test_drawn_patterns_are_the_same_in_pieces(
+  heads, boundary, seq_len, segmented
+):
+  _check(
+    AttentionPattern(tuple(heads), boundary),
+    _mesh(sequence=4),
+    kv_heads=2,
+    seq_len=seq_len,
+    segment_ids=_segments(seq_len) if segmented else None,
   )
