@@ -145,6 +145,8 @@ def main() -> None:
     _print(plan)
   for name, size in plan.parts.items():
     print(f"  {name:<10} {size / 2**30:>7.2f} GiB")
+  for kind, size in plan.moved_bytes.items():
+    print(f"  receives   {size / 2**30:>7.2f} GiB of floats by {kind}")
   if _OUTPUT.value is not None:
     cli.write_json(
       _OUTPUT.value, dataclasses.asdict(plan) | {"fits": plan.fits}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from scca_jax import deviceless, lora, sharding, training
+from scca_jax import deviceless, lora, sharding, traffic, training
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.sharding import MeshConfig
@@ -38,6 +38,8 @@ class Plan:
     peak_bytes: Most that is allocated at once, on each GPU.
     capacity_bytes: Memory of the card.
     pool_bytes: What jax may use of it.
+    moved_bytes: Floats that a GPU receives from others, in bytes, by kind of
+      collective; see `traffic.moved_bytes`.
     parts: What `peak_bytes` is made of, in bytes, by name. `residuals` are the
       inputs of the layers where remat keeps them on the device; without remat
       they cannot be told from the workspace, which is the rest.
@@ -51,6 +53,7 @@ class Plan:
   capacity_bytes: int
   pool_bytes: int
   parts: dict[str, int]
+  moved_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def fits(self) -> bool:
@@ -207,6 +210,10 @@ def plan_step(
     capacity_bytes=capacity,
     pool_bytes=int(memory_fraction * capacity),
     parts=parts,
+    moved_bytes={
+      kind: moved["floats"]
+      for kind, moved in traffic.moved_bytes(compiled).items()
+    },
   )
 
 

@@ -150,6 +150,22 @@ def together(arguments, tmp_path_factory):
   return output, printed
 
 
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    (("--process_id=1",), "--distributed"),
+    (("--distributed", "--process_id=1"), "--coordinator_address"),
+  ],
+)
+def test_half_a_cluster_is_refused_in_one_line(
+  run_command, capsys, flags, said
+):
+  assert run_command("finetune", *flags) == 2
+  errors = capsys.readouterr().err.strip().splitlines()
+  assert len(errors) == 1
+  assert said in errors[0]
+
+
 def test_two_processes_train_as_one(alone, together):
   output, printed = together
   _same(output, alone)
