@@ -65,6 +65,7 @@ def test_what_is_wrong_is_not_timed(run_command, capsys, monkeypatch):
   assert "scca_fixed" not in printed.out
 
 
+@pytest.mark.slow
 def test_cases_choose_what_is_timed(run_command, capsys, tmp_path):
   output, plot = tmp_path / "benchmark.json", tmp_path / "benchmark.png"
   assert not run_command(
@@ -125,6 +126,7 @@ class Sizes:
   keys: BlockSizes = BlockSizes(1, 1)
 
 
+@pytest.mark.slow
 def test_tuning_writes_the_fastest_sizes(run_command, monkeypatch, tmp_path):
   def attend(query, key, value, pattern, *, sizes, **settings):
     if sizes.keys.rows == 3:

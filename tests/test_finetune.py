@@ -189,6 +189,7 @@ def _kill_once(command, *, when):
   process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_undisturbed(finished, arguments, tmp_path):
   output = tmp_path / "killed"
   command = _command("finetune", f"--output_dir={output}", *arguments)
@@ -211,6 +212,7 @@ def test_a_killed_run_ends_as_if_undisturbed(finished, arguments, tmp_path):
   _same_end(finished[0], output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_goes_on(finished, arguments, tmp_path, number):
   output = tmp_path / "stopped"
@@ -238,6 +240,7 @@ def test_a_stopped_run_saves_and_goes_on(finished, arguments, tmp_path, number):
   _same_end(finished[0], output)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_earlier_checkpoints(finished, arguments, tmp_path):
   output = tmp_path / "full"
   command = _command("finetune", f"--output_dir={output}", *arguments)
@@ -337,6 +340,7 @@ def test_a_run_with_other_settings_is_not_mixed_in(
   assert "training.seed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_missing_rope_scaling_is_warned_of(arguments, tmp_path):
   done = _run(
     "finetune",
