@@ -1,8 +1,11 @@
 """LLaMA2-7B from 4k to 32k on one V100: differs from llama2_7b_8k in length.
 
-Hardware, command and what was not run are as there, with this config. Expected:
-`python -m experiments.plan_memory --config=configs/llama2_7b_32k.py
---gpu=v100-32gb`; experiments/results/memory.
+Claim: the step of 32,768 tokens fits the same card. Hardware and command are as
+there, with this config and 18 GiB of the host's memory. Expected: the step
+compiles for that card to 17.4 GiB (`python -m experiments.plan_memory
+--config=configs/llama2_7b_32k.py --gpu=v100-32gb`); see
+experiments/results/llama2_7b. It was not run on a V100, nor with LLaMA2's
+weights.
 """
 
 from configs import llama2_7b_8k

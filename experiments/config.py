@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from scca_jax import data, evaluation, llama
+from scca_jax import data, evaluation, llama, quantize
 from scca_jax.lora import LoraConfig
 from scca_jax.sharding import MeshConfig
 from scca_jax.training import OptimizerConfig
@@ -109,10 +109,14 @@ class TrainingConfig:
     seed: Of initialisation, shuffling and dropout.
     dtype: Compute dtype, "float32", "bfloat16" or "float16".
     param_dtype: Dtype that frozen weights are held in.
+    quantize: How the frozen matrices of the layers are held: "int8" or "nf4";
+      None holds them in `param_dtype`.
     remat: What the backward pass has of each layer: "none", all activations;
       "layer", its input, from which it is computed anew; "attention", beside
       it what the attention kernels save; "offload", the inputs of attention
       and MLP, which wait in the host's memory.
+    offload_optimizer: Whether the optimiser's moments wait in the host's
+      memory between updates.
     mlp_chunk: Tokens of each sequence whose MLP is computed at once; None
       takes all.
     loss_chunk: Tokens of each sequence whose logits are held at once.
@@ -129,7 +133,9 @@ class TrainingConfig:
   seed: int = 0
   dtype: str = "float32"
   param_dtype: str = "float32"
+  quantize: str | None = None
   remat: str = "none"
+  offload_optimizer: bool = False
   mlp_chunk: int | None = None
   loss_chunk: int = 512
   log_every: int = 10
@@ -153,6 +159,7 @@ class TrainingConfig:
           f"training.{name} must be one of {', '.join(DTYPES)}, got"
           f" {getattr(self, name)!r}."
         )
+    quantize.check_method(self.quantize)
     if self.remat not in llama.REMAT:
       raise ValueError(
         f"training.remat must be one of {', '.join(llama.REMAT)}, got"

@@ -30,7 +30,6 @@ from scca_jax import (
   tokenizer,
 )
 from scca_jax.llama import LlamaConfig
-from scca_jax.training import StepConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -130,6 +129,7 @@ def main() -> None:
         lora=adapter,
         dtype=dtype,
         param_dtype=param_dtype,
+        quantize_by=train.quantize,
         rngs=nnx.Rngs(train.seed),
       )
 
@@ -171,17 +171,7 @@ def main() -> None:
     load(target_config, run.lora),
     trainable=trainable,
     batches=batches,
-    step_config=StepConfig(
-      patterns=schedule,
-      num_micro_batches=train.num_micro_batches,
-      loss_chunk=train.loss_chunk,
-      remat=train.remat,
-      mlp_chunk=train.mlp_chunk,
-      seed=train.seed,
-      implementation=train.implementation,
-      dtype=train.dtype,
-      mesh=mesh,
-    ),
+    step_config=inputs.step_config(train, schedule, mesh),
     optimizer_config=run.optimizer,
     config=train,
     output_dir=output_dir,

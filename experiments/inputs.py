@@ -20,6 +20,7 @@ from scca_jax import assets, data, evaluation, patterns, sharding
 from scca_jax.llama import LlamaConfig
 from scca_jax.rope import RopeScaling
 from scca_jax.tokenizer import Tokenizer
+from scca_jax.training import StepConfig
 
 # Read at once when a file is hashed, in bytes.
 _BLOCK = 1 << 20
@@ -109,6 +110,13 @@ def check_mesh(
   Raises:
     ValueError: It cannot; the message says what can.
   """
+  # What is quantised, or waits in the host's memory, is not cut.
+  for name in ("quantize", "offload_optimizer"):
+    if config.num_devices > 1 and getattr(train, name):
+      raise ValueError(
+        f"training.{name}={getattr(train, name)!r} is for one device, and the"
+        f" mesh has {config.num_devices}: leave out one of the two."
+      )
   sharding.check(
     config,
     num_kv_heads=model.num_kv_heads,
@@ -133,6 +141,32 @@ def make_mesh(
   """
   check_mesh(config, train, model, schedule)
   return sharding.make_mesh(config)
+
+
+def step_config(
+  train: TrainingConfig,
+  schedule: tuple[patterns.AttentionPattern, ...],
+  mesh: Mesh | None = None,
+) -> StepConfig:
+  """Returns what a training step does.
+
+  Args:
+    train: The settings of the loop.
+    schedule: The pattern of each layer.
+    mesh: Devices of the run.
+  """
+  return StepConfig(
+    patterns=schedule,
+    num_micro_batches=train.num_micro_batches,
+    loss_chunk=train.loss_chunk,
+    remat=train.remat,
+    mlp_chunk=train.mlp_chunk,
+    seed=train.seed,
+    implementation=train.implementation,
+    dtype=train.dtype,
+    mesh=mesh,
+    offload_optimizer=train.offload_optimizer,
+  )
 
 
 def model_path(name: str | None) -> pathlib.Path:

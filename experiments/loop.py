@@ -258,7 +258,13 @@ def fit(
   schedule = training.learning_rate_schedule(optimizer_config, config.steps)
   graphdef, params, frozen = nnx.split(model, trainable, ...)
   params, frozen = sharding.place((params, frozen), mesh)
-  state = training.init_state(params, optimizer, config.dtype, mesh)
+  state = training.init_state(
+    params,
+    optimizer,
+    config.dtype,
+    mesh,
+    offload_optimizer=config.offload_optimizer,
+  )
   checkpoints = checkpoint.Checkpointer(
     output_dir / "checkpoints", keep=config.keep_checkpoints
   )

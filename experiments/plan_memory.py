@@ -1,13 +1,14 @@
-"""Says how much GPU memory a fine-tuning step takes, without the GPU.
+"""Says how much GPU memory training takes, without the GPU.
 
-The step of the config is compiled for a described GPU; see `scca_jax.memory`.
-It needs the compiler: `pip install 'scca_jax[plan]'`. Weights are not read: a
-config.json is enough.
+The training step of the config (or its evaluation, or generation with its
+model) is compiled for a described GPU; see `scca_jax.memory`. It needs the
+compiler: `pip install 'scca_jax[plan]'`. Weights are not read: a config.json is
+enough.
 
     python -m experiments.plan_memory --config=configs/llama2_7b_8k.py \
       --gpu=v100-32gb --output=plan.json
     python -m experiments.plan_memory --config=configs/llama2_7b_8k.py \
-      --gpu=v100-32gb --search=seq_len
+      --gpu=v100-32gb --task=generate --search=seq_len
     python -m experiments.plan_memory --config=configs/llama2_7b_8k_h200.py \
       --gpu=h200 --mesh=sequence=8 --config.training.seq_len=131072
 """
@@ -20,7 +21,6 @@ from absl import flags
 from experiments import cli, inputs
 from experiments.config import FinetuneConfig, from_config_dict
 from scca_jax import convert, deviceless, memory, sharding
-from scca_jax.training import StepConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # Contexts that --search tries are multiples of it, in tokens.
@@ -33,6 +33,13 @@ _MODEL = flags.DEFINE_string(
 )
 _GPU = flags.DEFINE_enum(
   "gpu", "v100-32gb", deviceless.GPUS, "The GPU to compile for."
+)
+_TASK = flags.DEFINE_enum(
+  "task",
+  "train",
+  memory.TASKS,
+  "What to compile: the training step; perplexity or generation of the tuned"
+  " model, with dense attention.",
 )
 _SEARCH = flags.DEFINE_enum(
   "search",
@@ -57,7 +64,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
 
 
 def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
-  """Returns the plan of one micro batch at a time."""
+  """Returns the plan of a micro batch, of windows or of prompts."""
   train = run.training
   copies = run.mesh.data * run.mesh.fsdp
   run = dataclasses.replace(
@@ -70,39 +77,55 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
   )
   train = run.training
   base = convert.load_config(inputs.model_path(run.model))
-  schedule = inputs.make_patterns(run.pattern, base, seq_len)
-  inputs.check_mesh(run.mesh, train, base, schedule)
-  return memory.plan_step(
-    _GPU.value,
-    inputs.extended(base, run),
-    lora_config=run.lora,
-    optimizer=run.optimizer,
-    step=StepConfig(
-      patterns=schedule,
-      num_micro_batches=train.num_micro_batches,
-      loss_chunk=train.loss_chunk,
-      remat=train.remat,
-      mlp_chunk=train.mlp_chunk,
-      seed=train.seed,
-      implementation=train.implementation,
-      dtype=train.dtype,
-    ),
+  setup = memory.Setup(
+    gpu=_GPU.value,
+    config=inputs.extended(base, run),
+    lora=run.lora,
+    dtype=train.dtype,
     param_dtype=train.param_dtype,
-    batch_size=train.batch_size,
-    seq_len=seq_len,
-    mesh_config=run.mesh,
+    quantize=train.quantize,
+    implementation=train.implementation,
     memory_fraction=_FRACTION.value,
   )
+  if _TASK.value == "train":
+    schedule = inputs.make_patterns(run.pattern, base, seq_len)
+    inputs.check_mesh(run.mesh, train, base, schedule)
+    return memory.plan_step(
+      setup,
+      optimizer=run.optimizer,
+      step=inputs.step_config(train, schedule),
+      batch_size=train.batch_size,
+      seq_len=seq_len,
+      mesh_config=run.mesh,
+    )
+  if run.mesh.num_devices > 1:
+    raise ValueError(
+      f"--task={_TASK.value} is planned for one GPU: leave out --mesh and"
+      " config.mesh."
+    )
+  plan = {
+    "evaluate": memory.plan_evaluation,
+    "generate": memory.plan_generation,
+  }[_TASK.value]
+  return plan(setup, batch_size=batch_size, seq_len=seq_len)
 
 
 def _print(plan: memory.Plan) -> None:
-  gib = 2**30
+  peak, pool, capacity, host = (
+    f"{size / 2**30:.2f} GiB"
+    for size in (
+      plan.peak_bytes,
+      plan.pool_bytes,
+      plan.capacity_bytes,
+      plan.host_bytes,
+    )
+  )
+  each = f" on each of {plan.mesh}" if plan.mesh else ""
+  beside = f"; {host} of the host's memory" if plan.host_bytes else ""
   print(
-    f"{plan.gpu}{f' on each of {plan.mesh}' if plan.mesh else ''},"
-    f" {plan.batch_size} x {plan.seq_len:,} tokens: peak"
-    f" {plan.peak_bytes / gib:.2f} GiB of {plan.pool_bytes / gib:.2f} GiB that"
-    f" jax may use ({plan.capacity_bytes / gib:.2f} GiB on the card):"
-    f" {'fits' if plan.fits else 'does not fit'}",
+    f"{plan.gpu}{each}, {plan.task}, {plan.batch_size} x {plan.seq_len:,}"
+    f" tokens: peak {peak} of {pool} that jax may use ({capacity} on the card):"
+    f" {'fits' if plan.fits else 'does not fit'}{beside}",
     flush=True,
   )
 
@@ -120,18 +143,26 @@ def main() -> None:
   if _MESH.value is not None:
     run = dataclasses.replace(run, mesh=sharding.MeshConfig.parse(_MESH.value))
   train = run.training
-  micro_batch = train.batch_size // train.num_micro_batches
+  seq_len = train.seq_len
+  if _TASK.value == "train":
+    batch_size = train.batch_size // train.num_micro_batches
+  elif _TASK.value == "evaluate":
+    # As finetune measures its result.
+    seq_len = max(run.evaluation.context_lens or (seq_len,))
+    batch_size = max(1, run.evaluation.batch_tokens // seq_len)
+  else:
+    batch_size = 1
 
   def of_size(size: int) -> memory.Plan:
     if _SEARCH.value == "seq_len":
-      plan = _plan(run, micro_batch, size)
+      plan = _plan(run, batch_size, size)
     else:
-      plan = _plan(run, size, train.seq_len)
+      plan = _plan(run, size, seq_len)
     _print(plan)
     return plan
 
   if _SEARCH.value is None:
-    plan = _plan(run, micro_batch, train.seq_len)
+    plan = _plan(run, batch_size, seq_len)
     _print(plan)
   else:
     multiple = _SEARCH_MULTIPLE if _SEARCH.value == "seq_len" else 1

@@ -20,7 +20,6 @@ from experiments import cli, cluster, inputs, loop
 from experiments.config import PretrainConfig, from_config_dict, to_json
 from scca_jax import convert, data, dispatch, lora, sharding, tokenizer
 from scca_jax.llama import Llama, LlamaConfig
-from scca_jax.training import StepConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -61,6 +60,11 @@ def main() -> None:
   cluster.start()
   run = _read_settings()
   train, sizes = run.training, run.architecture
+  if train.quantize is not None:
+    raise ValueError(
+      f"training.quantize={train.quantize!r} holds weights that cannot be"
+      " trained, and pretraining trains all: leave it out."
+    )
   dispatch.check_implementation(train.implementation)
   words = tokenizer.load(run.data.tokenizer or "")
   model_config = LlamaConfig(
@@ -141,17 +145,7 @@ def main() -> None:
     model,
     trainable=lora.trainable(None),
     batches=batches,
-    step_config=StepConfig(
-      patterns=schedule,
-      num_micro_batches=train.num_micro_batches,
-      loss_chunk=train.loss_chunk,
-      remat=train.remat,
-      mlp_chunk=train.mlp_chunk,
-      seed=train.seed,
-      implementation=train.implementation,
-      dtype=train.dtype,
-      mesh=mesh,
-    ),
+    step_config=inputs.step_config(train, schedule, mesh),
     optimizer_config=run.optimizer,
     config=train,
     output_dir=output_dir,

@@ -30,6 +30,9 @@ _GPUS_OF_HOST = 8
 GPUS = tuple(sorted(path.stem for path in _SPECS.glob("*.txtpb")))
 _MISSING = "pip install 'scca_jax[plan]', and jax-cuda12-pjrt as jax itself"
 
+# The memory kind of the host's memory that a GPU reads directly.
+HOST = "pinned_host"
+
 
 def _spec(gpu: str) -> str:
   if gpu not in GPUS:
@@ -127,7 +130,8 @@ def compile_for(
     gpu: One of `GPUS`.
     function: To be compiled.
     *args: Its arguments, pytrees of anything with a shape and a dtype. With a
-      sharding too they lie on several of `devices`.
+      sharding too they lie on several of `devices`; those of one GPU lie in the
+      host's memory if their sharding is of the memory kind `HOST`.
     donate_argnums: See `jax.jit`.
 
   Returns:
@@ -142,13 +146,21 @@ def compile_for(
   os.environ["CUDA_ROOT"] = str(folder)
   if str(folder) not in os.environ["PATH"]:
     os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-  leaves = jax.tree.leaves(args)
-  if all(getattr(leaf, "sharding", None) is None for leaf in leaves):
+  shardings = [
+    getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)
+  ]
+  kinds = [sharding and sharding.memory_kind for sharding in shardings]
+  if all(s is None or s.memory_kind == HOST for s in shardings):
     mesh = Mesh(np.array(devices(gpu)), ("device",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    args = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
-    )
+    placed = [
+      jax.ShapeDtypeStruct(
+        leaf.shape,
+        leaf.dtype,
+        sharding=NamedSharding(mesh, PartitionSpec(), memory_kind=kind),
+      )
+      for leaf, kind in zip(jax.tree.leaves(args), kinds, strict=True)
+    ]
+    args = jax.tree.unflatten(jax.tree.structure(args), placed)
   described = AbstractMesh(
     (),
     (),

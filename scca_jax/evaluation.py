@@ -36,6 +36,8 @@ from scca_jax.patterns import AttentionPattern, dense
 PROTOCOLS = ("longlora", "strided", "document")
 # Tokens between windows: fixed in LongLoRA's evaluation, so in its protocol.
 LONGLORA_STRIDE = 256
+# Tokens of a window whose logits are held at once.
+LOSS_CHUNK = 512
 # Ids that are checked against the vocabulary at once.
 _BLOCK = 1 << 20
 
@@ -250,7 +252,7 @@ def _check_document_ends(document_ends: np.ndarray, num_tokens: int) -> None:
     "mesh",
   ),
 )
-def _token_losses(
+def token_losses(
   state: nnx.State,
   tokens: jax.Array,
   *,
@@ -447,7 +449,7 @@ def perplexity(
   document_ends: np.ndarray | None = None,
   bos_id: int | None = None,
   implementation: str | None = None,
-  loss_chunk: int = 512,
+  loss_chunk: int = LOSS_CHUNK,
   mesh: Mesh | None = None,
   on_windows: Callable[[int], object] | None = None,
 ) -> Perplexity:
@@ -509,7 +511,7 @@ def perplexity(
   for begin in range(0, len(windows), batch_size):
     part = windows[begin : begin + batch_size]
     losses = np.asarray(
-      _token_losses(
+      token_losses(
         state,
         _read(ids, part, context_len, bos, batch_size),
         graphdef=graphdef,

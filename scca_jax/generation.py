@@ -94,7 +94,7 @@ def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
   static_argnames=("graphdef", "patterns", "sampling", "implementation"),
   donate_argnames=("cache",),
 )
-def _step(
+def next_tokens(
   state: Any,
   tokens: jax.Array,
   cache: Cache,
@@ -194,7 +194,7 @@ def stream(
     inv_freq, _ = rope.frequencies(
       config.head_dim, config.rope_theta, config.rope_scaling, seq_len
     )
-    return _step(
+    return next_tokens(
       state,
       jnp.asarray(tokens),
       cache,

@@ -878,21 +878,24 @@ class Llama(nnx.Module):
       )
     return jax.random.split(rngs.dropout(), self.config.num_layers)
 
+  def _head(self) -> tuple[jax.Array, int]:
+    """Returns the output head, and its axis that is as wide as the states."""
+    if self.lm_head is None:
+      return self.embed_tokens.embedding[...], 1
+    return self.lm_head.kernel[...], 0
+
   def head(self, hidden: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """Returns the map from hidden states to logits, for `hidden` in parts.
+    """Returns `logits` for parts of `hidden`, for a training step.
 
     Its weights are brought to the dtype of the computation once, for a loop
-    over parts of the sequence, and not before the hidden states are there.
+    over parts of the sequence, and not before the hidden states are there: the
+    compiler would move that out of the loop over micro batches, and keep the
+    result while the layers run.
 
     Args:
       hidden: From `hidden_states`.
     """
-    if self.lm_head is None:
-      kernel, axis = self.embed_tokens.embedding[...], 1
-    else:
-      kernel, axis = self.lm_head.kernel[...], 0
-    # The compiler would move the cast out of the loop over micro batches, where
-    # its result is kept while the layers run.
+    kernel, axis = self._head()
     _, cast = jax.lax.optimization_barrier(
       jax.lax.stop_gradient((hidden, kernel))
     )
@@ -907,4 +910,6 @@ class Llama(nnx.Module):
     Args:
       hidden: From `hidden_states`, or a part of it: `[..., hidden]`.
     """
-    return self.head(hidden)(hidden)
+    kernel, axis = self._head()
+    cast = jax.lax.stop_gradient(kernel).astype(self.dtype)
+    return _project(axis, hidden.astype(self.dtype), kernel, cast)

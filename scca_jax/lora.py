@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from scca_jax import quantize
+
 TARGETS = (
   "q_proj",
   "k_proj",
@@ -91,7 +93,7 @@ class Linear(nnx.Module):
   """A linear map without bias, with a LoRA adapter if it has one.
 
   Attributes:
-    kernel: `[in, out]` in `param_dtype`.
+    kernel: `[in, out]` in `param_dtype`, or a quantised one.
     lora_a: `[in, rank]`, float32, or None.
     lora_b: `[rank, out]`, float32, 0 at first, or None.
   """
@@ -144,7 +146,7 @@ class Linear(nnx.Module):
       dropout_key: Randomness of the dropout; None drops nothing.
     """
     x = x.astype(self.dtype)
-    y = x @ self.kernel[...].astype(self.dtype)
+    y = x @ quantize.dequantized(self.kernel[...], self.dtype)
     if self.lora_a is None or self.lora_b is None:
       return y
     if self.dropout > 0 and dropout_key is not None:

@@ -1,22 +1,33 @@
-"""How much GPU memory a training step takes, without the GPU.
+"""How much GPU memory training, evaluation or generation takes, without a GPU.
 
-The very step is compiled for a described GPU (`deviceless`), and XLA's buffer
-assignment read. That leaves out the CUDA context, the workspace of libraries
-and what a fragmented pool loses. XLA may use what jax gives it: three quarters
-of the card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+The very function is compiled for a described GPU (`deviceless`), and XLA's
+buffer assignment read. That leaves out the CUDA context, the workspace of
+libraries and what a fragmented pool loses. XLA may use what jax gives it: three
+quarters of the card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
-from scca_jax import deviceless, lora, sharding, traffic, training
+from scca_jax import (
+  deviceless,
+  evaluation,
+  generation,
+  lora,
+  patterns,
+  quantize,
+  sharding,
+  traffic,
+  training,
+)
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.sharding import MeshConfig
@@ -24,27 +35,31 @@ from scca_jax.training import OptimizerConfig, StepConfig
 
 # Share of the card that jax takes by default.
 DEFAULT_FRACTION = 0.75
+TASKS = ("train", "evaluate", "generate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """The memory of one training step.
+  """The memory of one task.
 
   Attributes:
+    task: One of `TASKS`.
     gpu: Name of the described GPU.
-    seq_len: Tokens of a sequence.
-    batch_size: Sequences of the step.
-    mesh: How the step is laid out, such as "sequence=8"; empty is one GPU.
+    seq_len: Tokens of a sequence; of a prompt, in generation.
+    batch_size: Sequences of a step, or of a batch.
+    mesh: How a step is laid out, such as "sequence=8"; empty is one GPU.
     peak_bytes: Most that is allocated at once, on each GPU.
     capacity_bytes: Memory of the card.
     pool_bytes: What jax may use of it.
     moved_bytes: Floats that a GPU receives from others, in bytes, by kind of
       collective; see `traffic.moved_bytes`.
-    parts: What `peak_bytes` is made of, in bytes, by name. `residuals` are the
-      inputs of the layers where remat keeps them on the device; without remat
-      they cannot be told from the workspace, which is the rest.
+    host_bytes: What lies in the host's memory beside it.
+    parts: What `peak_bytes` is the sum of, in bytes, by name. `residuals` are
+      the inputs of the layers where remat keeps them on the device; without
+      remat they cannot be told from the workspace, which is the rest.
   """
 
+  task: str
   gpu: str
   seq_len: int
   batch_size: int
@@ -52,6 +67,7 @@ class Plan:
   peak_bytes: int
   capacity_bytes: int
   pool_bytes: int
+  host_bytes: int
   parts: dict[str, int]
   moved_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -61,11 +77,61 @@ class Plan:
     return self.peak_bytes <= self.pool_bytes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+  """What a plan is made for.
+
+  Attributes:
+    gpu: One of `deviceless.GPUS`.
+    config: Sizes of the model.
+    lora: Its adapters; None has none, and trains all parameters.
+    dtype: Dtype of the computation.
+    param_dtype: Dtype that frozen weights are held in.
+    quantize: See `quantize.quantize_model`.
+    implementation: Attention back end; None takes the best for the GPU.
+    memory_fraction: Share of the card that jax may use.
+  """
+
+  gpu: str
+  config: LlamaConfig
+  lora: LoraConfig | None = None
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  quantize: str | None = None
+  implementation: str | None = None
+  memory_fraction: float = DEFAULT_FRACTION
+
+  def __post_init__(self):
+    """Checks the range of the share, and the GPU's name."""
+    deviceless.capacity_bytes(self.gpu)
+    if not 0 < self.memory_fraction <= 1:
+      raise ValueError(
+        f"memory_fraction must lie in (0, 1], got {self.memory_fraction}."
+      )
+
+  def model(self) -> Llama:
+    """Returns the model, with shapes in place of arrays."""
+    return nnx.eval_shape(
+      lambda: quantize.quantize_model(
+        Llama(
+          self.config,
+          lora=self.lora,
+          dtype=jnp.dtype(self.dtype),
+          param_dtype=jnp.dtype(self.param_dtype),
+          rngs=nnx.Rngs(0),
+        ),
+        self.quantize,
+      )
+    )
+
+
 def _size(tree: Any) -> int:
   """Returns the bytes of a tree, or of the part that each device has of it."""
+  # In bits: two numbers of four bits share a byte.
   return sum(
     math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
-    * x.dtype.itemsize
+    * jax.dtypes.itemsize_bits(x.dtype)
+    // 8
     for x in jax.tree.leaves(tree)
   )
 
@@ -81,61 +147,124 @@ def _laid_out(tree: Any, layout: Any) -> Any:
   )
 
 
-def plan_step(
-  gpu: str,
-  config: LlamaConfig,
-  *,
-  lora_config: LoraConfig | None,
-  optimizer: OptimizerConfig,
-  step: StepConfig,
-  param_dtype: str,
-  batch_size: int,
-  seq_len: int,
-  mesh_config: MeshConfig | None = None,
-  memory_fraction: float = DEFAULT_FRACTION,
-) -> Plan:
-  """Returns the memory that a training step takes on a GPU.
+def device_bytes(compiled: Any) -> int:
+  """Returns the most memory that a compiled function allocates on its GPU.
+
+  On the GPU itself, `peak_bytes_in_use` of `Device.memory_stats` is what this
+  figure is to be compared with.
 
   Args:
-    gpu: One of `deviceless.GPUS`.
-    config: Sizes of the model.
-    lora_config: Its adapters; None trains all parameters.
-    optimizer: Its optimiser.
-    step: The step.
-    param_dtype: Dtype that frozen weights are held in.
-    batch_size: Sequences.
-    seq_len: Tokens of each.
-    mesh_config: Number of GPUs along each axis; None is one.
-    memory_fraction: Share of the card that jax may use.
-
-  Raises:
-    ValueError: The GPU is unknown, the compiler is not installed, or a size is
-      out of range.
+    compiled: A `jax.stages.Compiled`: of `deviceless.compile_for`, or, on the
+      GPU at hand, of `jax.jit(...).lower(...).compile()`.
   """
-  if not 0 < memory_fraction <= 1:
-    raise ValueError(
-      f"memory_fraction must lie in (0, 1], got {memory_fraction}."
-    )
+  # Not peak_memory_in_bytes: where the host's memory is used too, it counts
+  # whichever of the two temporary buffers is larger.
+  stats = compiled.memory_analysis()
+  return (
+    stats.argument_size_in_bytes
+    + stats.output_size_in_bytes
+    - stats.alias_size_in_bytes
+    + stats.temp_size_in_bytes
+    + stats.generated_code_size_in_bytes
+  )
+
+
+def _host_bytes(compiled: Any) -> int:
+  stats = compiled.memory_analysis()
+  return (
+    stats.host_argument_size_in_bytes
+    + stats.host_output_size_in_bytes
+    - stats.host_alias_size_in_bytes
+    + stats.host_temp_size_in_bytes
+  )
+
+
+def _make_plan(
+  setup: Setup,
+  compiled: Any,
+  *,
+  held: dict[str, int],
+  temporary: dict[str, int],
+  **settings: Any,
+) -> Plan:
+  """Returns a plan.
+
+  Args:
+    setup: What it is for.
+    compiled: What was compiled.
+    held: Bytes of what is there from start to end, by name.
+    temporary: Bytes of what comes and goes, in the order of importance; as much
+      of it is there at the peak as the peak leaves room for.
+    **settings: Other fields of the plan.
+  """
+  peak = device_bytes(compiled)
+  parts = dict(held)
+  for name, size in temporary.items():
+    parts[name] = max(0, min(size, peak - sum(parts.values())))
+  parts["workspace"] = peak - sum(parts.values())
+  capacity = deviceless.capacity_bytes(setup.gpu)
+  return Plan(
+    gpu=setup.gpu,
+    peak_bytes=peak,
+    capacity_bytes=capacity,
+    pool_bytes=int(setup.memory_fraction * capacity),
+    host_bytes=_host_bytes(compiled),
+    parts=parts,
+    **settings,
+  )
+
+
+def _check_sizes(batch_size: int, seq_len: int) -> None:
   if batch_size < 1 or seq_len < 1:
     raise ValueError(
       "batch_size and seq_len must be at least 1, got"
       f" {batch_size} and {seq_len}."
     )
-  capacity = deviceless.capacity_bytes(gpu)
-  model = nnx.eval_shape(
-    lambda: Llama(
-      config,
-      lora=lora_config,
-      dtype=jnp.dtype(step.dtype),
-      param_dtype=jnp.dtype(param_dtype),
-      rngs=nnx.Rngs(0),
-    )
+
+
+def plan_step(
+  setup: Setup,
+  *,
+  optimizer: OptimizerConfig,
+  step: StepConfig,
+  batch_size: int,
+  seq_len: int,
+  mesh_config: MeshConfig | None = None,
+) -> Plan:
+  """Returns the memory that a training step takes.
+
+  Args:
+    setup: Model and GPU; `step` says its dtype and implementation.
+    optimizer: Its optimiser.
+    step: The step.
+    batch_size: Sequences.
+    seq_len: Tokens of each.
+    mesh_config: Number of GPUs along each axis; None is one.
+
+  Raises:
+    ValueError: The compiler is not installed, or a size is out of range.
+  """
+  _check_sizes(batch_size, seq_len)
+  setup = dataclasses.replace(setup, dtype=step.dtype)
+  graphdef, params, frozen = nnx.split(
+    setup.model(), lora.trainable(setup.lora), ...
   )
-  graphdef, params, frozen = nnx.split(model, lora.trainable(lora_config), ...)
   rule = training.make_optimizer(optimizer, num_steps=1000)
   state = jax.eval_shape(
     lambda params: training.init_state(params, rule, step.dtype), params
   )
+  if step.offload_optimizer:
+    # eval_shape does not tell in which memory its results would be.
+    host = SingleDeviceSharding(jax.devices()[0], memory_kind=deviceless.HOST)
+    state = dataclasses.replace(
+      state,
+      optimizer=jax.tree.map(
+        lambda x: (
+          jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host) if x.ndim else x
+        ),
+        state.optimizer,
+      ),
+    )
   batch = {
     name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype)
     for name, dtype in (
@@ -147,7 +276,7 @@ def plan_step(
   mesh = None
   if mesh_config is not None and mesh_config.num_devices > 1:
     mesh = sharding.make_mesh(
-      mesh_config, deviceless.devices(gpu, mesh_config.num_devices)
+      mesh_config, deviceless.devices(setup.gpu, mesh_config.num_devices)
     )
   if mesh is not None:
     step = dataclasses.replace(step, mesh=mesh)
@@ -162,7 +291,7 @@ def plan_step(
       for name, x in batch.items()
     }
   compiled = deviceless.compile_for(
-    gpu,
+    setup.gpu,
     functools.partial(
       training.train_step, graphdef=graphdef, optimizer=rule, config=step
     ),
@@ -171,50 +300,156 @@ def plan_step(
     batch,
     donate_argnums=(0,),
   )
-  # Not peak_memory_in_bytes: where the host's memory is used too, it counts
-  # whichever of the two temporary buffers is larger.
-  stats = compiled.memory_analysis()
-  peak = (
-    stats.argument_size_in_bytes
-    + stats.output_size_in_bytes
-    - stats.alias_size_in_bytes
-    + stats.temp_size_in_bytes
-    + stats.generated_code_size_in_bytes
-  )
   of_micro_batch = batch_size // step.num_micro_batches
   layer_inputs = (
-    config.num_layers
+    setup.config.num_layers
     * of_micro_batch
     * seq_len
-    * config.hidden_size
+    * setup.config.hidden_size
     * jnp.dtype(step.dtype).itemsize
   )
   if mesh_config is not None:
     # They lie along every axis but this one.
     layer_inputs //= mesh_config.num_devices // mesh_config.tensor
-  parts = {
-    "weights": _size(frozen),
-    "trainable": _size(params),
-    "optimizer": _size(state.optimizer),
-    "gradients": _size(params),
-    "residuals": layer_inputs if step.remat == "layer" else 0,
-  }
-  # Gradients and residuals are not all there at the peak.
-  parts["workspace"] = max(0, peak - sum(parts.values()))
-  return Plan(
-    gpu=gpu,
+  return _make_plan(
+    setup,
+    compiled,
+    task="train",
     seq_len=seq_len,
     batch_size=batch_size,
     mesh="" if mesh_config is None else sharding.shown(mesh_config),
-    peak_bytes=peak,
-    capacity_bytes=capacity,
-    pool_bytes=int(memory_fraction * capacity),
-    parts=parts,
     moved_bytes={
       kind: moved["floats"]
       for kind, moved in traffic.moved_bytes(compiled).items()
     },
+    held={
+      "weights": _size(frozen),
+      "trainable": _size(params),
+      "optimizer": 0 if step.offload_optimizer else _size(state.optimizer),
+    },
+    temporary={
+      "gradients": _size(params),
+      "residuals": layer_inputs if step.remat in ("layer", "attention") else 0,
+    },
   )
+
+
+def _inference_plan(setup: Setup, model: Llama, compiled: Any, **settings):
+  weights = _size(nnx.state(model))
+  nothing = dict.fromkeys(("trainable", "optimizer"), 0)
+  return _make_plan(
+    setup,
+    compiled,
+    held={"weights": weights, **nothing},
+    temporary={"gradients": 0, "residuals": 0, **settings.pop("more", {})},
+    **settings,
+  )
+
+
+def plan_evaluation(
+  setup: Setup,
+  *,
+  batch_size: int,
+  seq_len: int,
+  loss_chunk: int = evaluation.LOSS_CHUNK,
+) -> Plan:
+  """Returns the memory that perplexity takes, with dense attention.
+
+  Args:
+    setup: Model and GPU.
+    batch_size: Windows at once.
+    seq_len: Tokens of each.
+    loss_chunk: See `evaluation.perplexity`.
+
+  Raises:
+    ValueError: The compiler is not installed, or a size is out of range.
+  """
+  _check_sizes(batch_size, seq_len)
+  model = setup.model()
+  graphdef, state = nnx.split(model)
+  compiled = deviceless.compile_for(
+    setup.gpu,
+    functools.partial(
+      evaluation.token_losses,
+      graphdef=graphdef,
+      patterns=patterns.dense(setup.config.num_heads),
+      implementation=setup.implementation,
+      loss_chunk=loss_chunk,
+      mesh=None,
+    ),
+    state,
+    jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32),
+  )
+  return _inference_plan(
+    setup,
+    model,
+    compiled,
+    task="evaluate",
+    seq_len=seq_len,
+    batch_size=batch_size,
+  )
+
+
+def plan_generation(setup: Setup, *, batch_size: int, seq_len: int) -> Plan:
+  """Returns the memory that reading prompts and the tokens after them takes.
+
+  It is that of the prompts or of one token, whichever takes more, with dense
+  attention and the likeliest token. `parts` has the `cache` too.
+
+  Args:
+    setup: Model and GPU.
+    batch_size: Prompts.
+    seq_len: Tokens of each, and of the cache.
+
+  Raises:
+    ValueError: The compiler is not installed, or a size is out of range.
+  """
+  _check_sizes(batch_size, seq_len)
+  model = setup.model()
+  graphdef, state = nnx.split(model)
+  cache = nnx.eval_shape(lambda: model.init_cache(batch_size, seq_len))
+  integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+
+  def plan(tokens: int, starts: Sequence[jax.ShapeDtypeStruct]) -> Plan:
+    def run(state, tokens, cache, last, inv_freq, step, *starts):
+      return generation.next_tokens(
+        state,
+        tokens,
+        cache,
+        last,
+        starts[0] if starts else None,
+        inv_freq,
+        step,
+        graphdef=graphdef,
+        patterns=patterns.dense(setup.config.num_heads),
+        sampling=generation.Sampling(),
+        implementation=setup.implementation,
+      )
+
+    compiled = deviceless.compile_for(
+      setup.gpu,
+      run,
+      state,
+      integers((batch_size, tokens)),
+      cache,
+      integers((batch_size,)),
+      jax.ShapeDtypeStruct((setup.config.head_dim // 2,), jnp.float32),
+      integers(()),
+      *starts,
+      donate_argnums=(2,),
+    )
+    return _inference_plan(
+      setup,
+      model,
+      compiled,
+      more={"cache": _size(cache)},
+      task="generate",
+      seq_len=seq_len,
+      batch_size=batch_size,
+    )
+
+  prompt, token = plan(seq_len, ()), plan(1, (integers((batch_size,)),))
+  return max(prompt, token, key=lambda of: of.peak_bytes)
 
 
 def search(

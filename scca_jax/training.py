@@ -220,6 +220,8 @@ class StepConfig:
     dtype: The model's compute dtype; "float16" scales the loss.
     mesh: Devices that state and batch lie on (`sharding`); None is one. Of a
       sequence in pieces, `loss_chunk` and `mlp_chunk` are of each piece.
+    offload_optimizer: Whether the optimiser's moments wait in the host's memory
+      between updates; see `init_state`.
   """
 
   patterns: AttentionPattern | tuple[AttentionPattern, ...]
@@ -231,6 +233,14 @@ class StepConfig:
   implementation: str | None = None
   dtype: str = "float32"
   mesh: Mesh | None = None
+  offload_optimizer: bool = False
+
+
+def _placed(tree: Any, space: Any) -> Any:
+  """Returns the tree with its arrays, not its scalars, in a memory space."""
+  return jax.tree.map(
+    lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, tree
+  )
 
 
 def init_state(
@@ -238,6 +248,8 @@ def init_state(
   optimizer: optax.GradientTransformation,
   dtype: str,
   mesh: Mesh | None = None,
+  *,
+  offload_optimizer: bool = False,
 ) -> TrainState:
   """Returns the state before the first step.
 
@@ -246,6 +258,8 @@ def init_state(
     optimizer: From `make_optimizer`.
     dtype: The model's compute dtype, "float32", "bfloat16" or "float16".
     mesh: Devices that the parameters lie on; the rest of the state goes there.
+    offload_optimizer: Whether the moments are put in the host's memory, for
+      `StepConfig.offload_optimizer`; without a mesh.
   """
 
   def rest(params):
@@ -260,7 +274,15 @@ def init_state(
     layout = sharding.shardings(jax.eval_shape(rest, params), mesh)
     make = jax.jit(rest, out_shardings=layout)
   step, of_optimizer, loss_scale = make(params)
-  return TrainState(step, params, of_optimizer, loss_scale)
+  state = TrainState(step, params, of_optimizer, loss_scale)
+  if not offload_optimizer:
+    return state
+  # All is put somewhere: a step gives back nothing else, and would compile
+  # again for a state that is not what it gave.
+  state = jax.device_put(state, jax.memory.Space.Device)
+  return dataclasses.replace(
+    state, optimizer=_placed(state.optimizer, jax.memory.Space.Host)
+  )
 
 
 def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
@@ -381,16 +403,20 @@ def train_step(
   grad_norm = _global_norm(grads)
   finite = jnp.isfinite(grad_norm)
 
-  updates, new_optimizer = optimizer.update(
-    grads, state.optimizer, state.params
-  )
+  of_optimizer = state.optimizer
+  if config.offload_optimizer:
+    of_optimizer = _placed(of_optimizer, jax.memory.Space.Device)
+  updates, new_optimizer = optimizer.update(grads, of_optimizer, state.params)
   new_params = optax.apply_updates(state.params, updates)
   keep = functools.partial(jnp.where, finite)
+  new_optimizer = jax.tree.map(keep, new_optimizer, of_optimizer)
+  if config.offload_optimizer:
+    new_optimizer = _placed(new_optimizer, jax.memory.Space.Host)
   loss_scale = state.loss_scale.update(finite, config.dtype == "float16")
   new_state = TrainState(
     state.step + 1,
     jax.tree.map(keep, new_params, state.params),
-    jax.tree.map(keep, new_optimizer, state.optimizer),
+    new_optimizer,
     loss_scale,
   )
   metrics = {

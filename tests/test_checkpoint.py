@@ -9,12 +9,12 @@ from flax import nnx
 from scca_jax import checkpoint, training
 
 
-def _state(seed, width=4):
+def _state(seed, width=4, **settings):
   params = nnx.State(
     {"kernel": nnx.Param(jax.random.normal(jax.random.key(seed), (3, width)))}
   )
   rule = training.make_optimizer(training.OptimizerConfig(), 10)
-  return training.init_state(params, rule, "float16")
+  return training.init_state(params, rule, "float16", **settings)
 
 
 def _equal(a, b):
@@ -42,6 +42,18 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path):
   assert _equal(again.restore(5, _state(0))[0], _state(5))
   assert not (tmp_path / "checkpoints" / "3").exists()
   again.close()
+
+
+def test_moments_come_back_to_the_memory_they_were_in(tmp_path):
+  saved = _open(tmp_path)
+  saved.save(3, _state(3, offload_optimizer=True), {})
+  state, _ = saved.restore(3, _state(0, offload_optimizer=True))
+  saved.close()
+  assert _equal(state, _state(3))
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.params)}
+  moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+  assert {x.sharding.memory_kind for x in moments} == {"pinned_host"}
+  assert "pinned_host" not in kinds
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path):

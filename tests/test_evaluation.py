@@ -281,7 +281,7 @@ def test_losses_are_float32_in_any_model_dtype():
   model.head = nnx.Param(model.head[...].astype(jnp.bfloat16))
   graphdef, state = nnx.split(model)
   losses = jax.eval_shape(
-    lambda state: evaluation._token_losses(
+    lambda state: evaluation.token_losses(
       state,
       jnp.zeros((2, CONTEXT), jnp.int32),
       graphdef=graphdef,

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from scca_jax import assets
+from experiments import loop
+from scca_jax import assets, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Small enough that a step is a few milliseconds.
@@ -87,7 +88,6 @@ def base(corpus):
     "--config.architecture.num_heads=4",
     "--config.architecture.num_kv_heads=2",
     "--config.training.seq_len=16",
-    "--config.training.batch_size=4",
     "--config.training.steps=6",
     "--config.training.dtype=float32",
     "--config.evaluation.num_windows=2",
@@ -351,3 +351,48 @@ def test_missing_rope_scaling_is_warned_of(arguments, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert "exceeds the pretrained length" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("dtype", "said"),
+  [("float16", "bfloat16 or float32"), ("float32", "lower the learning rate")],
+)
+def test_a_run_stops_after_many_overflows_in_a_row(dtype, said):
+  line = {"step": 70, "skipped_in_a_row": training.MAX_SKIPPED_IN_A_ROW - 1}
+  loop._check_finite(line, dtype)
+  line["skipped_in_a_row"] += 1
+  with pytest.raises(
+    ValueError, match=f"30 steps in a row, up to step 70.*{said}"
+  ):
+    loop._check_finite(line, dtype)
+
+
+@pytest.mark.slow
+def test_float16_ends_where_float32_does(run_command, tmp_path):
+  """The default run, shortened in steps, sequences and windows."""
+  ends = {}
+  for dtype in ("float32", "float16"):
+    folder = tmp_path / dtype
+    assert not run_command(
+      "finetune",
+      f"--output_dir={folder}",
+      f"--config.training.dtype={dtype}",
+      f"--config.training.param_dtype={dtype}",
+      "--config.training.steps=24",
+      "--config.training.seq_len=512",
+      "--config.evaluation.context_lens=(512,)",
+      "--config.evaluation.num_windows=4",
+    )
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    losses = [step["loss"] for step in steps if "loss" in step]
+    summary = json.loads((folder / "summary.json").read_text())
+    # It learns: the positions it had not seen get better.
+    assert np.mean(losses[-4:]) < losses[0] - 0.1
+    ends[dtype] = (
+      summary["final_loss"],
+      np.mean(losses[-8:]),
+      np.log(summary["perplexity"]["tuned"]["512"]),
+    )
+    assert steps[-1]["skipped_in_a_row"] == 0
+  np.testing.assert_allclose(ends["float16"], ends["float32"], rtol=0.01)

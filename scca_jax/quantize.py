@@ -1,0 +1,108 @@
+"""Frozen weights in eight or four bits, with qwix's arrays.
+
+Only the matrices of the layers are quantised. Each is brought back to a float
+dtype where it is used, one layer at a time; what is trained beside them
+(adapters, norms, embeddings) is float32 as without (QLoRA, arXiv 2305.14314).
+qwix is imported where something is quantised: nothing else needs it.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# "int8": whole numbers from -128 to 127, a scale for each output channel.
+# "nf4": 16 values whose spacing suits normally distributed weights, a scale
+# for each output channel and block of inputs. Scales are float32.
+METHODS = ("int8", "nf4")
+# Inputs that share a scale, as in QLoRA; fewer where they do not divide by it.
+NF4_BLOCK = 64
+
+
+def check_method(method: str | None) -> None:
+  """Checks the name of a method; None is float weights.
+
+  Raises:
+    ValueError: It is unknown.
+  """
+  if method is not None and method not in METHODS:
+    raise ValueError(
+      f"unknown quantisation {method!r}: use one of {', '.join(METHODS)} or"
+      " None."
+    )
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def quantized(kernel: jax.Array, method: str) -> Any:
+  """Returns stacked matrices as a `qwix.QArray`.
+
+  Args:
+    kernel: `[layers, in, out]`, any float dtype.
+    method: One of `METHODS`.
+  """
+  import qwix
+
+  settings: dict[str, Any]
+  if method == "int8":
+    settings = {"qtype": jnp.int8, "channelwise_axes": (1,)}
+  else:
+    block = math.gcd(kernel.shape[-2], NF4_BLOCK)
+    settings = {
+      "qtype": "nf4",
+      "channelwise_axes": (1,),
+      "tiled_axes": {0: block},
+    }
+  # One layer at a time: a float32 copy of all would be twice what is read.
+  return jax.lax.map(
+    lambda layer: qwix.quantize(layer.astype(jnp.float32), **settings), kernel
+  )
+
+
+def dequantized(kernel: Any, dtype: Any) -> jax.Array:
+  """Returns a matrix in a float dtype, whether it was quantised or not.
+
+  Args:
+    kernel: An array or a `qwix.QArray`, `[..., in, out]`.
+    dtype: The dtype wanted.
+  """
+  if method_of(kernel) is None:
+    return kernel.astype(dtype)
+  import qwix
+
+  return qwix.dequantize(kernel).astype(dtype)
+
+
+def method_of(kernel: Any) -> str | None:
+  """Returns the method that a matrix was quantised by, or None."""
+  qtype = getattr(kernel, "qtype", None)
+  return qtype if qtype in (None, "nf4") else "int8"
+
+
+def is_quantizable(path: tuple[Any, ...]) -> bool:
+  """Whether a parameter is a matrix of the layers, given its path of names."""
+  return path[0] == "layers" and path[-1] == "kernel"
+
+
+def quantize_model(model: Any, method: str | None) -> Any:
+  """Returns a `Llama` whose layers have quantised matrices.
+
+  Args:
+    model: With float weights; they must be frozen to be of use: a quantised
+      matrix has no gradient.
+    method: One of `METHODS`; None changes nothing.
+
+  Raises:
+    ValueError: The method is unknown.
+  """
+  check_method(method)
+  if method is None:
+    return model
+  graphdef, state = nnx.split(model)
+  flat = dict(nnx.to_flat_state(state))
+  for path, variable in flat.items():
+    if is_quantizable(path):
+      flat[path] = variable.replace(quantized(variable[...], method))
+  return nnx.merge(graphdef, nnx.from_flat_state(flat))
