@@ -13,6 +13,7 @@ is read: what is wrong is said by the name it has there.
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -26,7 +27,7 @@ import safetensors
 import safetensors.flax
 from flax import nnx, traverse_util
 
-from scca_jax import files, gguf_file
+from scca_jax import files, gguf_file, quantize
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import TARGETS, LoraConfig, init_lora_a
 from scca_jax.patterns import AttentionPattern, HeadPattern
@@ -51,6 +52,8 @@ _TOKENIZER_SETTINGS = (
   "generation_config.json",
 )
 
+# One of the matrices that are quantised if any are.
+_A_KERNEL = ("layers", "self_attn", "q_proj", "kernel")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 
@@ -510,6 +513,7 @@ def load_model(
   lora: LoraConfig | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = jnp.float32,
+  quantize_by: str | None = None,
   rngs: nnx.Rngs | None = None,
 ) -> Llama:
   """Returns the model of a folder or GGUF file, with new adapters if wanted.
@@ -525,6 +529,8 @@ def load_model(
     lora: New adapters: they change nothing yet.
     dtype: Dtype of the computation.
     param_dtype: Dtype that weights are held in.
+    quantize_by: How the layers' matrices are quantised as they are read, one of
+      `quantize.METHODS`; None leaves them as they are.
     rngs: Its stream `params` draws the adapters; None has seed 0.
 
   Raises:
@@ -532,6 +538,7 @@ def load_model(
     ValueError: A file is damaged or pickled, or a tensor is missing, unknown,
       of the wrong shape or not finite; the message names it.
   """
+  quantize.check_method(quantize_by)
   source = pathlib.Path(source)
   tensors: _Tensors | gguf_file.GgufFile
   if _is_gguf(source):
@@ -565,6 +572,8 @@ def load_model(
       arrays[path] = jnp.zeros(target.shape, target.dtype)
     else:
       arrays[path] = _fill(target, path, names[path], tensors, source)
+      if quantize_by is not None and quantize.is_quantizable(path):
+        arrays[path] = quantize.quantized(arrays[path], quantize_by)
   return _merge(graphdef, state, arrays)
 
 
@@ -584,6 +593,9 @@ def _file_tensors(
 
 
 def _file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
+  # safetensors writes memory as it lies: a numpy array that is turned would be
+  # written unturned.
+  part = jnp.asarray(part)
   tensor = (part.T if _is_matrix(path) else part).astype(dtype)
   if jnp.dtype(dtype) == jnp.float16 and not jnp.all(jnp.isfinite(tensor)):
     raise ValueError(
@@ -606,6 +618,8 @@ def _fused(
   part = array[layer] if path[0] == "layers" else array
   lora_a = arrays.get((*path[:-1], "lora_a"))
   lora_b = arrays.get((*path[:-1], "lora_b"))
+  if quantize.method_of(part) is not None:
+    part = quantize.dequantized(part, jnp.float32)
   if lora_a is None or lora_b is None:
     return part
   product = jnp.matmul(
@@ -684,7 +698,7 @@ def save_model(
       continue
     names = _file_names(path, num_layers)
     places |= {name: (path, i) for i, name in enumerate(names)}
-    size = array.size // len(names) * jnp.dtype(dtype).itemsize
+    size = math.prod(array.shape) // len(names) * jnp.dtype(dtype).itemsize
     sizes |= dict.fromkeys(names, size)
   order = sorted(places, key=lambda name: (places[name][1], name))
   shards = _shards({name: sizes[name] for name in order}, max_shard_bytes)
@@ -781,7 +795,8 @@ def save_adapter(
     raise ValueError("the model has no adapter to save.")
   tensors: dict[str, jax.Array] = {}
   saved_whole: list[str] = []
-  for path, array in _arrays(model).items():
+  arrays = _arrays(model)
+  for path, array in arrays.items():
     if not _is_adapter(path):
       if not _is_saved_whole(path, lora):
         continue
@@ -801,6 +816,8 @@ def save_adapter(
     _to_json(
       {
         "context_len": config.context_len,
+        # What the adapter makes up for.
+        "quantize": quantize.method_of(arrays[_A_KERNEL]),
         "rope_scaling": None
         if scaling is None
         else {"kind": scaling.kind, **_rope_to_json(scaling)},
@@ -992,6 +1009,8 @@ def load_adapter(
 ) -> Llama:
   """Returns a model with an adapter, its rope scaling and its context.
 
+  If the adapter was trained on quantised weights, it gets them.
+
   Args:
     base_folder: The model's folder.
     folder: The adapter's, from `save_adapter` or from PEFT.
@@ -1008,7 +1027,12 @@ def load_adapter(
   config = _adapted_config(folder, load_config(base_folder))
   tensors = _Tensors([folder / _ADAPTER_WEIGHTS])
   model = load_model(
-    base_folder, config=config, lora=lora, dtype=dtype, param_dtype=param_dtype
+    base_folder,
+    config=config,
+    lora=lora,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    quantize_by=(_own_config(folder) or {}).get("quantize"),
   )
   graphdef, state = nnx.split(model)
   arrays = _flatten(state)

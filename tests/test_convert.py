@@ -323,6 +323,20 @@ def test_ntk_is_written_as_another_base(tmp_path):
   assert written["rope_parameters"]["rope_type"] == "default"
 
 
+def test_arrays_of_numpy_are_written_like_others(folder, tmp_path):
+  model = _adapted(folder, LoraConfig(rank=2))
+  graphdef, state = nnx.split(model)
+  on_host = nnx.merge(graphdef, jax.tree.map(np.asarray, state))
+  for name, each in (("jax", model), ("numpy", on_host)):
+    convert.save_adapter(each, tmp_path / name, base_model=str(folder))
+    convert.save_model(each, tmp_path / name, dtype=jnp.float32)
+  for file in ("adapter_model.safetensors", "model.safetensors"):
+    expected, got = (load_file(tmp_path / n / file) for n in ("jax", "numpy"))
+    assert expected.keys() == got.keys()
+    for name, value in expected.items():
+      np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
 def _drop(folder, name):
   tensors = _tensors(False)
   del tensors[name]
