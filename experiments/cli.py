@@ -8,6 +8,7 @@ cache folder ($XDG_CACHE_HOME, ~/.cache); JAX_COMPILATION_CACHE_DIR names
 another, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -104,6 +105,22 @@ def _keep_compiled() -> None:
   jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
+@functools.cache
+def _quieten_orbax() -> None:
+  """Keeps what Orbax logs off the screen: its errors reach the command."""
+  logging.get_absl_handler().addFilter(
+    lambda record: "orbax" not in pathlib.PurePath(record.pathname).parts
+  )
+  hook = sys.unraisablehook
+
+  def unraisable(raised: Any) -> None:
+    # Writes that failed with others end when nothing waits for them any more.
+    if str(raised.exc_value) != "Event loop is closed":
+      hook(raised)
+
+  sys.unraisablehook = unraisable
+
+
 def run(main: Callable[[], None]) -> None:
   """Runs `main()` with the flags parsed; does not return.
 
@@ -118,6 +135,7 @@ def run(main: Callable[[], None]) -> None:
     if not flags.FLAGS["verbosity"].present:
       # Orbax reports every step of every save.
       logging.set_verbosity(logging.WARNING)
+    _quieten_orbax()
     _keep_compiled()
     try:
       main()

@@ -5,6 +5,8 @@ beside it and renames), so a run that is killed at any moment goes on from the
 last one that is.
 """
 
+import errno
+import os
 import pathlib
 from typing import Any
 
@@ -157,6 +159,9 @@ class Checkpointer:
       write()
     except Exception as error:  # The writing thread's error, of any kind.
       reason = " ".join(str(error).split())[:300] or type(error).__name__
+      full = os.strerror(errno.ENOSPC)
+      if full in str(error):  # TensorStore says it behind all of its paths.
+        reason = full
       raise OSError(
         f"a checkpoint could not be written to {self._folder}: {reason}."
         " Earlier checkpoints are intact; free some space and start the same"

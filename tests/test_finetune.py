@@ -264,6 +264,7 @@ def test_a_full_disk_keeps_earlier_checkpoints(finished, arguments, tmp_path):
   assert full.returncode == 2, full.stderr
   errors = [x for x in full.stderr.splitlines() if x.startswith("error: ")]
   assert len(errors) == 1, full.stderr
+  assert "Traceback" not in full.stderr
   assert before
   assert set(before) <= set(whole())
   done = _run("finetune", f"--output_dir={output}", *arguments)
