@@ -331,8 +331,11 @@ def _attend_and_save(
   run = _merging_batches(
     functools.partial(_forward_pass, settings), settings.num_launches > 1
   )
+  # The barrier: where what is saved of a layer goes straight into the stack of
+  # all layers, XLA would run the kernel once for that and once for the layer.
   output, log_sums = ad_checkpoint.checkpoint_name(
-    run(query, key, value, segment_ids), blocks.SAVED
+    jax.lax.optimization_barrier(run(query, key, value, segment_ids)),
+    blocks.SAVED,
   )
   log_sum = _log_sum_by_token(settings, query, key, segment_ids, log_sums)
   saved = query, key, value, segment_ids, output, log_sums
