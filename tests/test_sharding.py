@@ -26,7 +26,6 @@ SEQ = 64
 CHUNKED = ("local", "s2", "scca_fixed", "scca_flow", "dilated", "longmixed")
 # The tests wait for the compiler, not for what it compiles.
 QUICKLY = {"xla_backend_optimization_level": 0}
-# Loss and gradients; the first also all metrics and the new state.
 MESHES = {
   "data": {"data": 8},
   "fsdp": {"fsdp": 8},
@@ -137,7 +136,7 @@ def _steps(mesh, num_steps=2):
   graphdef, params, frozen = _split(LORA)
   rule = training.make_optimizer(training.OptimizerConfig(warmup_steps=0), 10)
   config = training.StepConfig(
-    patterns=PATTERN,
+    patterns=patterns.scca_fixed(CONFIG.num_heads, 8),
     num_micro_batches=2,
     implementation="reference",
     mesh=mesh,
