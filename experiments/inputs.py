@@ -110,13 +110,11 @@ def check_mesh(
   Raises:
     ValueError: It cannot; the message says what can.
   """
-  # What is quantised, or waits in the host's memory, is not cut.
-  for name in ("quantize", "offload_optimizer"):
-    if config.num_devices > 1 and getattr(train, name):
-      raise ValueError(
-        f"training.{name}={getattr(train, name)!r} is for one device, and the"
-        f" mesh has {config.num_devices}: leave out one of the two."
-      )
+  if config.num_devices > 1 and train.offload_optimizer:
+    raise ValueError(
+      "training.offload_optimizer=True is for one device, and the mesh has"
+      f" {config.num_devices}: leave it out; mesh.fsdp cuts the moments too."
+    )
   sharding.check(
     config,
     num_kv_heads=model.num_kv_heads,

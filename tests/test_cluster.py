@@ -155,9 +155,14 @@ def together(arguments, tmp_path_factory):
   [
     (("--process_id=1",), "--distributed"),
     (("--distributed", "--process_id=1"), "--coordinator_address"),
+    (("--config.mesh.data=3",), "mesh.data=2"),
+    (
+      ("--config.mesh.data=2", "--config.training.offload_optimizer=True"),
+      "offload_optimizer",
+    ),
   ],
 )
-def test_half_a_cluster_is_refused_in_one_line(
+def test_what_does_not_fit_is_refused_in_one_line(
   run_command, capsys, flags, said
 ):
   assert run_command("finetune", *flags) == 2
@@ -175,6 +180,7 @@ def test_two_processes_train_as_one(alone, together):
   assert all(line.startswith("[Gloo]") for line in lines), lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["2x2 to 1", "1 to 8"])
 def test_a_run_goes_on_on_other_devices(
   arguments, alone, together, tmp_path, to

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scca_jax import lora, patterns, sharding, training
+from scca_jax import lora, patterns, quantize, sharding, training
 from scca_jax.llama import Llama, LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -87,7 +87,11 @@ def _split(adapter=LORA):
 
 def _loss_and_gradients(pattern, mesh, batch, adapter=None):
   """Returns the loss, and the gradients of all parameters."""
-  graphdef, params, frozen = _split(adapter)
+  return _gradients(*_split(adapter), pattern, mesh, batch)
+
+
+def _gradients(graphdef, params, frozen, pattern, mesh, batch):
+  """Returns the loss, and the gradients of `params`."""
   config = training.StepConfig(
     patterns=pattern,
     loss_chunk=6,
@@ -259,3 +263,22 @@ def test_what_cannot_be_cut_evenly_stays_whole():
     "norm": {"scale": (None,)},
     "count": (),
   }
+
+
+@pytest.mark.parametrize("method", quantize.METHODS)
+def test_quantised_weights_are_cut_like_others(method):
+  mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
+  pattern = patterns.scca_fixed(CONFIG.num_heads, 8)
+  found = []
+  for layout in (None, mesh):
+    graphdef, params, frozen = _split(LORA)
+    model = quantize.quantize_model(nnx.merge(graphdef, params, frozen), method)
+    graphdef, params, frozen = nnx.split(model, lora.trainable(LORA), ...)
+    frozen = sharding.place(frozen, layout)
+    found.append(
+      _gradients(graphdef, params, frozen, pattern, layout, _batch())
+    )
+  _assert_close(found[1], found[0])
+  kernel = frozen["layers"]["self_attn"]["q_proj"]["kernel"][...]
+  values = kernel.qvalue
+  assert values.addressable_shards[0].data.size == values.size // 4
