@@ -141,7 +141,7 @@ def test_a_program_is_read_by_the_turns_of_its_loops():
 
 
 @pytest.mark.usefixtures("gpu_compiler")
-def test_programs_for_gpus_move_the_same():
+def test_programs_for_gpus_move_the_same_while_local_heads_are_computed():
   mesh = sharding.make_mesh(
     sharding.MeshConfig(sequence=2), deviceless.devices("a100-40gb", 2)
   )
@@ -168,3 +168,8 @@ def test_programs_for_gpus_move_the_same():
     itemsize=2,
   )
   assert sum(kind["floats"] for kind in moved.values()) == 2 * forward
+  # In the order of the program: started, a kernel, waited for.
+  program = compiled.as_text().split("\nENTRY ")[1]
+  _, begun = program.split(" collective-permute-start(", 1)
+  meanwhile, _ = begun.split(" collective-permute-done(", 1)
+  assert " custom-call(" in meanwhile

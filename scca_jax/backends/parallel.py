@@ -21,6 +21,9 @@ first token. Gradients go back the way the keys came.
 All that goes from a device to another one so many pieces on is one message, a
 `ppermute`, whatever heads it is for. Where devices have heads of different
 patterns (`tensor`), each takes its own branch; messages are of one size.
+
+The module is long because what is planned, sent and computed must agree to the
+token, and is read best side by side.
 """
 
 import dataclasses
