@@ -24,6 +24,7 @@ def get_config():
   config.training.dtype = "bfloat16"
   config.training.param_dtype = "bfloat16"
   config.training.remat = "layer"
+  config.training.offload_optimizer = False
   config.training.mlp_chunk = None
   config.training.loss_chunk = 1024
   return config

@@ -24,7 +24,15 @@ from jax.sharding import Mesh
 
 from experiments import inputs, loop
 from experiments.config import FinetuneConfig, PatternConfig
-from scca_jax import convert, lora, patterns, sharding, traffic, training
+from scca_jax import (
+  convert,
+  lora,
+  memory,
+  patterns,
+  sharding,
+  traffic,
+  training,
+)
 from scca_jax.backends import parallel
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import LoraConfig
@@ -375,7 +383,6 @@ def measure(case: Case) -> dict[str, Any]:
   started = time.perf_counter()
   compiled = prepared.step.lower(state, frozen, batch).compile()
   compile_seconds = time.perf_counter() - started
-  analysis: Any = compiled.memory_analysis()
   # The step takes the buffers of the state it is given.
   del prepared
   times, loss = [], math.nan
@@ -390,7 +397,7 @@ def measure(case: Case) -> dict[str, Any]:
   # All devices do the same: the most that one of them had.
   num_devices = case.run.mesh.num_devices
   stats = [d.memory_stats() or {} for d in jax.devices()[:num_devices]]
-  memory = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+  peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
   moved = moved_bytes(case, compiled) if num_devices > 1 else None
   del state, frozen, batch, metrics
   train = case.run.training
@@ -400,10 +407,10 @@ def measure(case: Case) -> dict[str, Any]:
   return spread(times) | {
     "first_loss": loss,
     "compile_seconds": compile_seconds,
-    "peak_bytes": max(memory, default=None),
+    "peak_bytes": max(peaks, default=None),
     "num_devices": num_devices,
     "moved_bytes": moved,
-    "compiled_peak_bytes": analysis.peak_memory_in_bytes,
+    "compiled_peak_bytes": memory.device_bytes(compiled),
     "num_pairs": num_pairs,
     "device": jax.devices()[0].device_kind,
     "versions": {
