@@ -22,6 +22,8 @@ All that goes from a device to another one so many pieces on is one message, a
 `ppermute`, whatever heads it is for. Where devices have heads of different
 patterns (`tensor`), each takes its own branch; messages are of one size.
 
+The module is long because plans, messages and local calls are read together.
+
 The module is long because what is planned, sent and computed must agree to the
 token, and is read best side by side.
 """

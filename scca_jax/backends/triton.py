@@ -10,7 +10,8 @@ Memory beyond inputs, outputs and gradients: the log-sum-exp and `delta`, one
 float32 a query and head each. Where query heads of several dilations share a
 key head, each dilation has a gradient of that head before they are summed up.
 
-The interface is deprecated since jax 0.11; nothing else imports it.
+The interface is deprecated since jax 0.11; nothing else imports it, so that the
+module is long.
 """
 
 import dataclasses
