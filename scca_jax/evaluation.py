@@ -260,7 +260,7 @@ def token_losses(
   patterns: AttentionPattern | tuple[AttentionPattern, ...],
   implementation: str | None,
   loss_chunk: int,
-  mesh: Mesh | None,
+  mesh: Mesh | None = None,
 ) -> jax.Array:
   """Returns the loss of each prediction in nats, float32 `[batch, seq - 1]`.
 
