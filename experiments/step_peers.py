@@ -94,6 +94,10 @@ def make_model(name: str, case: Case, device: str) -> Any:
   import transformers
 
   run, train = case.run, case.run.training
+  if train.quantize is not None:
+    raise NotImplementedError(
+      f"peers hold their weights in floats, not in {train.quantize}."
+    )
   if train.dtype == "float16" or train.dtype != train.param_dtype:
     raise NotImplementedError(
       "peers compute in float32 or bfloat16, in which their weights are held:"

@@ -29,6 +29,7 @@ from scca_jax import (
   lora,
   memory,
   patterns,
+  quantize,
   sharding,
   traffic,
   training,
@@ -36,7 +37,7 @@ from scca_jax import (
 from scca_jax.backends import parallel
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import LoraConfig
-from scca_jax.training import StepConfig, TrainState
+from scca_jax.training import TrainState
 
 # Patterns whose chunks the configuration may set.
 _CHUNKED = ("local", "s2", "scca_fixed", "scca_flow", "dilated", "longmixed")
@@ -233,7 +234,8 @@ def prepare(case: Case) -> Prepared:
   if case.random_weights:
 
     def make() -> Llama:
-      return Llama(case.model, rngs=nnx.Rngs(train.seed), **settings)
+      model = Llama(case.model, rngs=nnx.Rngs(train.seed), **settings)
+      return quantize.quantize_model(model, train.quantize)
 
     # Under jit they are drawn on the device, each in its own dtype.
     graphdef, *shapes = nnx.split(nnx.eval_shape(make), trainable, ...)
@@ -249,26 +251,24 @@ def prepare(case: Case) -> Prepared:
       lambda: convert.load_model(
         inputs.model_path(run.model),
         config=case.model,
+        quantize_by=train.quantize,
         rngs=nnx.Rngs(train.seed),
         **settings,
       ),
       mesh,
     )
     graphdef, params, frozen = nnx.split(model, trainable, ...)
-  state = training.init_state(params, optimizer, train.dtype, mesh)
+  state = training.init_state(
+    params,
+    optimizer,
+    train.dtype,
+    mesh,
+    offload_optimizer=train.offload_optimizer,
+  )
   step = training.compile_step(
     graphdef,
     optimizer,
-    StepConfig(
-      patterns=case.schedule,
-      loss_chunk=train.loss_chunk,
-      remat=train.remat,
-      mlp_chunk=train.mlp_chunk,
-      seed=train.seed,
-      implementation=train.implementation,
-      dtype=train.dtype,
-      mesh=mesh,
-    ),
+    inputs.step_config(train, case.schedule, mesh),
     state,
     frozen,
   )

@@ -2,11 +2,12 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 
 from experiments import step_timing
 from experiments.config import FinetuneConfig, PatternConfig, TrainingConfig
-from scca_jax import lora, patterns
+from scca_jax import lora, patterns, quantize
 from scca_jax.llama import LlamaConfig
 
 SIZES = {
@@ -125,6 +126,32 @@ def test_other_patterns_have_the_chunks_of_the_configuration():
   assert case("local").schedule[0] == patterns.local(heads, 32)
   assert case("scca_fixed").schedule[0] == patterns.scca_fixed(heads, 32, 8)
   assert case("dense").tokens().shape == (2, 128)
+
+
+@pytest.mark.parametrize("method", quantize.METHODS)
+def test_the_step_that_is_timed_has_the_weights_of_the_configuration(
+  method, tmp_path
+):
+  (tmp_path / "config.json").write_text(json.dumps(SIZES), encoding="utf8")
+  case = step_timing.make_case(
+    FinetuneConfig(
+      model=str(tmp_path),
+      pattern=PatternConfig(chunk_size=16),
+      training=TrainingConfig(batch_size=2, quantize=method),
+    ),
+    "scca_fixed",
+    64,
+    random_weights=True,
+    warmup=1,
+    repeats=1,
+  )
+  prepared = step_timing.prepare(case)
+  kernel = prepared.frozen["layers"]["self_attn"]["q_proj"][
+    "kernel"
+  ].get_value()
+  assert quantize.method_of(kernel) == method
+  _, metrics = prepared.step(prepared.state, prepared.frozen, prepared.batch)
+  assert jnp.isfinite(metrics["loss"])
 
 
 def test_a_mesh_is_timed_beside_one_device(
