@@ -228,7 +228,8 @@ def _print_row(row: dict[str, Any]) -> None:
           ("ring_attention", "ring attention"),
         )
         if name in moved
-      ),
+      )
+      + f"; a neighbour sends {row['link_bytes_per_second'] / 1e9:.3g} GB/s",
       flush=True,
     )
 
@@ -316,11 +317,24 @@ def main() -> None:
   peers = _choose_peers()
   rows: list[dict[str, Any]] = []
   title, matmul = "", None
+
+  def write() -> None:
+    if _OUTPUT.value is not None:
+      content = {
+        "title": title,
+        "random_weights": _RANDOM_WEIGHTS.value,
+        "warmup": _WARMUP.value,
+        "repeats": _REPEATS.value,
+        "config": to_json(run),
+        "rows": rows,
+      }
+      cli.write_json(_OUTPUT.value, content)
+
   for seq_len, of_length in cases.items():
     contestants: list[tuple[Case, str | None]] = [(c, None) for c in of_length]
     if seq_len <= _MAX_PEER_LEN.value:
       contestants += [(of_length[0], peer) for peer in peers]
-    found = []
+    start = len(rows)
     for case, peer in contestants:
       row = _measure(case, peer)
       if "median_ms" in row:
@@ -333,22 +347,11 @@ def main() -> None:
             f"{_COLUMNS}"
           )
       _print_row(row)
-      found.append(row)
-    _add_ratios(found)
-    rows += found
-    if _OUTPUT.value is not None:
-      # After each length: a long run that is stopped leaves what it has.
-      cli.write_json(
-        _OUTPUT.value,
-        {
-          "title": title,
-          "random_weights": _RANDOM_WEIGHTS.value,
-          "warmup": _WARMUP.value,
-          "repeats": _REPEATS.value,
-          "config": to_json(run),
-          "rows": rows,
-        },
-      )
+      rows.append(row)
+      # A long run that is stopped leaves what it has.
+      write()
+    _add_ratios(rows[start:])
+    write()
   if _PLOT.value is not None:
     _draw(rows, title, _PLOT.value)
   for path in (_OUTPUT.value, _PLOT.value):

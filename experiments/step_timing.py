@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import inputs, loop
 from experiments.config import FinetuneConfig, PatternConfig
@@ -369,6 +370,34 @@ def _matmul_tflops(dtype: str) -> float:
   return statistics.median(rates)
 
 
+def _link_rate(mesh: Mesh) -> float:
+  """Returns the bytes a second that a device receives of its neighbour.
+
+  All devices of the mesh send at once, each to the next.
+  """
+  axes, n = mesh.axis_names, mesh.size
+  numbers, calls = (2**27, 20) if jax.default_backend() == "gpu" else (2**16, 2)
+  layout = NamedSharding(mesh, PartitionSpec(axes))
+  x = jax.jit(lambda: jnp.ones((n * numbers,)), out_shardings=layout)()
+  send = jax.jit(
+    jax.shard_map(
+      lambda x: lax.ppermute(x, axes, [(i, (i + 1) % n) for i in range(n)]),
+      mesh=mesh,
+      in_specs=layout.spec,
+      out_specs=layout.spec,
+    )
+  )
+  jax.block_until_ready(send(x))
+  rates = []
+  for _ in range(5):
+    started = time.perf_counter()
+    for _ in range(calls):
+      x = send(x)
+    jax.block_until_ready(x)
+    rates.append(calls * 4 * numbers / (time.perf_counter() - started))
+  return statistics.median(rates)
+
+
 def measure(case: Case) -> dict[str, Any]:
   """Returns what a step of this package takes.
 
@@ -398,7 +427,8 @@ def measure(case: Case) -> dict[str, Any]:
   num_devices = case.run.mesh.num_devices
   stats = [d.memory_stats() or {} for d in jax.devices()[:num_devices]]
   peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-  moved = moved_bytes(case, compiled) if num_devices > 1 else None
+  mesh = case.make_mesh()
+  moved = moved_bytes(case, compiled) if mesh is not None else None
   del state, frozen, batch, metrics
   train = case.run.training
   num_pairs = train.batch_size * sum(
@@ -419,6 +449,7 @@ def measure(case: Case) -> dict[str, Any]:
     },
     # Of the same process and heat.
     "matmul_tflops": _matmul_tflops(train.dtype),
+    "link_bytes_per_second": None if mesh is None else _link_rate(mesh),
   }
 
 

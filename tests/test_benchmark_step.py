@@ -171,7 +171,8 @@ def test_a_mesh_is_timed_beside_one_device(
   assert (one["num_devices"], four["num_devices"]) == (1, 4)
   # Both copies of the model have a batch, all their own.
   assert (one["batch_size"], four["batch_size"]) == (2, 4)
-  assert one["moved_bytes"] is None
+  assert one["moved_bytes"] is one["link_bytes_per_second"] is None
+  assert four["link_bytes_per_second"] > 0
   # Two layers, forward, anew and back; two sequences, one key head that two
   # shifted heads share, eight tokens.
   moved = four["moved_bytes"]
