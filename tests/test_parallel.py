@@ -102,12 +102,15 @@ def _named(boundary="drop", num_heads=4, seq_len=SEQ):
 CHUNKED = ("local", "s2", "scca_fixed", "scca_flow", "dilated", "longmixed")
 
 
+# Of 8 pieces all queries need keys from in front, of 2 the first few; and shifts
+# are longer than a piece, or shorter.
+@pytest.mark.parametrize("num_pieces", [8, 2])
 @pytest.mark.parametrize("boundary", ["drop", "local"])
-def test_pieces_together_are_the_sequence(boundary):
+def test_pieces_together_are_the_sequence(boundary, num_pieces):
   pattern = _named(boundary)
   _check(
     pattern,
-    _mesh(sequence=8),
+    _mesh(sequence=num_pieces),
     kv_heads=pattern.num_heads,
     segment_ids=_segments(SEQ) if boundary == "drop" else None,
   )
@@ -183,19 +186,20 @@ def _heads():
   )
 
 
-@hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(
   heads=st.lists(_heads(), min_size=6, max_size=6),
+  num_pieces=st.sampled_from([2, 4]),
   boundary=st.sampled_from(["drop", "local"]),
   seq_len=st.integers(20, 64),
   segmented=st.booleans(),
 )
 def test_drawn_patterns_are_the_same_in_pieces(
-  heads, boundary, seq_len, segmented
+  heads, num_pieces, boundary, seq_len, segmented
 ):
   _check(
     AttentionPattern(tuple(heads), boundary),
-    _mesh(sequence=4),
+    _mesh(sequence=num_pieces),
     kv_heads=2,
     seq_len=seq_len,
     segment_ids=_segments(seq_len) if segmented else None,

@@ -15,14 +15,15 @@ pattern says what a piece needs of the others:
 
 Keys from in front are put before the piece's own, with as many idle queries:
 borders, shifts and distances stay what they are, positions stay in order, and
-any implementation can serve the call. Segment 0 hides what would lie before the
-first token. Gradients go back the way the keys came.
+any implementation can serve the call. A halo is for the first few queries of a
+piece alone: all are served by its own keys, then those once more, with a halo
+in front. Where those are most of a piece, or all, one call does it, and segment
+0 hides what would lie before the first token. Gradients go back the way the
+keys came.
 
 All that goes from a device to another one so many pieces on is one message, a
 `ppermute`, whatever heads it is for. Where devices have heads of different
 patterns (`tensor`), each takes its own branch; messages are of one size.
-
-The module is long because plans, messages and local calls are read together.
 
 The module is long because what is planned, sent and computed must agree to the
 token, and is read best side by side.
@@ -97,12 +98,16 @@ class _Part:
     patterns: What each attends to among its front and the piece.
     starts: Where the front of each begins, in tokens before the piece.
     length: Of the fronts, in tokens; 0 is none.
+    num_queries: Of the piece, from its first on; 0 is all.
+    boundary: See `AttentionPattern`.
   """
 
   heads: tuple[int, ...]
   patterns: tuple[HeadPattern, ...]
   starts: tuple[int, ...]
   length: int
+  num_queries: int = 0
+  boundary: str = "drop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +115,17 @@ class _Plan:
   """How a device serves its heads.
 
   Attributes:
-    parts: Local calls.
+    parts: Local calls, each head in one.
+    firsts: Local calls for the first queries of heads of the part without a
+      front, in all pieces but the first.
     fallbacks: Those heads of `boundary="local"` that some queries meet without
       a shift, a call more; and their own patterns, which say which queries.
     whole: Heads that must have the whole sequence.
-    fronts: What the parts need from in front.
+    fronts: What the calls need from in front.
   """
 
   parts: tuple[_Part, ...]
+  firsts: tuple[_Part, ...]
   fallbacks: tuple[tuple[int, HeadPattern], ...]
   whole: tuple[int, ...]
   fronts: tuple[_Front, ...]
@@ -125,10 +133,11 @@ class _Plan:
 
 def _local_pattern(
   head: HeadPattern, pattern: AttentionPattern, cut: _Cut
-) -> tuple[HeadPattern, int, int] | None:
-  """Returns what a head is in its piece, and the start and length of a front.
+) -> tuple[HeadPattern, int, int, int] | None:
+  """Returns what a head is behind a front, and of that the start and length.
 
-  None if it needs the whole sequence.
+  The last is how many queries of a piece need the front, from the first on.
+  None if the head needs the whole sequence.
   """
   size, length = head.chunk_size, cut.length
   if pattern.causality == "slot":
@@ -139,16 +148,17 @@ def _local_pattern(
     falls_back = pattern.boundary == "local" and head.dilation > 1
     if head.window is None or (falls_back and head.shift):
       return None
-    start = front = head.shift + (head.window - 1) * head.dilation
+    start = front = queries = head.shift + (head.window - 1) * head.dilation
   elif length % size:
     return None
   elif head.offset % size == 0:
     start = head.shift
     # A shift below a chunk leaves order to positions: the piece's own keys must
     # lie where they are. From a chunk on all that is in reach comes earlier.
-    front = start if start < size else length
+    front, queries = (start, size) if start < size else (length, length)
   elif head.shift == 0:
     start = front = -head.offset % size
+    queries = head.offset % size
   else:
     return None
   if front > length:
@@ -156,12 +166,13 @@ def _local_pattern(
   local = dataclasses.replace(
     head,
     offset=0 if size is None else (head.offset + front) % size,
-    shift=min(head.shift, front) if size is not None else head.shift,
+    # Of chunks, from the first query to the first key of the front.
+    shift=front if head.shift and size is not None else head.shift,
     select=None
     if head.select is None
     else (head.select + front) % head.dilation,
   )
-  return local, start, front
+  return local, start, front, queries
 
 
 def _plan(
@@ -180,24 +191,32 @@ def _plan(
   """
   whole: list[int] = []
   fallbacks: list[tuple[int, HeadPattern]] = []
-  parts: dict[Any, list[tuple[int, HeadPattern, int]]] = {}
+  # By length of their fronts, number of queries, and what they share.
+  calls: dict[Any, list[tuple[int, HeadPattern, int]]] = {}
   for place, index in enumerate(heads):
     head = pattern.heads[index]
     found = _local_pattern(head, pattern, cut)
     if found is None:
       whole.append(place)
       continue
-    local, start, front = found
+    local, start, front, queries = found
+    if front == 0 or 2 * queries <= cut.length:
+      calls.setdefault((0, 0, None), []).append((place, head, 0))
+      if front:
+        key = (front, queries, None)
+        calls.setdefault(key, []).append((place, local, start))
+      continue
     # Heads with fronts from one place share a call; those with fronts from
     # several places do if they attend alike.
-    key = (front, None if start == front else local)
-    parts.setdefault(key, []).append((place, local, start))
+    key = (front, 0, None if start == front else local)
+    calls.setdefault(key, []).append((place, local, start))
     if pattern.boundary == "local" and head.shift and head.chunk_size:
       fallbacks.append((place, head))
   made = []
-  for (front, _), members in parts.items():
+  for (front, queries, _), members in calls.items():
     places, locals_, starts = zip(*members, strict=True)
-    made.append(_Part(places, locals_, starts, front))
+    boundary = "drop" if front else pattern.boundary
+    made.append(_Part(places, locals_, starts, front, queries, boundary))
   fronts: dict[tuple[int, int], set[int]] = {}
   for part in made:
     if part.length:
@@ -205,7 +224,8 @@ def _plan(
         kv_heads = fronts.setdefault((start, part.length), set())
         kv_heads.add(place // group_size)
   return _Plan(
-    tuple(made),
+    tuple(part for part in made if not part.num_queries),
+    tuple(part for part in made if part.num_queries),
     tuple(fallbacks),
     tuple(whole),
     tuple(_Front(*k, tuple(sorted(kv))) for k, kv in fronts.items()),
@@ -218,6 +238,14 @@ def _take(x: jax.Array, heads: Sequence[int]) -> jax.Array:
   if list(heads) == list(range(first, first + count)):
     return x[:, :, first : first + count]
   return jnp.take(x, np.array(heads), axis=2, mode="clip")
+
+
+def _put(x: jax.Array, part: jax.Array, heads: Sequence[int]) -> jax.Array:
+  """Returns `x` with `part` in `x[:, : part.shape[1], heads]`."""
+  first, count = heads[0], len(heads)
+  if list(heads) == list(range(first, first + count)):
+    return lax.dynamic_update_slice_in_dim(x, part, first, axis=2)
+  return x.at[:, : part.shape[1], np.array(heads)].set(part, mode="clip")
 
 
 def _shared(kv_heads: Sequence[int]) -> list[int]:
@@ -465,16 +493,19 @@ def _attend_part(
   segment_ids: jax.Array | None,
   fronts: dict[tuple[int, int], _FrontArrays],
 ) -> tuple[jax.Array, ...]:
-  """Returns what the part's heads attend to, `[batch, length, heads, ...]`."""
+  """Returns what the part's heads attend to, `[batch, queries, heads, ...]`."""
+  if part.num_queries:
+    query, key, value = (x[:, : part.num_queries] for x in (query, key, value))
+    if segment_ids is not None:
+      segment_ids = segment_ids[:, : part.num_queries]
   query = _take(query, part.heads)
   kv_heads = [place // call.group_size for place in part.heads]
-  pattern = AttentionPattern(part.patterns)
+  pattern = AttentionPattern(part.patterns, part.boundary)
   if not part.length:
     shared = _shared(kv_heads)
     return call.attend(
       query, _take(key, shared), _take(value, shared), pattern, segment_ids
     )
-  assert segment_ids is not None
   query = jnp.pad(query, ((0, 0), (part.length, 0), (0, 0), (0, 0)))
   numbers = {
     front.start: front.kv_heads
@@ -489,11 +520,14 @@ def _attend_part(
       jnp.concatenate([_take(before, places), _take(own, shared)], axis=1)
       for before, own in ((front.key, key), (front.value, value))
     )
-    ids = jnp.concatenate([front.segment_ids, segment_ids], axis=1)
+    ids = None
+    if segment_ids is not None:
+      ids = jnp.concatenate([front.segment_ids, segment_ids], axis=1)
     result = call.attend(query, keys, values, pattern, ids)
     return tuple(x[:, part.length :] for x in result)
   # Heads with fronts from several places attend alike but have segments of
   # their own: each is a sequence of the batch. They see no key of their piece.
+  assert segment_ids is not None
   batch, num_heads = query.shape[0], len(part.heads)
   own = ((0, 0), (0, query.shape[1] - part.length), (0, 0), (0, 0))
   chosen = [
@@ -568,6 +602,17 @@ def _attend_local(
   result = tuple(
     _take(jnp.concatenate(x, axis=2), back) for x in zip(*results, strict=True)
   )
+  for part in plan.firsts:
+    # The first piece has no front, and has been served.
+    firsts = _attend_part(call, plan, part, query, key, value, own_ids, fronts)
+    result = tuple(
+      _put(
+        x,
+        jnp.where(call.piece == 0, _take(x[:, : y.shape[1]], part.heads), y),
+        part.heads,
+      )
+      for x, y in zip(result, firsts, strict=True)
+    )
   if not plan.fallbacks:
     return result
   places = tuple(place for place, _ in plan.fallbacks)
