@@ -10,10 +10,13 @@ The module is long because names, shapes and damage are checked where each file
 is read: what is wrong is said by the name it has there.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import math
+import mmap
 import os
 import pathlib
 import re
@@ -56,6 +59,9 @@ _TOKENIZER_SETTINGS = (
 _A_KERNEL = ("layers", "self_attn", "q_proj", "kernel")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+
+# As many tensors are read at once: with four an H200 waits for the disk alone.
+_NUM_READERS = 4
 
 _Path = tuple[str, ...]
 
@@ -295,51 +301,107 @@ def _is_saved_whole(path: _Path, config: LoraConfig) -> bool:
 # Reading.
 
 
+# Of safetensors, by its names; jax gives numpy the 16-bit floats.
+_DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": jnp.bfloat16,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """Where a tensor lies in a file."""
+
+  path: pathlib.Path
+  memory: mmap.mmap
+  offset: int
+  shape: tuple[int, ...]
+  dtype: str
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes that it takes in the file."""
+    return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+
+  def view(self) -> np.ndarray:
+    """Returns the tensor where it lies."""
+    begin = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
+    end = self.offset + self.num_bytes
+    if self.num_bytes:
+      # All of it at once, while its first pages are used.
+      self.memory.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+    array = np.frombuffer(
+      self.memory,
+      _DTYPES[self.dtype],
+      count=math.prod(self.shape),
+      offset=self.offset,
+    )
+    return array.reshape(self.shape)
+
+
+def _open(path: pathlib.Path) -> dict[str, _Stored]:
+  """Returns the tensors of a safetensors file, which is mapped to memory."""
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no {path}: the model lacks a file.")
+  found = {}
+  try:
+    # It checks that the tensors fill the file, one behind the other.
+    with safetensors.safe_open(path, framework="numpy") as file:
+      with path.open("rb") as raw:
+        memory = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+      offset = 8 + int.from_bytes(memory[:8], "little")
+      for name in file.offset_keys():
+        part = file.get_slice(name)
+        tensor = _Stored(
+          path, memory, offset, tuple(part.get_shape()), part.get_dtype()
+        )
+        if tensor.dtype not in _DTYPES:
+          raise ValueError(
+            f"{path}: the tensor {name} is {tensor.dtype}; float32, bfloat16"
+            " and float16 can be read."
+          )
+        found[name] = tensor
+        offset += tensor.num_bytes
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(
+      f"{path} is damaged or cut short ({error}): copy it again."
+    ) from error
+  return found
+
+
 class _Tensors(Mapping[str, Callable[[], np.ndarray]]):
-  """The tensors of safetensors files by name, read one at a time."""
+  """The tensors of safetensors files by name, read as they are used."""
 
   def __init__(self, paths: Sequence[pathlib.Path]):
-    self._file_of: dict[str, Any] = {}
-    self._path_of: dict[str, pathlib.Path] = {}
+    self._stored: dict[str, _Stored] = {}
     for path in paths:
-      if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: the model lacks a file.")
-      try:
-        file = safetensors.safe_open(path, framework="numpy")
-        names = file.keys()
-      except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(
-          f"{path} is damaged or cut short ({error}): copy it again."
-        ) from error
-      for name in names:
-        if name in self._path_of:
+      for name, tensor in _open(path).items():
+        if name in self._stored:
           raise ValueError(
-            f"the tensor {name} is in two files, {self._path_of[name]} and"
+            f"the tensor {name} is in two files, {self.path_of(name)} and"
             f" {path}: remove the one that is not of this model."
           )
-        self._file_of[name], self._path_of[name] = file, path
+        self._stored[name] = tensor
 
   def path_of(self, name: str) -> pathlib.Path:
-    return self._path_of[name]
+    return self._stored[name].path
 
   def __getitem__(self, name: str) -> Callable[[], np.ndarray]:
-    file = self._file_of[name]
-
-    def read() -> np.ndarray:
-      try:
-        return file.get_tensor(name)
-      except (TypeError, safetensors.SafetensorError) as error:
-        raise ValueError(
-          f"{self._path_of[name]}: the tensor {name} cannot be read ({error})."
-        ) from error
-
-    return read
+    return self._stored[name].view
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._file_of)
+    return iter(self._stored)
 
   def __len__(self) -> int:
-    return len(self._file_of)
+    return len(self._stored)
 
 
 def _open_folder(folder: pathlib.Path) -> _Tensors:
@@ -419,55 +481,61 @@ def _fill(
 ) -> jax.Array:
   """Returns a parameter from the tensors of its layers, checked.
 
-  One tensor at a time goes to the device, while the next is read.
+  A few tensors are on their way to the device at once.
   """
-
-  def check(shown: str, value_finite: jax.Array, part_finite: jax.Array):
-    if part_finite:
-      return
-    reason = (
-      f"exceeds {target.dtype}: load it as bfloat16 or float32"
-      if value_finite
-      else "holds a NaN or an infinity: copy the model again"
-    )
-    raise ValueError(f"{source}: the tensor {shown} {reason}.")
-
-  stacked = path[0] == "layers"
+  stacked, is_matrix = path[0] == "layers", _is_matrix(path)
   wanted = target.shape[1:] if stacked else target.shape
   # As bits: for an update of 16-bit floats a CPU makes all of it float32.
   bits = jnp.dtype(f"uint{8 * target.dtype.itemsize}")
   result = jnp.zeros((len(names), *wanted), bits)
-  if _is_matrix(path):
+  (device,) = result.devices()
+  if is_matrix:
     wanted = wanted[::-1]
-  before: tuple[Any, ...] | None = None
-  for i, name in enumerate(names):
-    shown = (
-      tensors.name_in_file(name)
-      if isinstance(tensors, gguf_file.GgufFile)
-      else name
-    )
+
+  def shown(name: str) -> str:
+    if isinstance(tensors, gguf_file.GgufFile):
+      return tensors.name_in_file(name)
+    return name
+
+  def read(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     if name not in tensors:
-      raise ValueError(f"{source} lacks the tensor {shown}.")
+      raise ValueError(f"{source} lacks the tensor {shown(name)}.")
     value = tensors[name]()
     if value.shape != wanted:
       raise ValueError(
-        f"{source}: the tensor {shown} is {list(value.shape)}, the model's"
-        f" configuration asks for {list(wanted)}."
+        f"{source}: the tensor {shown(name)} is {list(value.shape)}, the"
+        f" model's configuration asks for {list(wanted)}."
       )
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise ValueError(
-        f"{source}: the tensor {shown} is {value.dtype}; float32, bfloat16 and"
-        " float16 can be read."
+        f"{source}: the tensor {shown(name)} is {value.dtype}; float32,"
+        " bfloat16 and float16 can be read."
       )
-    # Two steps: a CPU is slow where a transposition is part of an update.
-    tensor, *finite = _turn(value, target.dtype, _is_matrix(path))
-    result = _place(result, tensor, i)
-    # This waits for the device: a tensor later, so that both are at work.
-    if before is not None:
-      check(*before)
-    before = shown, *finite
-  if before is not None:
-    check(*before)
+    # What is the default is so in its own thread.
+    with jax.default_device(device):
+      if is_matrix and device.platform == "cpu":
+        # Turned as it is copied: afterwards it takes twice as long.
+        return _turn(jax.device_put(value.T), target.dtype, False)
+      return _turn(value, target.dtype, is_matrix)
+
+  with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+    ahead = collections.deque(
+      pool.submit(read, name) for name in names[:_NUM_READERS]
+    )
+    for i, name in enumerate(names):
+      tensor, value_finite, part_finite = ahead.popleft().result()
+      if i + _NUM_READERS < len(names):
+        ahead.append(pool.submit(read, names[i + _NUM_READERS]))
+      # A step of its own: a CPU is slow where a transposition is part of an
+      # update.
+      result = _place(result, tensor, i)
+      if not part_finite:
+        reason = (
+          f"exceeds {target.dtype}: load it as bfloat16 or float32"
+          if value_finite
+          else "holds a NaN or an infinity: copy the model again"
+        )
+        raise ValueError(f"{source}: the tensor {shown(name)} {reason}.")
   result = jax.lax.bitcast_convert_type(result, target.dtype)
   return result if stacked else result.reshape(target.shape)
 
