@@ -316,7 +316,7 @@ def _without_none(kind: Any) -> Any:
 def to_config_dict(settings: Any) -> ml_collections.ConfigDict:
   """Returns the `ConfigDict` of a settings dataclass, for a config file.
 
-  A setting that is None keeps its type, so that a flag can set it.
+  A setting that may be None keeps its type, so that a flag can set it.
   """
   hints = typing.get_type_hints(type(settings))
   result = ml_collections.ConfigDict()
@@ -324,9 +324,8 @@ def to_config_dict(settings: Any) -> ml_collections.ConfigDict:
     value = getattr(settings, field.name)
     if dataclasses.is_dataclass(value):
       value = to_config_dict(value)
-    elif value is None:
-      kind = _without_none(hints[field.name])
-      value = config_dict.placeholder(typing.get_origin(kind) or kind)
+    elif (kind := _without_none(hints[field.name])) is not hints[field.name]:
+      value = config_dict.FieldReference(value, typing.get_origin(kind) or kind)
     result[field.name] = value
   return result
 

@@ -462,9 +462,7 @@ def _start() -> None:
   jax.config.update("jax_enable_compilation_cache", False)
 
 
-def run_alone(
-  function: Callable[[Case], dict[str, Any]], case: Case
-) -> dict[str, Any]:
+def run_alone(function: Callable[[Any], Any], case: Any) -> Any:
   """Returns `function(case)`, computed in a process of its own.
 
   Raises:

@@ -27,6 +27,9 @@ def test_every_config_file_is_a_run_and_opens_with_its_claim(path):
   kind = PretrainConfig if "architecture" in settings else FinetuneConfig
   assert isinstance(from_config_dict(kind, settings), kind)
   assert "python -m experiments." in module["__doc__"]
+  # Flags set what has a type.
+  for group in (settings, settings.training, settings.pattern):
+    assert type(None) not in {group.get_type(name) for name in group}
 
 
 @pytest.mark.parametrize("kind", [FinetuneConfig, PretrainConfig])
@@ -39,6 +42,8 @@ def test_a_setting_that_is_none_keeps_its_type():
   settings = to_config_dict(FinetuneConfig())
   settings.pattern.chunk_size = 128
   assert from_config_dict(FinetuneConfig, settings).pattern.chunk_size == 128
+  settings.pattern.chunk_size = None
+  settings.pattern.chunk_size = 64
   with pytest.raises(TypeError):
     settings.pattern.chunk_size = "long"
 

@@ -102,8 +102,8 @@ def _named(boundary="drop", num_heads=4, seq_len=SEQ):
 CHUNKED = ("local", "s2", "scca_fixed", "scca_flow", "dilated", "longmixed")
 
 
-# Of 8 pieces all queries need keys from in front, of 2 the first few; and shifts
-# are longer than a piece, or shorter.
+# Of 8 pieces all queries need keys from in front, of 2 the first few; and
+# shifts are longer than a piece, or shorter.
 @pytest.mark.parametrize("num_pieces", [8, 2])
 @pytest.mark.parametrize("boundary", ["drop", "local"])
 def test_pieces_together_are_the_sequence(boundary, num_pieces):
