@@ -123,6 +123,7 @@ def compile_for(
   function: Callable[..., Any],
   *args: Any,
   donate_argnums: Sequence[int] = (),
+  compiler_options: dict[str, Any] | None = None,
 ) -> Any:
   """Returns what a function compiles to for one GPU of a kind, or several.
 
@@ -133,6 +134,7 @@ def compile_for(
       sharding too they lie on several of `devices`; those of one GPU lie in the
       host's memory if their sharding is of the memory kind `HOST`.
     donate_argnums: See `jax.jit`.
+    compiler_options: See `jax.jit`.
 
   Returns:
     A `jax.stages.Compiled`, which has `memory_analysis()`.
@@ -174,4 +176,6 @@ def compile_for(
       .trace(*args)
       .lower(lowering_platforms=("cuda",))
     )
-  return lowered.compile({"xla_gpu_cuda_data_dir": str(folder)})
+  return lowered.compile(
+    {"xla_gpu_cuda_data_dir": str(folder)} | (compiler_options or {})
+  )

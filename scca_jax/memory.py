@@ -299,6 +299,7 @@ def plan_step(
     frozen,
     batch,
     donate_argnums=(0,),
+    compiler_options=training.compiler_options(),
   )
   of_micro_batch = batch_size // step.num_micro_batches
   layer_inputs = (

@@ -73,9 +73,14 @@ def _group_size(line: str) -> int:
 def _received(kind: str, line: str, shape: str) -> tuple[float, float]:
   """Returns the bytes of a collective: floats, and all else."""
   arrays = _ARRAY.findall(shape)
-  if "-start(" in line and kind != "all-reduce":
-    # Operands come before results, and numbers of XLA's own behind them.
-    arrays = [(dtype, dimensions) for dtype, dimensions in arrays if dimensions]
+  # Of an all-reduce some versions of XLA give the results alone.
+  if "-start(" in line and (kind != "all-reduce" or shape.startswith("((")):
+    # Operands come before results, and integers of XLA's own behind them.
+    arrays = [
+      (dtype, dimensions)
+      for dtype, dimensions in arrays
+      if dimensions or dtype in _FLOATS
+    ]
     arrays = arrays[len(arrays) // 2 :]
   n = 1 if kind == "collective-permute" else _group_size(line)
   share = {

@@ -7,6 +7,7 @@ gradient, no optimiser state and no place in a checkpoint.
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
@@ -28,6 +29,10 @@ _GROWTH_INTERVAL = 2000
 # So many overflows in a row cannot be the scale's search for its range: from
 # the largest scale to 1 takes 24.
 MAX_SKIPPED_IN_A_ROW = 30
+# To products that it gives to Triton XLA hands copies of each layer's weights,
+# taken out of the stack; cuBLAS reads them where they lie. Other backends than
+# GPUs ignore the option.
+_COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -430,6 +435,19 @@ def train_step(
   return new_state, metrics
 
 
+def compiler_options() -> dict[str, bool]:
+  """Returns the options of XLA that a step is compiled with.
+
+  What the user's XLA_FLAGS name is left to them.
+  """
+  flags = os.environ.get("XLA_FLAGS", "")
+  return {
+    name: value
+    for name, value in _COMPILER_OPTIONS.items()
+    if name not in flags
+  }
+
+
 def compile_step(
   graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
@@ -465,5 +483,6 @@ def compile_step(
       train_step, graphdef=graphdef, optimizer=optimizer, config=config
     ),
     donate_argnums=0,
+    compiler_options=compiler_options(),
     **layout,
   )

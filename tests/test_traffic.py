@@ -124,6 +124,10 @@ backend_config={"known_trip_count":{"n":"3"}}
 to_apply=%add
   %reduce = (f32[8]{0}, f32[]) all-reduce(%p, %q), \
 replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
+  %later = ((f32[8]{0}, f32[]), (f32[8]{0}, f32[])) all-reduce-start(%p, %q), \
+replica_groups={{0,1,2,3}}, to_apply=%add
+  %alone = (f32[8]{0}, f32[]) all-reduce-start(%p, %q), \
+replica_groups={{0,1,2,3}}, to_apply=%add
   %all = ((f32[8]{0}), f32[8]{0}) all-to-all-start(%p), \
 replica_groups={{0,1},{2,3}}
 }
@@ -135,7 +139,7 @@ def test_a_program_is_read_by_the_turns_of_its_loops():
     "collective-permute": {"floats": 3 * 16, "others": 3 * 24},
     "all-gather": {"floats": 32 * 3 / 4, "others": 0},
     "reduce-scatter": {"floats": 3 * 8, "others": 0},
-    "all-reduce": {"floats": 2 * 36 * 3 / 4, "others": 0},
+    "all-reduce": {"floats": 3 * 2 * 36 * 3 / 4, "others": 0},
     "all-to-all": {"floats": 16, "others": 0},
   }
 

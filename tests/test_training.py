@@ -284,3 +284,10 @@ def test_dropout_is_of_the_seed_and_the_step():
 
   assert losses_of(0) == losses_of(0)
   assert losses_of(0) != losses_of(1)
+
+
+def test_what_the_user_tells_the_compiler_holds(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+  assert training.compiler_options() == {"xla_gpu_enable_triton_gemm": False}
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+  assert training.compiler_options() == {}

@@ -602,6 +602,10 @@ def _attend_local(
   result = tuple(
     _take(jnp.concatenate(x, axis=2), back) for x in zip(*results, strict=True)
   )
+  if plan.firsts:
+    # Keys may travel until here: compilers would not wait for the long kernel.
+    received, result = lax.optimization_barrier((received, result))
+    fronts = _unpack(call, plan, key, value, segments, received)
   for part in plan.firsts:
     # The first piece has no front, and has been served.
     firsts = _attend_part(call, plan, part, query, key, value, own_ids, fronts)
