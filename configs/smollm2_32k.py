@@ -8,7 +8,7 @@ Hardware: one GPU with bfloat16, an A100 or later. Command, with the user's own
 weights and data: `python -m experiments.finetune
 --config=configs/smollm2_32k.py --model=smollm2/ --data=train.bin
 --config.data.test=test.bin`.
-Expected: the step compiles for an A100 to 2.3 GiB (`python -m
+Expected: the step compiles for an A100 to 2.4 GiB (`python -m
 experiments.plan_memory --config=configs/smollm2_32k.py --gpu=a100-40gb`). It
 was not run with SmolLM2's weights.
 """

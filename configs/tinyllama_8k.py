@@ -6,7 +6,7 @@ Hardware: one GPU with bfloat16, an A100 or later, and 7 GiB of its memory.
 Command, with the user's own weights and data:
 `python -m experiments.finetune --config=configs/tinyllama_8k.py
 --model=tinyllama/ --data=train.bin --config.data.test=test.bin`.
-Expected: the step compiles for an A100 to 6.2 GiB (`python -m
+Expected: the step compiles for an A100 to 6.4 GiB (`python -m
 experiments.plan_memory --config=configs/tinyllama_8k.py --gpu=a100-40gb`). It
 was not run with TinyLlama's weights.
 """

@@ -586,7 +586,7 @@ def load_model(
 ) -> Llama:
   """Returns the model of a folder or GGUF file, with new adapters if wanted.
 
-  Weights are read one at a time, so that the model is never held twice.
+  A few tensors are read at a time, so that the model is never held twice.
 
   Args:
     source: A Hugging Face folder, which holds `config.json` and
