@@ -29,12 +29,15 @@ from typing import Any
 
 from absl import flags
 
-from experiments import attention_peers, cli, inputs, load_timing
+from experiments import attention_peers, cli, inputs, load_peers, load_timing
 from experiments.config import FinetuneConfig, from_config_dict
 from experiments.step_timing import run_alone
 from scca_jax import convert
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+_LABELS = load_timing.LABELS | load_peers.LABELS
+_MAKERS = load_timing.MAKERS | load_peers.MAKERS
 
 _CONFIG = cli.define_config(_CONFIGS / "tiny.py")
 flags.declare_key_flag("config")
@@ -48,8 +51,8 @@ _RANDOM_WEIGHTS = flags.DEFINE_boolean(
 )
 _PEER_NAMES = flags.DEFINE_list(
   "peers",
-  list(load_timing.PEERS),
-  f"Any of {', '.join(load_timing.PEERS)}; they need PyTorch and its GPU.",
+  list(load_peers.LABELS),
+  f"Any of {', '.join(load_peers.LABELS)}; they need PyTorch and its GPU.",
 )
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Loads of either kind.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
@@ -63,9 +66,7 @@ def _print_row(row: dict[str, Any], num_bytes: int) -> None:
       f"{median:>7.2f} s ({min(times):.2f} to {max(times):.2f})"
       f" {1e-6 * num_bytes / median:>7,.0f} MB/s"
     )
-  print(
-    f"{load_timing.LABELS[row['loader']]:<24} " + "   ".join(cells), flush=True
-  )
+  print(f"{_LABELS[row['loader']]:<24} " + "   ".join(cells), flush=True)
 
 
 @contextlib.contextmanager
@@ -97,15 +98,15 @@ def main() -> None:
   if _REPEATS.value < 1:
     raise ValueError(f"--repeats must be at least 1, got {_REPEATS.value}.")
   for name in _PEER_NAMES.value:
-    if name not in load_timing.PEERS:
+    if name not in load_peers.LABELS:
       raise ValueError(
-        f"unknown peer {name!r}: use any of {', '.join(load_timing.PEERS)}."
+        f"unknown peer {name!r}: use any of {', '.join(load_peers.LABELS)}."
       )
-  names = ["read", "scca_jax", *_PEER_NAMES.value]
+  names = [*load_timing.LABELS, *_PEER_NAMES.value]
   problem = attention_peers.problem() if _PEER_NAMES.value else None
   if problem is not None:
     print(f"{', '.join(_PEER_NAMES.value)} are left out: {problem}")
-    names = names[:2]
+    names = list(load_timing.LABELS)
   with _prepared(run) as job:
     print(
       f"{job.num_bytes / 1e9:.2f} GB in {len(job.files)} files, held in"
@@ -115,7 +116,8 @@ def main() -> None:
     )
     rows = []
     for name in names:
-      rows.append(run_alone(functools.partial(load_timing.measure, name), job))
+      measure = functools.partial(load_timing.measure, name, _MAKERS[name])
+      rows.append(run_alone(measure, job))
       _print_row(rows[-1], job.num_bytes)
     if _OUTPUT.value is not None:
       content = {

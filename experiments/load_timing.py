@@ -1,10 +1,4 @@
-"""Contestants of `benchmark_load`, each timed in a process of its own.
-
-PyTorch is optional: it is imported where a peer is timed.
-"""
-
-# Types are checked without PyTorch too.
-# pyright: reportMissingImports=false
+"""Loads of `benchmark_load`, each timed in a process of its own."""
 
 import dataclasses
 import os
@@ -22,13 +16,7 @@ from scca_jax import convert, gguf_file
 from scca_jax.llama import Llama
 
 # By their names, as tables show them.
-LABELS = {
-  "read": "plain read of the files",
-  "scca_jax": "scca_jax",
-  "safetensors": "safetensors, torch",
-  "transformers": "transformers",
-}
-PEERS = ("safetensors", "transformers")
+LABELS = {"read": "plain read of the files", "scca_jax": "scca_jax"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,59 +89,24 @@ def _loader(job: Job) -> Callable[[], Any]:
   return load
 
 
-def _safetensors(job: Job) -> Callable[[], Any]:
-  import safetensors.torch
-  import torch
-
-  torch.zeros(1, device="cuda")
-
-  def load() -> Any:
-    tensors = [
-      safetensors.torch.load_file(path, device="cuda") for path in job.files
-    ]
-    torch.cuda.synchronize()
-    return tensors
-
-  return load
+MAKERS = {"read": _reader, "scca_jax": _loader}
 
 
-def _transformers(job: Job) -> Callable[[], Any]:
-  import torch
-  import transformers
-
-  torch.zeros(1, device="cuda")
-  transformers.utils.logging.disable_progress_bar()
-
-  def load() -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-      job.model, dtype=getattr(torch, job.dtype), device_map="cuda"
-    )
-    torch.cuda.synchronize()
-    return model
-
-  return load
-
-
-_MAKERS = {
-  "read": _reader,
-  "scca_jax": _loader,
-  "safetensors": _safetensors,
-  "transformers": _transformers,
-}
-
-
-def measure(name: str, job: Job) -> dict[str, Any]:
+def measure(
+  name: str, make: Callable[[Job], Callable[[], Any]], job: Job
+) -> dict[str, Any]:
   """Returns the seconds of each load, and where.
 
   Args:
-    name: One of `LABELS`.
+    name: Of the contestant.
+    make: Prepares the device, and returns what loads.
     job: What is loaded.
 
   Raises:
     FileNotFoundError: A file of the model is missing.
     ValueError: The model is damaged.
   """
-  load = _MAKERS[name](job)
+  load = make(job)
   seconds: dict[str, list[float]] = {"cold": [], "cached": []}
   for _ in range(job.repeats):
     for kind, times in seconds.items():

@@ -3,10 +3,12 @@
 import os
 
 # Before jax starts: sharding is tested on simulated devices, without hardware,
-# and what is tested is compiled, not found in the user's cache.
+# what is tested is compiled, not found in the user's cache, and several
+# processes share a GPU if there is one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import importlib.util
 import runpy

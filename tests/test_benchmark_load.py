@@ -55,7 +55,7 @@ def test_a_drawn_model_is_written_read_and_removed(
 def test_the_files_of_a_model_are_those_with_weights():
   job = load_timing.Job(assets.MODEL, "float32", 1)
   assert [path.name for path in job.files] == ["model.safetensors"]
-  row = load_timing.measure("read", job)
+  row = load_timing.measure("read", load_timing.MAKERS["read"], job)
   assert len(row["seconds"]["cold"]) == len(row["seconds"]["cached"]) == 1
 
 
