@@ -16,17 +16,15 @@ import dataclasses
 import functools
 import json
 import math
-import mmap
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.flax
 from flax import nnx, traverse_util
 
@@ -35,6 +33,7 @@ from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import TARGETS, LoraConfig, init_lora_a
 from scca_jax.patterns import AttentionPattern, HeadPattern
 from scca_jax.rope import RopeScaling
+from scca_jax.safetensors_file import SafetensorsFiles
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -301,110 +300,7 @@ def _is_saved_whole(path: _Path, config: LoraConfig) -> bool:
 # Reading.
 
 
-# Of safetensors, by its names; jax gives numpy the 16-bit floats.
-_DTYPES = {
-  "F64": np.float64,
-  "F32": np.float32,
-  "F16": np.float16,
-  "BF16": jnp.bfloat16,
-  "I64": np.int64,
-  "I32": np.int32,
-  "I16": np.int16,
-  "I8": np.int8,
-  "U8": np.uint8,
-  "BOOL": np.bool_,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-  """Where a tensor lies in a file."""
-
-  path: pathlib.Path
-  memory: mmap.mmap
-  offset: int
-  shape: tuple[int, ...]
-  dtype: str
-
-  @property
-  def num_bytes(self) -> int:
-    """Bytes that it takes in the file."""
-    return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
-
-  def view(self) -> np.ndarray:
-    """Returns the tensor where it lies."""
-    begin = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
-    end = self.offset + self.num_bytes
-    if self.num_bytes:
-      # All of it at once, while its first pages are used.
-      self.memory.madvise(mmap.MADV_WILLNEED, begin, end - begin)
-    array = np.frombuffer(
-      self.memory,
-      _DTYPES[self.dtype],
-      count=math.prod(self.shape),
-      offset=self.offset,
-    )
-    return array.reshape(self.shape)
-
-
-def _open(path: pathlib.Path) -> dict[str, _Stored]:
-  """Returns the tensors of a safetensors file, which is mapped to memory."""
-  if not path.is_file():
-    raise FileNotFoundError(f"there is no {path}: the model lacks a file.")
-  found = {}
-  try:
-    # It checks that the tensors fill the file, one behind the other.
-    with safetensors.safe_open(path, framework="numpy") as file:
-      with path.open("rb") as raw:
-        memory = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
-      offset = 8 + int.from_bytes(memory[:8], "little")
-      for name in file.offset_keys():
-        part = file.get_slice(name)
-        tensor = _Stored(
-          path, memory, offset, tuple(part.get_shape()), part.get_dtype()
-        )
-        if tensor.dtype not in _DTYPES:
-          raise ValueError(
-            f"{path}: the tensor {name} is {tensor.dtype}; float32, bfloat16"
-            " and float16 can be read."
-          )
-        found[name] = tensor
-        offset += tensor.num_bytes
-  except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(
-      f"{path} is damaged or cut short ({error}): copy it again."
-    ) from error
-  return found
-
-
-class _Tensors(Mapping[str, Callable[[], np.ndarray]]):
-  """The tensors of safetensors files by name, read as they are used."""
-
-  def __init__(self, paths: Sequence[pathlib.Path]):
-    self._stored: dict[str, _Stored] = {}
-    for path in paths:
-      for name, tensor in _open(path).items():
-        if name in self._stored:
-          raise ValueError(
-            f"the tensor {name} is in two files, {self.path_of(name)} and"
-            f" {path}: remove the one that is not of this model."
-          )
-        self._stored[name] = tensor
-
-  def path_of(self, name: str) -> pathlib.Path:
-    return self._stored[name].path
-
-  def __getitem__(self, name: str) -> Callable[[], np.ndarray]:
-    return self._stored[name].view
-
-  def __iter__(self) -> Iterator[str]:
-    return iter(self._stored)
-
-  def __len__(self) -> int:
-    return len(self._stored)
-
-
-def _open_folder(folder: pathlib.Path) -> _Tensors:
+def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
   """Returns the tensors of a model's folder."""
   path = folder / _INDEX
   if path.is_file():
@@ -417,7 +313,9 @@ def _open_folder(folder: pathlib.Path) -> _Tensors:
       raise ValueError(
         f"{path} has no weight_map of tensors to files: copy it again."
       )
-    tensors = _Tensors([folder / n for n in sorted(set(shard_of.values()))])
+    tensors = SafetensorsFiles(
+      [folder / n for n in sorted(set(shard_of.values()))]
+    )
     for name, shard in shard_of.items():
       if name not in tensors or tensors.path_of(name).name != shard:
         raise ValueError(
@@ -441,7 +339,7 @@ def _open_folder(folder: pathlib.Path) -> _Tensors:
         " the model with transformers,"
         " model.save_pretrained(folder, safe_serialization=True)."
       )
-  return _Tensors([folder / _WEIGHTS])
+  return SafetensorsFiles([folder / _WEIGHTS])
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "is_matrix"))
@@ -476,7 +374,7 @@ def _fill(
   target: jax.ShapeDtypeStruct,
   path: _Path,
   names: Sequence[str],
-  tensors: _Tensors | gguf_file.GgufFile,
+  tensors: SafetensorsFiles | gguf_file.GgufFile,
   source: pathlib.Path,
 ) -> jax.Array:
   """Returns a parameter from the tensors of its layers, checked.
@@ -608,7 +506,7 @@ def load_model(
   """
   quantize.check_method(quantize_by)
   source = pathlib.Path(source)
-  tensors: _Tensors | gguf_file.GgufFile
+  tensors: SafetensorsFiles | gguf_file.GgufFile
   if _is_gguf(source):
     tensors = gguf_file.GgufFile(source)
     config = tensors.config if config is None else config
@@ -931,7 +829,7 @@ def stored_dtype(source: str | os.PathLike[str]) -> np.dtype:
     return np.dtype(np.float32)
   folder = pathlib.Path(source)
   tensors = (
-    _Tensors([folder / _ADAPTER_WEIGHTS])
+    SafetensorsFiles([folder / _ADAPTER_WEIGHTS])
     if (folder / _ADAPTER_CONFIG).is_file()
     else _open_folder(folder)
   )
@@ -1093,7 +991,7 @@ def load_adapter(
   folder = pathlib.Path(folder)
   lora = _adapter_config(folder / _ADAPTER_CONFIG)
   config = _adapted_config(folder, load_config(base_folder))
-  tensors = _Tensors([folder / _ADAPTER_WEIGHTS])
+  tensors = SafetensorsFiles([folder / _ADAPTER_WEIGHTS])
   model = load_model(
     base_folder,
     config=config,

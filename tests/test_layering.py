@@ -10,7 +10,7 @@ PACKAGE = ROOT / "scca_jax"
 
 # Each module may import those in layers above it, never below.
 LAYERS = (
-  ("patterns", "assets", "files", "sharding", "traffic"),
+  ("patterns", "assets", "files", "sharding", "traffic", "safetensors_file"),
   ("receptive_field", "backends", "backends.target", "backends.blocks"),
   ("deviceless",),
   ("backends.mosaic_launch",),

@@ -1,0 +1,132 @@
+"""Tensors of safetensors files, mapped to memory.
+
+The library checks a file, and says what is in it; it copies what it reads. Here
+a tensor is an array over the file itself, so that it goes to a device as fast
+as the disk gives it. Files must not be changed meanwhile.
+"""
+
+import dataclasses
+import math
+import mmap
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+# By the names of the format; jax gives numpy bfloat16.
+_DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": jnp.bfloat16,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """Where a tensor lies in a file."""
+
+  path: pathlib.Path
+  memory: mmap.mmap
+  offset: int
+  shape: tuple[int, ...]
+  dtype: str
+
+  @property
+  def num_bytes(self) -> int:
+    """Bytes that it takes in the file."""
+    return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+
+  def view(self) -> np.ndarray:
+    """Returns the tensor where it lies."""
+    begin = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
+    end = self.offset + self.num_bytes
+    if self.num_bytes:
+      # All of it at once, while its first pages are used.
+      self.memory.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+    array = np.frombuffer(
+      self.memory,
+      _DTYPES[self.dtype],
+      count=math.prod(self.shape),
+      offset=self.offset,
+    )
+    return array.reshape(self.shape)
+
+
+def _open(path: pathlib.Path) -> dict[str, _Stored]:
+  """Returns the tensors of a safetensors file, which is mapped to memory."""
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no {path}: the model lacks a file.")
+  found = {}
+  try:
+    # It checks that the tensors fill the file, one behind the other.
+    with safetensors.safe_open(path, framework="numpy") as file:
+      with path.open("rb") as raw:
+        memory = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+      offset = 8 + int.from_bytes(memory[:8], "little")
+      for name in file.offset_keys():
+        part = file.get_slice(name)
+        tensor = _Stored(
+          path, memory, offset, tuple(part.get_shape()), part.get_dtype()
+        )
+        if tensor.dtype not in _DTYPES:
+          raise ValueError(
+            f"{path}: the tensor {name} is {tensor.dtype}; float32, bfloat16"
+            " and float16 can be read."
+          )
+        found[name] = tensor
+        offset += tensor.num_bytes
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(
+      f"{path} is damaged or cut short ({error}): copy it again."
+    ) from error
+  return found
+
+
+class SafetensorsFiles(Mapping[str, Callable[[], np.ndarray]]):
+  """The tensors of files by name: functions that return each where it lies."""
+
+  def __init__(self, paths: Sequence[pathlib.Path]):
+    """Maps the files to memory.
+
+    Args:
+      paths: The files.
+
+    Raises:
+      FileNotFoundError: One is missing.
+      ValueError: One is damaged, a tensor is of a dtype that numpy has not, or
+        in two files; the message names it.
+    """
+    self._stored: dict[str, _Stored] = {}
+    for path in paths:
+      for name, tensor in _open(path).items():
+        if name in self._stored:
+          raise ValueError(
+            f"the tensor {name} is in two files, {self.path_of(name)} and"
+            f" {path}: remove the one that is not of this model."
+          )
+        self._stored[name] = tensor
+
+  def path_of(self, name: str) -> pathlib.Path:
+    """Returns the file that holds a tensor."""
+    return self._stored[name].path
+
+  def __getitem__(self, name: str) -> Callable[[], np.ndarray]:
+    """Returns a function that returns the tensor."""
+    return self._stored[name].view
+
+  def __iter__(self) -> Iterator[str]:
+    """Returns the names."""
+    return iter(self._stored)
+
+  def __len__(self) -> int:
+    """Returns the number of tensors."""
+    return len(self._stored)
