@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
+from logging import CRITICAL, getLogger
 from typing import Any, NoReturn
 
 import jax
@@ -111,6 +112,10 @@ def _quieten_orbax() -> None:
   logging.get_absl_handler().addFilter(
     lambda record: "orbax" not in pathlib.PurePath(record.pathname).parts
   )
+  # Of the writes that fail at once Orbax raises one. asyncio, which nothing
+  # else here uses, reports the others when they are collected, or not: it is a
+  # race.
+  getLogger("asyncio").setLevel(CRITICAL)
   hook = sys.unraisablehook
 
   def unraisable(raised: Any) -> None:

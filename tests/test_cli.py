@@ -111,3 +111,41 @@ def test_a_home_that_cannot_be_written_ends_no_command(monkeypatch, tmp_path):
     assert not _end(monkeypatch, lambda: None)
   finally:
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+# Many arrays to one checkpoint, and no file may grow over 8 KiB, as if the disk
+# were full: most writes fail, of which Orbax raises one.
+FULL_DISK = """
+import resource, signal, sys
+import numpy as np
+from experiments import cli
+from scca_jax import checkpoint
+
+def main():
+  resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  state = {str(i): np.random.rand(64, 64) for i in range(60)}
+  for attempt in range(5):
+    saving = checkpoint.Checkpointer(f"{folder}/{attempt}", keep=None)
+    try:
+      saving.save(1, state, 0)
+      saving.close()
+    except OSError as error:
+      last = error
+  raise last
+
+folder = sys.argv.pop()
+cli.run(main)
+"""
+
+
+def test_writes_that_fail_together_are_one_line(tmp_path):
+  ended = subprocess.run(
+    [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 2
+  assert "Traceback" not in ended.stderr
+  assert "never retrieved" not in ended.stderr
+  assert ended.stderr.splitlines()[-1].startswith("error: a checkpoint could")
