@@ -110,11 +110,6 @@ def check_mesh(
   Raises:
     ValueError: It cannot; the message says what can.
   """
-  if config.num_devices > 1 and train.offload_optimizer:
-    raise ValueError(
-      "training.offload_optimizer=True is for one device, and the mesh has"
-      f" {config.num_devices}: leave it out; mesh.fsdp cuts the moments too."
-    )
   sharding.check(
     config,
     num_kv_heads=model.num_kv_heads,

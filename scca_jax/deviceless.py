@@ -24,14 +24,12 @@ from jax.sharding import (
 )
 
 from scca_jax.backends import target
+from scca_jax.sharding import HOST
 
 _SPECS = pathlib.Path(__file__).parent / "assets" / "gpu_specs"
 _GPUS_OF_HOST = 8
 GPUS = tuple(sorted(path.stem for path in _SPECS.glob("*.txtpb")))
 _MISSING = "pip install 'scca_jax[plan]', and jax-cuda12-pjrt as jax itself"
-
-# The memory kind of the host's memory that a GPU reads directly.
-HOST = "pinned_host"
 
 
 def _spec(gpu: str) -> str:
@@ -118,10 +116,21 @@ def devices(gpu: str, number: int = 1) -> list[Any]:
   return list(topology.devices)
 
 
+def _in_host_memory(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """Returns a laid out argument, in the host's memory."""
+  # Described devices know of no memories, and a sharding forgets what its
+  # devices do not know. One without devices does not.
+  there = NamedSharding(
+    x.sharding.mesh.abstract_mesh, x.sharding.spec, memory_kind=HOST
+  )
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
+
+
 def compile_for(
   gpu: str,
   function: Callable[..., Any],
   *args: Any,
+  on_host: Any = None,
   donate_argnums: Sequence[int] = (),
   compiler_options: dict[str, Any] | None = None,
 ) -> Any:
@@ -131,8 +140,9 @@ def compile_for(
     gpu: One of `GPUS`.
     function: To be compiled.
     *args: Its arguments, pytrees of anything with a shape and a dtype. With a
-      sharding too they lie on several of `devices`; those of one GPU lie in the
-      host's memory if their sharding is of the memory kind `HOST`.
+      sharding too they lie on several of `devices`.
+    on_host: Which of the arguments lie in the host's memory, a pytree of bools
+      like them; None is none.
     donate_argnums: See `jax.jit`.
     compiler_options: See `jax.jit`.
 
@@ -148,21 +158,18 @@ def compile_for(
   os.environ["CUDA_ROOT"] = str(folder)
   if str(folder) not in os.environ["PATH"]:
     os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-  shardings = [
-    getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(args)
-  ]
-  kinds = [sharding and sharding.memory_kind for sharding in shardings]
-  if all(s is None or s.memory_kind == HOST for s in shardings):
+  if all(
+    getattr(leaf, "sharding", None) is None for leaf in jax.tree.leaves(args)
+  ):
     mesh = Mesh(np.array(devices(gpu)), ("device",))
-    placed = [
-      jax.ShapeDtypeStruct(
-        leaf.shape,
-        leaf.dtype,
-        sharding=NamedSharding(mesh, PartitionSpec(), memory_kind=kind),
-      )
-      for leaf, kind in zip(jax.tree.leaves(args), kinds, strict=True)
-    ]
-    args = jax.tree.unflatten(jax.tree.structure(args), placed)
+    whole = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args
+    )
+  if on_host is not None:
+    args = jax.tree.map(
+      lambda x, there: _in_host_memory(x) if there else x, args, on_host
+    )
   described = AbstractMesh(
     (),
     (),

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
 from scca_jax import (
   deviceless,
@@ -253,18 +252,6 @@ def plan_step(
   state = jax.eval_shape(
     lambda params: training.init_state(params, rule, step.dtype), params
   )
-  if step.offload_optimizer:
-    # eval_shape does not tell in which memory its results would be.
-    host = SingleDeviceSharding(jax.devices()[0], memory_kind=deviceless.HOST)
-    state = dataclasses.replace(
-      state,
-      optimizer=jax.tree.map(
-        lambda x: (
-          jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host) if x.ndim else x
-        ),
-        state.optimizer,
-      ),
-    )
   batch = {
     name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype)
     for name, dtype in (
@@ -290,6 +277,11 @@ def plan_step(
       )
       for name, x in batch.items()
     }
+  on_host = jax.tree.map(lambda _: False, (state, frozen, batch))
+  if step.offload_optimizer:
+    moments = jax.tree.map(lambda x: x.ndim > 0, state.optimizer)
+    of_state = dataclasses.replace(on_host[0], optimizer=moments)
+    on_host = (of_state, *on_host[1:])
   compiled = deviceless.compile_for(
     setup.gpu,
     functools.partial(
@@ -298,6 +290,7 @@ def plan_step(
     state,
     frozen,
     batch,
+    on_host=on_host,
     donate_argnums=(0,),
     compiler_options=training.compiler_options(),
   )

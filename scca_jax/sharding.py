@@ -27,6 +27,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 Tree = TypeVar("Tree")
 
 DATA, FSDP, TENSOR, SEQUENCE = AXES = ("data", "fsdp", "tensor", "sequence")
+# The memory kind of the host's memory that a device reads directly.
+HOST = "pinned_host"
 
 # Which mesh axes cut a logical axis; those that are not here stay whole.
 _RULES: dict[str, tuple[str, ...]] = {

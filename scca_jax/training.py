@@ -248,6 +248,29 @@ def _placed(tree: Any, space: Any) -> Any:
   )
 
 
+def state_shardings(
+  state: TrainState, mesh: Mesh, *, offload_optimizer: bool = False
+) -> TrainState:
+  """Returns the sharding of every array of a training state.
+
+  Args:
+    state: Arrays or shapes.
+    mesh: From `sharding.make_mesh`.
+    offload_optimizer: Whether the moments are in the memory of the hosts.
+  """
+  layout = sharding.shardings(state, mesh)
+  if not offload_optimizer:
+    return layout
+  return dataclasses.replace(
+    layout,
+    optimizer=jax.tree.map(
+      lambda leaf, at: at.with_memory_kind(sharding.HOST) if leaf.ndim else at,
+      state.optimizer,
+      layout.optimizer,
+    ),
+  )
+
+
 def init_state(
   params: nnx.State,
   optimizer: optax.GradientTransformation,
@@ -264,7 +287,7 @@ def init_state(
     dtype: The model's compute dtype, "float32", "bfloat16" or "float16".
     mesh: Devices that the parameters lie on; the rest of the state goes there.
     offload_optimizer: Whether the moments are put in the host's memory, for
-      `StepConfig.offload_optimizer`; without a mesh.
+      `StepConfig.offload_optimizer`.
   """
 
   def rest(params):
@@ -410,6 +433,9 @@ def train_step(
 
   of_optimizer = state.optimizer
   if config.offload_optimizer:
+    # Not before the gradients are there: the compiler would fetch the moments
+    # first of all, and nothing would be gained.
+    of_optimizer, finite = jax.lax.optimization_barrier((of_optimizer, finite))
     of_optimizer = _placed(of_optimizer, jax.memory.Space.Device)
   updates, new_optimizer = optimizer.update(grads, of_optimizer, state.params)
   new_params = optax.apply_updates(state.params, updates)
@@ -464,12 +490,19 @@ def compile_step(
     optimizer: See `train_step`.
     config: See `train_step`.
     state: With a mesh: a state, arrays or shapes; it stays laid out as
-      `sharding.shardings` says.
+      `state_shardings` says.
     frozen: With a mesh: the frozen parameters, likewise.
+
+  Raises:
+    ValueError: A mesh without them.
   """
   layout = {}
   if config.mesh is not None:
-    of_state = sharding.shardings(state, config.mesh)
+    if state is None or frozen is None:
+      raise ValueError("with a mesh compile_step needs state and frozen.")
+    of_state = state_shardings(
+      state, config.mesh, offload_optimizer=config.offload_optimizer
+    )
     layout = {
       "in_shardings": (
         of_state,

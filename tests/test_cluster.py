@@ -4,10 +4,13 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -21,8 +24,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 4
 
 
-def _run(num_devices, *args, processes=1):
-  """Runs `experiments.finetune` in several processes; returns their output."""
+def _start(num_devices, *args, processes=1):
+  """Starts `experiments.finetune` in several processes; returns them."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
@@ -53,10 +56,19 @@ def _run(num_devices, *args, processes=1):
         text=True,
       )
     )
+  return started
+
+
+def _end(started, code=0):
+  """Returns the output of processes that end with an exit code."""
   outputs = [process.communicate(timeout=300) for process in started]
   for process, (_, errors) in zip(started, outputs, strict=True):
-    assert process.returncode == 0, errors
+    assert process.returncode == code, errors
   return [output for output, _ in outputs]
+
+
+def _run(*args, **settings):
+  return _end(_start(*args, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +115,7 @@ def arguments(tmp_path_factory):
     f"--config.training.steps={STEPS}",
     "--config.training.checkpoint_every=2",
     "--config.training.implementation=reference",
+    "--config.training.offload_optimizer=True",
     "--config.evaluation.context_lens=(64,)",
     "--config.evaluation.num_windows=2",
     "--config.pattern.chunk_size=16",
@@ -141,12 +154,14 @@ def _same(got, expected):
   assert tuned[0] == pytest.approx(tuned[1], rel=1e-5)
 
 
+MESH = ("--config.mesh.fsdp=2", "--config.mesh.sequence=2")
+
+
 @pytest.fixture(scope="module")
 def together(arguments, tmp_path_factory):
   """A run of two processes with four devices, and what they print."""
   output = tmp_path_factory.mktemp("together") / "run"
-  mesh = ("--config.mesh.fsdp=2", "--config.mesh.sequence=2")
-  printed = _run(4, f"--output_dir={output}", *arguments, *mesh, processes=2)
+  printed = _run(4, f"--output_dir={output}", *arguments, *MESH, processes=2)
   return output, printed
 
 
@@ -156,10 +171,6 @@ def together(arguments, tmp_path_factory):
     (("--process_id=1",), "--distributed"),
     (("--distributed", "--process_id=1"), "--coordinator_address"),
     (("--config.mesh.data=3",), "mesh.data=2"),
-    (
-      ("--config.mesh.data=2", "--config.training.offload_optimizer=True"),
-      "offload_optimizer",
-    ),
   ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(
@@ -178,6 +189,24 @@ def test_two_processes_train_as_one(alone, together):
   assert "adapter:" in printed[0]
   lines = printed[1].splitlines()
   assert all(line.startswith("[Gloo]") for line in lines), lines
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_one_step(arguments, tmp_path):
+  output = tmp_path / "run"
+  endless = "--config.training.steps=1000000"
+  started = _start(
+    4, f"--output_dir={output}", *arguments, endless, *MESH, processes=2
+  )
+  metrics = output / "metrics.jsonl"
+  while not (metrics.exists() and metrics.read_text()):
+    assert all(process.poll() is None for process in started)
+    time.sleep(0.1)
+  started[1].send_signal(signal.SIGTERM)
+  printed = _end(started, 128 + signal.SIGTERM)
+  step = re.search(r"Stopped by SIGTERM after step (\d+)", printed[0])
+  assert step, printed
+  assert (output / "checkpoints" / step[1]).is_dir()
 
 
 @pytest.mark.slow

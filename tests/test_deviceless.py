@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from scca_jax import attention, deviceless, patterns
+from scca_jax import attention, deviceless, patterns, sharding
 from scca_jax.backends import target
 from scca_jax.llama import Llama, LlamaConfig
 
@@ -137,6 +137,36 @@ def test_attention_that_is_kept_is_not_computed_anew(gpu, implementation):
   # Forward, again, and the two of the backward pass.
   assert num_calls("layer") == 4
   assert num_calls("attention") == 3
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_arguments_in_the_hosts_memory_are_fetched(num_gpus):
+  layout = None
+  if num_gpus > 1:
+    devices = deviceless.devices("v100-16gb", num_gpus)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=num_gpus), devices)
+    layout = sharding.batch_sharding(mesh)
+  x = jax.ShapeDtypeStruct((256, 1024), jnp.float32, sharding=layout)
+
+  def product(there, here):
+    fetched = jax.device_put(there, jax.memory.Space.Device)
+    return jnp.sum(fetched * here)
+
+  def memory(on_host):
+    compiled = deviceless.compile_for(
+      "v100-16gb", product, x, x, on_host=on_host
+    )
+    return compiled.memory_analysis()
+
+  size = 4 * x.size // num_gpus
+  there, here = memory((True, False)), memory(None)
+  assert there.host_argument_size_in_bytes == size
+  assert there.argument_size_in_bytes == size
+  assert there.temp_size_in_bytes >= size
+  assert here.host_argument_size_in_bytes == 0
+  assert here.argument_size_in_bytes == 2 * size
+  assert here.temp_size_in_bytes < size
 
 
 def test_descriptions_say_what_dispatch_needs():

@@ -135,7 +135,7 @@ def test_loss_and_gradients_are_those_of_one_device(mesh):
   _assert_close(got, _expected(packed))
 
 
-def _steps(mesh, num_steps=2):
+def _steps(mesh, num_steps=2, offload_optimizer=False):
   """Returns the state after some steps of LoRA training, and the metrics."""
   graphdef, params, frozen = _split(LORA)
   rule = training.make_optimizer(training.OptimizerConfig(warmup_steps=0), 10)
@@ -144,9 +144,12 @@ def _steps(mesh, num_steps=2):
     num_micro_batches=2,
     implementation="reference",
     mesh=mesh,
+    offload_optimizer=offload_optimizer,
   )
   params, frozen = sharding.place((params, frozen), mesh)
-  state = training.init_state(params, rule, "float32", mesh)
+  state = training.init_state(
+    params, rule, "float32", mesh, offload_optimizer=offload_optimizer
+  )
   step = training.compile_step(graphdef, rule, config, state, frozen)
   step = step.lower(
     state, frozen, sharding.place_batch(_batch(), mesh, 8)
@@ -157,10 +160,11 @@ def _steps(mesh, num_steps=2):
   return state, frozen, jax.device_get(metrics)
 
 
-def test_training_goes_as_on_one_device():
+@pytest.mark.parametrize("offload", [False, True])
+def test_training_goes_as_on_one_device(offload):
   expected, _, metrics = _steps(None)
   mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2, sequence=2))
-  state, frozen, got = _steps(mesh)
+  state, frozen, got = _steps(mesh, offload_optimizer=offload)
   for name, value in metrics.items():
     np.testing.assert_allclose(got[name], value, rtol=1e-5, err_msg=name)
   # Adam divides by the root of gradients that may be nearly 0.
@@ -185,6 +189,12 @@ def test_training_goes_as_on_one_device():
     assert found, name
     for leaf in found:
       assert leaf.addressable_shards[0].data.size == leaf.size // parts, name
+  kinds = {
+    leaf.sharding.memory_kind
+    for leaf in jax.tree.leaves(state.optimizer)
+    if leaf.ndim
+  }
+  assert kinds == {sharding.HOST if offload else "device"}
 
 
 @pytest.mark.parametrize(
