@@ -138,10 +138,9 @@ def main() -> None:
     ValueError: A setting or flag does not fit, nothing fits, or the compiler
       is missing.
   """
-  # Nothing is run: no GPU is looked for, which would take its memory or warn
-  # of what it lacks, and nothing is kept, which could not be read back.
+  # Nothing is run: no GPU is looked for, which would take its memory or warn of
+  # what it lacks.
   jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_enable_compilation_cache", False)
   run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
   if _MODEL.value is not None:
     run = dataclasses.replace(run, model=_MODEL.value)

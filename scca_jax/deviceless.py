@@ -5,16 +5,18 @@ assembler `ptxas` (`pip install 'scca_jax[plan]'`); nothing can be run. The
 descriptions are in `assets/gpu_specs`.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import (
   AbstractDevice,
   AbstractMesh,
@@ -126,6 +128,21 @@ def _in_host_memory(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
 
 
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+  """Has nothing kept on the disk: a program for no device is not read back."""
+  settings: Any = jax.config
+  enabled = settings.jax_enable_compilation_cache
+  jax.config.update("jax_enable_compilation_cache", False)
+  # JAX looks at the setting once.
+  compilation_cache.reset_cache()
+  try:
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
 def compile_for(
   gpu: str,
   function: Callable[..., Any],
@@ -183,6 +200,7 @@ def compile_for(
       .trace(*args)
       .lower(lowering_platforms=("cuda",))
     )
-  return lowered.compile(
-    {"xla_gpu_cuda_data_dir": str(folder)} | (compiler_options or {})
-  )
+  with _no_cache():
+    return lowered.compile(
+      {"xla_gpu_cuda_data_dir": str(folder)} | (compiler_options or {})
+    )

@@ -228,7 +228,8 @@ def test_planning_looks_for_no_gpu_and_keeps_nothing(tmp_path):
     "JAX_ENABLE_COMPILATION_CACHE": "true",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
-  del environment["JAX_PLATFORMS"]
+  for name in ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"):
+    environment.pop(name, None)
   planned = subprocess.run(
     [sys.executable, "-m", "experiments.plan_memory", "--task=generate"],
     cwd=ROOT,
