@@ -16,6 +16,9 @@ Strips in which no query can see a key are left out. The others go, all of one
 band together, through one attention with an online softmax over blocks (Rabe
 and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135) that visits no block
 outside the band, and whose backward pass computes the weights anew.
+
+The module is long because cutting, attending and putting together, forward and
+backward, are of one layout of strips.
 """
 
 import dataclasses
