@@ -196,6 +196,9 @@ def check(
       if fits
       else "take a larger batch"
     )
+    fewer, rest = divmod(batch_size, config.data * config.fsdp)
+    if fewer and not rest:
+      remedy += f", or num_micro_batches={fewer}"
     raise ValueError(
       f"mesh.{axis}={size}{f' beside {other} more' if other > 1 else ''} cannot"
       f" share out {micro_batch} sequences of a micro batch: {remedy}."
