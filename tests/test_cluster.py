@@ -61,7 +61,11 @@ def _start(num_devices, *args, processes=1):
 
 def _end(started, code=0):
   """Returns the output of processes that end with an exit code."""
-  outputs = [process.communicate(timeout=300) for process in started]
+  try:
+    outputs = [process.communicate(timeout=300) for process in started]
+  finally:
+    for process in started:
+      process.kill()
   for process, (_, errors) in zip(started, outputs, strict=True):
     assert process.returncode == code, errors
   return [output for output, _ in outputs]
@@ -199,8 +203,10 @@ def test_a_signal_to_one_process_stops_all_after_one_step(arguments, tmp_path):
     4, f"--output_dir={output}", *arguments, endless, *MESH, processes=2
   )
   metrics = output / "metrics.jsonl"
-  while not (metrics.exists() and metrics.read_text()):
-    assert all(process.poll() is None for process in started)
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and not (
+    metrics.exists() and metrics.read_text()
+  ):
     time.sleep(0.1)
   started[1].send_signal(signal.SIGTERM)
   printed = _end(started, 128 + signal.SIGTERM)
