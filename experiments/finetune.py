@@ -186,15 +186,20 @@ def main() -> None:
     convert.save_adapter(
       trained, adapter, base_model=str(model_folder), patterns=schedule
     )
+  final_loss, speed = result.final_loss, result.tokens_per_second
+  measure_all = functools.partial(
+    measure,
+    context_lens=context_lens,
+    num_windows=run.evaluation.num_windows,
+  )
+  tuned = measure_all(result.model)
+  # One model is gone before the next is read: the device that trained one may
+  # have no room for two.
+  del result, trained
   rows = {
-    name: measure(
-      model, context_lens=context_lens, num_windows=run.evaluation.num_windows
-    )
-    for name, model in (
-      ("untuned", load(base_config, None)),
-      ("interpolated", load(target_config, None)),
-      ("tuned", result.model),
-    )
+    "untuned": measure_all(load(base_config, None)),
+    "interpolated": measure_all(load(target_config, None)),
+    "tuned": tuned,
   }
   if not cluster.is_primary():
     return
@@ -205,8 +210,8 @@ def main() -> None:
       "pretrained_len": pretrained_len,
       "target_len": train.seq_len,
       "steps": train.steps,
-      "final_loss": result.final_loss,
-      "tokens_per_second": result.tokens_per_second,
+      "final_loss": final_loss,
+      "tokens_per_second": speed,
       "perplexity": {
         "protocol": run.evaluation.protocol,
         "num_windows": {

@@ -163,6 +163,38 @@ def test_a_run_leaves_all_that_was_promised(finished):
   assert list((output / "tensorboard").glob("events*"))
 
 
+# Says at each evaluation how many bytes of arrays there are.
+_WATCHED = """
+import sys, jax
+from experiments import cli, finetune, inputs
+perplexities = inputs.perplexities
+def watched(*args, **kwargs):
+  print("live", sum(array.nbytes for array in jax.live_arrays()))
+  return perplexities(*args, **kwargs)
+inputs.perplexities = watched
+cli.run(finetune.main)
+"""
+
+
+def test_no_evaluation_finds_a_second_model_in_memory(
+  base, arguments, tmp_path
+):
+  done = subprocess.run(
+    [sys.executable, "-c", _WATCHED, f"--output_dir={tmp_path}", *arguments],
+    cwd=ROOT,
+    env=_environment(),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  live = [int(n) for n in re.findall(r"^live (\d+)$", done.stdout, re.M)]
+  weights = load_file(base / "model.safetensors").values()
+  one = sum(weight.nbytes for weight in weights)
+  assert len(live) == 3  # Untuned, interpolated and tuned.
+  assert one < max(live) < 1.5 * one
+
+
 def test_a_finished_run_is_not_done_again(finished, arguments):
   output, printed = finished
   before = (output / "metrics.jsonl").read_text()
