@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from logging import CRITICAL, getLogger
@@ -33,6 +34,20 @@ EXIT_BAD_INPUT = 2
 def _one_line(error: BaseException) -> str:
   text = " ".join(str(error).split())
   return text or type(error).__name__
+
+
+def _out_of_memory(error: Exception) -> ValueError | None:
+  """Returns what to say of an error of the device, if that is its memory."""
+  text = str(error)
+  if "RESOURCE_EXHAUSTED" not in text:
+    return None
+  asked = re.search(r"allocat(?:e|ing) ([\d.]+ ?\w+)", text)
+  more = f", {asked[1]} more were asked for" if asked else ""
+  return ValueError(
+    f"{jax.local_devices()[0].device_kind} is out of memory{more}: take fewer"
+    " or shorter sequences at once, or the settings that"
+    " experiments.plan_memory finds to fit."
+  )
 
 
 def _fail(error: BaseException) -> NoReturn:
@@ -132,7 +147,7 @@ def run(main: Callable[[], None]) -> None:
   Args:
     main: The command. ValueError, OSError and NotImplementedError that it
       raises speak of its input: their message is printed as one line and the
-      exit status is 2.
+      exit status is 2. So does a device that is out of memory.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -148,6 +163,11 @@ def run(main: Callable[[], None]) -> None:
       if _TRACEBACK.value:
         raise
       _fail(error)
+    except jax.errors.JaxRuntimeError as error:
+      exhausted = _out_of_memory(error)
+      if exhausted is None or _TRACEBACK.value:
+        raise
+      _fail(exhausted)
 
   app.run(guarded, flags_parser=_parse_flags)
 

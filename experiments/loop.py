@@ -265,6 +265,8 @@ def fit(
     mesh,
     offload_optimizer=config.offload_optimizer,
   )
+  # The state has them; a checkpoint's come in their place, not beside them.
+  del model, params
   checkpoints = checkpoint.Checkpointer(
     output_dir / "checkpoints", keep=config.keep_checkpoints
   )

@@ -306,8 +306,9 @@ def init_state(
   if not offload_optimizer:
     return state
   # All is put somewhere: a step gives back nothing else, and would compile
-  # again for a state that is not what it gave.
-  state = jax.device_put(state, jax.memory.Space.Device)
+  # again for a state that is not what it gave. To put an array where it lies
+  # copies nothing, to put it in the device's memory does.
+  state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
   return dataclasses.replace(
     state, optimizer=_placed(state.optimizer, jax.memory.Space.Host)
   )

@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 from experiments import cli
 
@@ -47,6 +49,21 @@ def test_a_bad_flag_is_named(monkeypatch, capsys, flag, named):
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1
   assert named in lines[0]
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+  # 256 TiB: no machine has them.
+  assert _end(monkeypatch, lambda: jnp.zeros(2**46)) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1
+  assert "281474976710656 bytes more" in lines[0]
+  assert "experiments.plan_memory" in lines[0]
+  monkeypatch.setattr(sys, "argv", ["command"])
+  with (
+    flagsaver.flagsaver(traceback=True),
+    pytest.raises(jax.errors.JaxRuntimeError),
+  ):
+    cli.run(lambda: jnp.zeros(2**46))
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

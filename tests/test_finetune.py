@@ -163,24 +163,27 @@ def test_a_run_leaves_all_that_was_promised(finished):
   assert list((output / "tensorboard").glob("events*"))
 
 
-# Says at each evaluation how many bytes of arrays there are.
+# Says how many bytes of arrays there are before the first step, and at each
+# evaluation.
 _WATCHED = """
-import sys, jax
+import jax
 from experiments import cli, finetune, inputs
-perplexities = inputs.perplexities
-def watched(*args, **kwargs):
-  print("live", sum(array.nbytes for array in jax.live_arrays()))
-  return perplexities(*args, **kwargs)
-inputs.perplexities = watched
+from scca_jax import training
+def watch(module, name):
+  function = getattr(module, name)
+  def watched(*args, **kwargs):
+    print("live", sum(array.nbytes for array in jax.live_arrays()))
+    return function(*args, **kwargs)
+  setattr(module, name, watched)
+watch(training, "compile_step")
+watch(inputs, "perplexities")
 cli.run(finetune.main)
 """
 
 
-def test_no_evaluation_finds_a_second_model_in_memory(
-  base, arguments, tmp_path
-):
+def _live_bytes(*args):
   done = subprocess.run(
-    [sys.executable, "-c", _WATCHED, f"--output_dir={tmp_path}", *arguments],
+    [sys.executable, "-c", _WATCHED, *map(str, args)],
     cwd=ROOT,
     env=_environment(),
     capture_output=True,
@@ -188,11 +191,20 @@ def test_no_evaluation_finds_a_second_model_in_memory(
     timeout=300,
   )
   assert done.returncode == 0, done.stderr
-  live = [int(n) for n in re.findall(r"^live (\d+)$", done.stdout, re.M)]
+  return [int(n) for n in re.findall(r"^live (\d+)$", done.stdout, re.M)]
+
+
+def test_no_model_is_held_beside_another(base, arguments, tmp_path):
+  output = tmp_path / "run"
+  first, *evaluations = _live_bytes(f"--output_dir={output}", *arguments)
   weights = load_file(base / "model.safetensors").values()
   one = sum(weight.nbytes for weight in weights)
-  assert len(live) == 3  # Untuned, interpolated and tuned.
-  assert one < max(live) < 1.5 * one
+  assert len(evaluations) == 3  # Untuned, interpolated and tuned.
+  assert one < max(evaluations) < 1.5 * one
+  # A run that goes on starts with no more than one that begins.
+  shutil.rmtree(output / "checkpoints" / "12")
+  again = _live_bytes(f"--output_dir={output}", *arguments)
+  assert again == [first, *evaluations]
 
 
 def test_a_finished_run_is_not_done_again(finished, arguments):

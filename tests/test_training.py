@@ -170,19 +170,23 @@ def test_the_backward_pass_keeps_no_second_copy_of_the_weights(rotate):
 def test_offloaded_moments_change_no_number():
   plain, plain_history = _run()
   start = _start()
+  params = start[3].params
   state = training.init_state(
-    start[3].params, start[2], "float32", offload_optimizer=True
+    params, start[2], "float32", offload_optimizer=True
   )
 
   def places(state):
     return [(x.committed, x.sharding) for x in jax.tree.leaves(state)]
 
   before = places(state)
+  assert all(x.committed for x in jax.tree.leaves(state))
   lean, lean_history = _run(start=(*start[:3], state), offload_optimizer=True)
   moments = [x for x in jax.tree.leaves(lean.optimizer) if x.ndim]
   assert {x.sharding.memory_kind for x in moments} == {"pinned_host"}
   # The second step has what the first one compiled.
   assert places(lean) == before
+  # The first one took the parameters themselves, not copies of them.
+  assert all(x.is_deleted() for x in jax.tree.leaves(params))
   for a, b in zip(plain_history, lean_history, strict=True):
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
   _assert_close(plain.params, lean.params, rtol=1e-6)
