@@ -157,11 +157,15 @@ class Embedding(nnx.Module):
     )
     self.dtype = jnp.dtype(dtype)
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
+  def __call__(self, tokens: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """Returns the vectors of the tokens, `[batch, seq, hidden]`."""
     # Taken before the cast: gradients of a token that occurs often are summed
     # in the dtype of the parameter.
-    return self.embedding[...][tokens].astype(self.dtype)
+    table = self.embedding[...]
+    vectors = (
+      table[tokens] if mesh is None else sharding.lookup(table, tokens, mesh)
+    )
+    return vectors.astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -764,7 +768,7 @@ class Llama(nnx.Module):
       lambda leaf: leaf.reshape(num_cycles, len(cycle), *leaf.shape[1:]),
       of_layers,
     )
-    x = self.embed_tokens(tokens)
+    x = self.embed_tokens(tokens, mesh)
     x = sharding.constrain(x, mesh, "batch", "seq", None)
     x, _ = jax.lax.scan(run_cycle, x, of_cycles)
     return self.norm(x)

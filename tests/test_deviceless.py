@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from scca_jax import attention, deviceless, patterns, sharding
+from scca_jax import attention, deviceless, patterns, sharding, training
 from scca_jax.backends import target
 from scca_jax.llama import Llama, LlamaConfig
 
@@ -167,6 +167,63 @@ def test_arguments_in_the_hosts_memory_are_fetched(num_gpus):
   assert here.host_argument_size_in_bytes == 0
   assert here.argument_size_in_bytes == 2 * size
   assert here.temp_size_in_bytes < size
+
+
+@needs_compiler
+def test_no_device_drops_what_it_has_summed():
+  config = LlamaConfig(
+    vocab_size=768,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    context_len=64,
+  )
+  mesh = sharding.make_mesh(
+    sharding.MeshConfig(data=2), deviceless.devices("h100-80gb", 2)
+  )
+  model = nnx.eval_shape(
+    lambda: Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  )
+  graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+  rule = training.make_optimizer(training.OptimizerConfig(), 10)
+  state = jax.eval_shape(
+    lambda params: training.init_state(params, rule, "bfloat16"), params
+  )
+  state = jax.tree.map(
+    lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
+    state,
+    sharding.shardings(state, mesh),
+  )
+  batch = {
+    name: jax.ShapeDtypeStruct(
+      (8, 64), dtype, sharding=sharding.batch_sharding(mesh)
+    )
+    for name, dtype in (
+      ("tokens", jnp.int32),
+      ("targets", jnp.int32),
+      ("mask", jnp.float32),
+    )
+  }
+  step = functools.partial(
+    training.train_step,
+    graphdef=graphdef,
+    optimizer=rule,
+    config=training.StepConfig(
+      patterns=patterns.scca_fixed(4, 16),
+      num_micro_batches=2,
+      dtype="bfloat16",
+      mesh=mesh,
+    ),
+  )
+  compiled = deviceless.compile_for("h100-80gb", step, state, frozen, batch)
+  # XLA sums a gradient over devices once, after the micro batches. One whose
+  # scatter it had cut among devices it also took from all but the first device
+  # at each micro batch: a choice by the device's number, which is asked for
+  # nowhere else in this step.
+  assert "partition-id" not in compiled.as_text()
 
 
 def test_descriptions_say_what_dispatch_needs():
