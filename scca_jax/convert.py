@@ -370,23 +370,56 @@ def _place(stack: jax.Array, tensor: jax.Array, index: int) -> jax.Array:
   return jax.lax.dynamic_update_index_in_dim(stack, bits, index, 0)
 
 
+def _room(
+  target: jax.ShapeDtypeStruct, quantize_by: str | None, platform: str
+) -> Any:
+  """Returns zeros for all layers of a parameter, to be filled by `_fill`."""
+
+  def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    dtype = leaf.dtype
+    if platform == "cpu" and jnp.issubdtype(dtype, jnp.floating):
+      # As bits: to update 16-bit floats a CPU makes all of them float32.
+      dtype = jnp.dtype(f"uint{8 * dtype.itemsize}")
+    return jnp.zeros(leaf.shape, dtype)
+
+  return jax.tree.map(zeros, _held(target, quantize_by))
+
+
+def _held(target: jax.ShapeDtypeStruct, quantize_by: str | None) -> Any:
+  """Returns the shapes of a parameter of the layers as the model holds it."""
+  if quantize_by is None:
+    return target
+  return jax.eval_shape(
+    functools.partial(quantize.quantized, method=quantize_by), target
+  )
+
+
 def _fill(
+  room: Any,
   target: jax.ShapeDtypeStruct,
   path: _Path,
   names: Sequence[str],
   tensors: SafetensorsFiles | gguf_file.GgufFile,
   source: pathlib.Path,
-) -> jax.Array:
+  *,
+  quantize_by: str | None = None,
+) -> Any:
   """Returns a parameter from the tensors of its layers, checked.
 
   A few tensors are on their way to the device at once.
+
+  Args:
+    room: From `_room`; None for what is no stack of layers.
+    target: The parameter before it is quantised.
+    path: Its path.
+    names: Of its tensors.
+    tensors: All of the source.
+    source: What messages name.
+    quantize_by: How it is quantised, or None.
   """
-  stacked, is_matrix = path[0] == "layers", _is_matrix(path)
-  wanted = target.shape[1:] if stacked else target.shape
-  # As bits: for an update of 16-bit floats a CPU makes all of it float32.
-  bits = jnp.dtype(f"uint{8 * target.dtype.itemsize}")
-  result = jnp.zeros((len(names), *wanted), bits)
-  (device,) = result.devices()
+  is_matrix = _is_matrix(path)
+  wanted = target.shape if room is None else target.shape[1:]
+  device = _default_device()
   if is_matrix:
     wanted = wanted[::-1]
 
@@ -395,7 +428,7 @@ def _fill(
       return tensors.name_in_file(name)
     return name
 
-  def read(name: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def read(name: str) -> tuple[Any, jax.Array, jax.Array]:
     if name not in tensors:
       raise ValueError(f"{source} lacks the tensor {shown(name)}.")
     value = tensors[name]()
@@ -413,8 +446,12 @@ def _fill(
     with jax.default_device(device):
       if is_matrix and device.platform == "cpu":
         # Turned as it is copied: afterwards it takes twice as long.
-        return _turn(jax.device_put(value.T), target.dtype, False)
-      return _turn(value, target.dtype, is_matrix)
+        turned = _turn(jax.device_put(value.T), target.dtype, False)
+      else:
+        turned = _turn(value, target.dtype, is_matrix)
+      if quantize_by is None:
+        return turned
+      return quantize.quantized_matrix(turned[0], quantize_by), *turned[1:]
 
   with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
     ahead = collections.deque(
@@ -424,9 +461,6 @@ def _fill(
       tensor, value_finite, part_finite = ahead.popleft().result()
       if i + _NUM_READERS < len(names):
         ahead.append(pool.submit(read, names[i + _NUM_READERS]))
-      # A step of its own: a CPU is slow where a transposition is part of an
-      # update.
-      result = _place(result, tensor, i)
       if not part_finite:
         reason = (
           f"exceeds {target.dtype}: load it as bfloat16 or float32"
@@ -434,8 +468,73 @@ def _fill(
           else "holds a NaN or an infinity: copy the model again"
         )
         raise ValueError(f"{source}: the tensor {shown(name)} {reason}.")
-  result = jax.lax.bitcast_convert_type(result, target.dtype)
-  return result if stacked else result.reshape(target.shape)
+      if room is None:
+        return tensor
+      # A step of its own: a CPU is slow where a transposition is part of an
+      # update.
+      room = jax.tree.map(functools.partial(_place, index=i), room, tensor)
+  return jax.tree.map(
+    lambda leaf, held: (
+      leaf
+      if leaf.dtype == held.dtype
+      else jax.lax.bitcast_convert_type(leaf, held.dtype)
+    ),
+    room,
+    _held(target, quantize_by),
+  )
+
+
+def _read(
+  targets: dict[_Path, jax.ShapeDtypeStruct],
+  names: dict[_Path, list[str]],
+  tensors: SafetensorsFiles | gguf_file.GgufFile,
+  source: pathlib.Path,
+  quantize_by: str | None = None,
+) -> dict[_Path, Any]:
+  """Returns parameters from their tensors, checked.
+
+  Args:
+    targets: Shape and dtype of each, before it is quantised.
+    names: Of the tensors of each.
+    tensors: All of the source.
+    source: What messages name.
+    quantize_by: How the layers' matrices are quantised, or None.
+  """
+  platform = _default_device().platform
+  in_layers, others = [], []
+  for path in sorted(targets):
+    (in_layers if path[0] == "layers" else others).append(path)
+  # What stays is allocated first, and all of it before what comes and goes as
+  # layers are read: a training step needs the rest in one piece.
+  arrays = {
+    path: _fill(None, targets[path], path, names[path], tensors, source)
+    for path in others
+  }
+  methods = {
+    path: quantize_by if quantize.is_quantizable(path) else None
+    for path in in_layers
+  }
+  rooms = {
+    path: _room(targets[path], method, platform)
+    for path, method in methods.items()
+  }
+  for path, method in methods.items():
+    arrays[path] = _fill(
+      rooms.pop(path),
+      targets[path],
+      path,
+      names[path],
+      tensors,
+      source,
+      quantize_by=method,
+    )
+  return arrays
+
+
+def _default_device() -> Any:
+  """Returns the device that new arrays are made on."""
+  (device,) = jnp.zeros(()).devices()
+  return device
 
 
 def _flatten(state: nnx.State) -> dict[_Path, Any]:
@@ -536,10 +635,9 @@ def load_model(
       arrays[path] = init_lora_a(rngs.params(), target.shape)
     elif path[-1] == "lora_b":
       arrays[path] = jnp.zeros(target.shape, target.dtype)
-    else:
-      arrays[path] = _fill(target, path, names[path], tensors, source)
-      if quantize_by is not None and quantize.is_quantizable(path):
-        arrays[path] = quantize.quantized(arrays[path], quantize_by)
+  arrays |= _read(
+    {path: targets[path] for path in names}, names, tensors, source, quantize_by
+  )
   return _merge(graphdef, state, arrays)
 
 
@@ -1002,19 +1100,19 @@ def load_adapter(
   )
   graphdef, state = nnx.split(model)
   arrays = _flatten(state)
-  used: set[str] = set()
+  names, targets = {}, {}
   for path, array in arrays.items():
-    names = [
+    of_path = [
       _PEFT_PREFIX + name for name in _file_names(path, config.num_layers)
     ]
     # PEFT may train the embedding and not the head, or some of the norms.
-    if not _is_adapter(path) and not (
-      _is_saved_whole(path, lora) and names[0] in tensors
+    if _is_adapter(path) or (
+      _is_saved_whole(path, lora) and of_path[0] in tensors
     ):
-      continue
-    used |= set(names)
-    target = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    arrays[path] = _fill(target, path, names, tensors, folder)
+      names[path] = of_path
+      targets[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+  arrays |= _read(targets, names, tensors, folder)
+  used = {name for of_path in names.values() for name in of_path}
   head, embedding = _PEFT_PREFIX + _HEAD, _PEFT_PREFIX + _EMBEDDING
   if config.tie_embeddings and head in tensors:
     if embedding not in tensors or not np.array_equal(

@@ -36,11 +36,11 @@ def check_method(method: str | None) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def quantized(kernel: jax.Array, method: str) -> Any:
-  """Returns stacked matrices as a `qwix.QArray`.
+def quantized_matrix(kernel: jax.Array, method: str) -> Any:
+  """Returns a matrix as a `qwix.QArray`.
 
   Args:
-    kernel: `[layers, in, out]`, any float dtype.
+    kernel: `[in, out]`, any float dtype.
     method: One of `METHODS`.
   """
   import qwix
@@ -55,10 +55,14 @@ def quantized(kernel: jax.Array, method: str) -> Any:
       "channelwise_axes": (1,),
       "tiled_axes": {0: block},
     }
+  return qwix.quantize(kernel.astype(jnp.float32), **settings)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def quantized(kernel: jax.Array, method: str) -> Any:
+  """Returns stacked matrices, `[layers, in, out]`, as `quantized_matrix`."""
   # One layer at a time: a float32 copy of all would be twice what is read.
-  return jax.lax.map(
-    lambda layer: qwix.quantize(layer.astype(jnp.float32), **settings), kernel
-  )
+  return jax.lax.map(lambda layer: quantized_matrix(layer, method), kernel)
 
 
 def dequantized(kernel: Any, dtype: Any) -> jax.Array:

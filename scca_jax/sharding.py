@@ -23,7 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  Sharding,
+)
 
 Tree = TypeVar("Tree")
 
@@ -409,10 +415,14 @@ def place(tree: Tree, mesh: Mesh | None) -> Tree:
   """
   if mesh is None:
     return tree
-  return jax.tree.map(_put, tree, shardings(tree, mesh))
+  return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+def put(array: Any, sharding: Sharding) -> jax.Array:
+  """Returns an array, of the same values in every process, laid out.
+
+  One that lies so already is not copied.
+  """
   if isinstance(array, jax.Array) and array.sharding == sharding:
     return array
   if sharding.is_fully_addressable:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from scca_jax import losses, sharding
 from scca_jax.patterns import AttentionPattern
@@ -259,8 +259,11 @@ def state_shardings(
     offload_optimizer: Whether the moments are in the memory of the hosts.
   """
   layout = sharding.shardings(state, mesh)
-  if not offload_optimizer:
-    return layout
+  return _offloaded(state, layout) if offload_optimizer else layout
+
+
+def _offloaded(state: TrainState, layout: TrainState) -> TrainState:
+  """Returns the layout with the moments, not scalars, on the host."""
   return dataclasses.replace(
     layout,
     optimizer=jax.tree.map(
@@ -279,7 +282,7 @@ def init_state(
   *,
   offload_optimizer: bool = False,
 ) -> TrainState:
-  """Returns the state before the first step.
+  """Returns the state before the first step, which takes the parameters.
 
   Args:
     params: The trainable parameters, as `nnx.split` gives them.
@@ -297,21 +300,28 @@ def init_state(
       LossScale.create(jnp.dtype(dtype)),
     )
 
+  if offload_optimizer:
+    # They are made on the CPU: the device may have no room for them, and where
+    # they had been there would be holes between what stays.
+    shapes = jax.eval_shape(lambda tree: tree, params)
+    with sharding.on_host():
+      step, of_optimizer, loss_scale = rest(shapes)
+    state = TrainState(step, params, of_optimizer, loss_scale)
+    # All is put somewhere: a step gives back nothing else, and would compile
+    # again for a state that is not what it gave. The parameters are not copied:
+    # they are where they are put.
+    if mesh is not None:
+      layout = sharding.shardings(state, mesh)
+      return jax.tree.map(sharding.put, state, _offloaded(state, layout))
+    (device,) = jax.tree.leaves(params)[0].devices()
+    layout = jax.tree.map(lambda _: SingleDeviceSharding(device), state)
+    return jax.device_put(state, _offloaded(state, layout))
   make = rest
   if mesh is not None:
     layout = sharding.shardings(jax.eval_shape(rest, params), mesh)
     make = jax.jit(rest, out_shardings=layout)
   step, of_optimizer, loss_scale = make(params)
-  state = TrainState(step, params, of_optimizer, loss_scale)
-  if not offload_optimizer:
-    return state
-  # All is put somewhere: a step gives back nothing else, and would compile
-  # again for a state that is not what it gave. To put an array where it lies
-  # copies nothing, to put it in the device's memory does.
-  state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
-  return dataclasses.replace(
-    state, optimizer=_placed(state.optimizer, jax.memory.Space.Host)
-  )
+  return TrainState(step, params, of_optimizer, loss_scale)
 
 
 def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):

@@ -48,30 +48,47 @@ def _batch():
   }
 
 
-@functools.cache
-def _gradients(**sizes):
-  """Returns the loss of a step of two micro batches, and its gradients."""
-  mesh = sharding.make_mesh(sharding.MeshConfig(**sizes))
+def _run(rule, num_steps=1, *, sizes=None, offload_optimizer=False):
+  """Returns parameters before, the state after some steps, and the loss."""
+  mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})))
   model = Llama(CONFIG, lora=LORA, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   graphdef, params, frozen = nnx.split(model, lora.trainable(LORA), ...)
   before = jax.device_get(params)
   params, frozen = sharding.place((params, frozen), mesh)
-  rule = optax.scale(-SCALE)
-  state = training.init_state(params, rule, "bfloat16", mesh)
+  state = training.init_state(
+    params, rule, "bfloat16", mesh, offload_optimizer=offload_optimizer
+  )
   config = training.StepConfig(
     patterns=patterns.scca_fixed(CONFIG.num_heads, 256),
     num_micro_batches=2,
     remat="layer",
     dtype="bfloat16",
     mesh=mesh,
+    offload_optimizer=offload_optimizer,
   )
   step = training.compile_step(graphdef, rule, config, state, frozen)
   batch = sharding.place_batch(_batch(), mesh, BATCH)
-  state, metrics = step(state, frozen, batch)
+  for _ in range(num_steps):
+    state, metrics = step(state, frozen, batch)
+  return before, state, float(metrics["loss"])
+
+
+@functools.cache
+def _gradients(**sizes):
+  """Returns the loss of a step of two micro batches, and its gradients."""
+  before, state, loss = _run(optax.scale(-SCALE), sizes=sizes)
   gradients = jax.tree.map(
     lambda old, new: (old - np.asarray(new)) / SCALE, before, state.params
   )
-  return float(metrics["loss"]), gradients
+  return loss, gradients
+
+
+def _assert_close(got, expected):
+  paths = jax.tree_util.tree_flatten_with_path(expected)[0]
+  for (path, b), a in zip(paths, jax.tree.leaves(got), strict=True):
+    # bfloat16, summed in another order.
+    error = np.linalg.norm(np.asarray(a) - np.asarray(b))
+    assert error <= 0.03 * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("axis", sharding.AXES)
@@ -81,8 +98,16 @@ def test_gradients_on_two_gpus_are_those_of_one(axis):
   expected_loss, expected = _gradients()
   loss, gradients = _gradients(**{axis: 2})
   assert loss == pytest.approx(expected_loss, rel=1e-4)
-  paths = jax.tree_util.tree_flatten_with_path(expected)[0]
-  for (path, b), a in zip(paths, jax.tree.leaves(gradients), strict=True):
-    # bfloat16, summed in another order.
-    error = np.linalg.norm(a - b)
-    assert error <= 0.03 * np.linalg.norm(b), jax.tree_util.keystr(path)
+  _assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2}, {"fsdp": 2}])
+def test_moments_may_wait_on_the_host(sizes):
+  if len(jax.devices()) < 2:
+    pytest.skip("needs two GPUs")
+  rule = training.make_optimizer(training.OptimizerConfig(), 10)
+  _, expected, _ = _run(rule, 2, sizes=sizes)
+  _, state, _ = _run(rule, 2, sizes=sizes, offload_optimizer=True)
+  moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+  assert {x.sharding.memory_kind for x in moments} == {sharding.HOST}
+  _assert_close(state.optimizer, expected.optimizer)
