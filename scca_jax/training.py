@@ -282,7 +282,7 @@ def init_state(
   *,
   offload_optimizer: bool = False,
 ) -> TrainState:
-  """Returns the state before the first step, which takes the parameters.
+  """Returns the state before the first step: the parameters, not copies.
 
   Args:
     params: The trainable parameters, as `nnx.split` gives them.

@@ -1,6 +1,6 @@
 """A training step on two GPUs against the same step on one.
 
-    JAX_PLATFORMS=cuda pytest -m gpu tests/test_gpu_mesh.py
+    JAX_PLATFORMS=cuda,cpu pytest -m gpu tests/test_gpu_mesh.py
 
 What XLA makes of a program for several GPUs is not what it makes for several
 CPUs, on which `test_sharding` runs: a gradient was wrong on these alone.
