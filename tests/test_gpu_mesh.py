@@ -18,7 +18,13 @@ from flax import nnx
 from scca_jax import lora, patterns, sharding, training
 from scca_jax.llama import Llama, LlamaConfig
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+  pytest.mark.gpu,
+  pytest.mark.skipif(
+    jax.default_backend() != "gpu" or len(jax.devices()) < 2,
+    reason="needs two GPUs",
+  ),
+]
 
 CONFIG = LlamaConfig(
   vocab_size=512,
@@ -93,8 +99,6 @@ def _assert_close(got, expected):
 
 @pytest.mark.parametrize("axis", sharding.AXES)
 def test_gradients_on_two_gpus_are_those_of_one(axis):
-  if len(jax.devices()) < 2:
-    pytest.skip("needs two GPUs")
   expected_loss, expected = _gradients()
   loss, gradients = _gradients(**{axis: 2})
   assert loss == pytest.approx(expected_loss, rel=1e-4)
@@ -103,8 +107,6 @@ def test_gradients_on_two_gpus_are_those_of_one(axis):
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 2}, {"fsdp": 2}])
 def test_moments_may_wait_on_the_host(sizes):
-  if len(jax.devices()) < 2:
-    pytest.skip("needs two GPUs")
   rule = training.make_optimizer(training.OptimizerConfig(), 10)
   _, expected, _ = _run(rule, 2, sizes=sizes)
   _, state, _ = _run(rule, 2, sizes=sizes, offload_optimizer=True)
