@@ -13,6 +13,7 @@ import math
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import flags
 from flax import nnx
@@ -26,6 +27,7 @@ from scca_jax import (
   dispatch,
   evaluation,
   lora,
+  memory,
   sharding,
   tokenizer,
 )
@@ -203,6 +205,7 @@ def main() -> None:
   }
   if not cluster.is_primary():
     return
+  peak_bytes = memory.measured_bytes(jax.local_devices())
   cli.write_json(
     output_dir / "summary.json",
     {
@@ -212,6 +215,7 @@ def main() -> None:
       "steps": train.steps,
       "final_loss": final_loss,
       "tokens_per_second": speed,
+      "peak_bytes": peak_bytes,
       "perplexity": {
         "protocol": run.evaluation.protocol,
         "num_windows": {
@@ -235,6 +239,8 @@ def main() -> None:
     " dense attention"
   )
   print_table(rows)
+  if peak_bytes is not None:
+    print(f"\nmost memory on a device: {peak_bytes / 2**30:.2f} GiB")
   print(f"\nadapter: {adapter}\nsummary: {output_dir / 'summary.json'}")
 
 

@@ -423,10 +423,8 @@ def measure(case: Case) -> dict[str, Any]:
     if i == 0:
       loss = check_loss(float(metrics["loss"]), "scca_jax")
   check_loss(float(metrics["loss"]), "scca_jax")
-  # All devices do the same: the most that one of them had.
   num_devices = case.run.mesh.num_devices
-  stats = [d.memory_stats() or {} for d in jax.devices()[:num_devices]]
-  peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+  peak = memory.measured_bytes(jax.devices()[:num_devices])
   mesh = case.make_mesh()
   moved = moved_bytes(case, compiled) if mesh is not None else None
   del state, frozen, batch, metrics
@@ -437,7 +435,7 @@ def measure(case: Case) -> dict[str, Any]:
   return spread(times) | {
     "first_loss": loss,
     "compile_seconds": compile_seconds,
-    "peak_bytes": max(peaks, default=None),
+    "peak_bytes": peak,
     "num_devices": num_devices,
     "moved_bytes": moved,
     "compiled_peak_bytes": memory.device_bytes(compiled),

@@ -149,8 +149,7 @@ def _laid_out(tree: Any, layout: Any) -> Any:
 def device_bytes(compiled: Any) -> int:
   """Returns the most memory that a compiled function allocates on its GPU.
 
-  On the GPU itself, `peak_bytes_in_use` of `Device.memory_stats` is what this
-  figure is to be compared with.
+  On the GPU itself it is to be compared with `measured_bytes`.
 
   Args:
     compiled: A `jax.stages.Compiled`: of `deviceless.compile_for`, or, on the
@@ -166,6 +165,18 @@ def device_bytes(compiled: Any) -> int:
     + stats.temp_size_in_bytes
     + stats.generated_code_size_in_bytes
   )
+
+
+def measured_bytes(devices: Sequence[Any]) -> int | None:
+  """Returns the most memory that this process allocated on any of some devices.
+
+  Args:
+    devices: GPUs of this process; CPUs do not say, and give None.
+  """
+  peaks = [
+    (device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices
+  ]
+  return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def _host_bytes(compiled: Any) -> int:

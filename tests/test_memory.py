@@ -28,6 +28,17 @@ LAYER = 256 * (256 + 128 + 128 + 256) + 3 * 256 * 512
 EMBEDDINGS = 2 * 512 * 256
 
 
+class _Device:
+  def __init__(self, stats):
+    self.memory_stats = lambda: stats
+
+
+def test_the_measured_peak_is_that_of_the_fullest_device():
+  gpus = [_Device({"bytes_in_use": 1, "peak_bytes_in_use": n}) for n in (5, 7)]
+  assert memory.measured_bytes(gpus) == 7
+  assert memory.measured_bytes([_Device(None)]) is None
+
+
 def _setup(gpu="v100-16gb", **settings):
   return memory.Setup(
     gpu=gpu,
