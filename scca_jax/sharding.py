@@ -371,9 +371,9 @@ def gathered(
 def lookup(table: jax.Array, tokens: jax.Array, mesh: Mesh) -> jax.Array:
   """Returns the rows of an embedding, each device those of its tokens.
 
-  What XLA makes of `table[tokens]` is wrong on GPUs (with jax 0.10.2 and
-  0.11.2): of the gradient that is summed over micro batches all devices but one
-  lose what they have, at each micro batch but the first.
+  What XLA makes of `table[tokens]` is wrong on GPUs with jax 0.10.2 and 0.11.2
+  (openxla/xla issue 49143): of the gradient that is summed over micro batches
+  all devices but one lose what they have, at each micro batch but the first.
 
   Args:
     table: `[vocab, hidden]`.
