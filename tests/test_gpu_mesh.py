@@ -54,7 +54,14 @@ def _batch():
   }
 
 
-def _run(rule, num_steps=1, *, sizes=None, offload_optimizer=False):
+def _run(
+  rule,
+  num_steps=1,
+  *,
+  sizes=None,
+  pattern="scca_fixed",
+  offload_optimizer=False,
+):
   """Returns parameters before, the state after some steps, and the loss."""
   mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})))
   model = Llama(CONFIG, lora=LORA, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -65,7 +72,7 @@ def _run(rule, num_steps=1, *, sizes=None, offload_optimizer=False):
     params, rule, "bfloat16", mesh, offload_optimizer=offload_optimizer
   )
   config = training.StepConfig(
-    patterns=patterns.scca_fixed(CONFIG.num_heads, 256),
+    patterns=patterns.make(pattern, num_heads=CONFIG.num_heads, seq_len=SEQ),
     num_micro_batches=2,
     remat="layer",
     dtype="bfloat16",
@@ -80,9 +87,9 @@ def _run(rule, num_steps=1, *, sizes=None, offload_optimizer=False):
 
 
 @functools.cache
-def _gradients(**sizes):
+def _gradients(pattern, **sizes):
   """Returns the loss of a step of two micro batches, and its gradients."""
-  before, state, loss = _run(optax.scale(-SCALE), sizes=sizes)
+  before, state, loss = _run(optax.scale(-SCALE), pattern=pattern, sizes=sizes)
   gradients = jax.tree.map(
     lambda old, new: (old - np.asarray(new)) / SCALE, before, state.params
   )
@@ -97,10 +104,16 @@ def _assert_close(got, expected):
     assert error <= 0.03 * np.linalg.norm(b), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("axis", sharding.AXES)
-def test_gradients_on_two_gpus_are_those_of_one(axis):
-  expected_loss, expected = _gradients()
-  loss, gradients = _gradients(**{axis: 2})
+@pytest.mark.parametrize(
+  ("axis", "pattern"),
+  [
+    *((axis, "scca_fixed") for axis in sharding.AXES),
+    *(("sequence", name) for name in ("scca_flow", "longmixed", "dense")),
+  ],
+)
+def test_gradients_on_two_gpus_are_those_of_one(axis, pattern):
+  expected_loss, expected = _gradients(pattern)
+  loss, gradients = _gradients(pattern, **{axis: 2})
   assert loss == pytest.approx(expected_loss, rel=1e-4)
   _assert_close(gradients, expected)
 
