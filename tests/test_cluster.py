@@ -189,10 +189,11 @@ def test_what_does_not_fit_is_refused_in_one_line(
 def test_two_processes_train_as_one(alone, together):
   output, printed = together
   _same(output, alone)
-  # One of them writes for both.
-  assert "adapter:" in printed[0]
-  lines = printed[1].splitlines()
-  assert all(line.startswith("[Gloo]") for line in lines), lines
+  # One of them writes for both. Not line by line: Gloo reports in either, from
+  # threads whose lines may run into one another.
+  for words in ("Tokenising", "scca_fixed", "perplexity at", "adapter:"):
+    assert words in printed[0]
+    assert words not in printed[1]
 
 
 @pytest.mark.slow
