@@ -50,15 +50,19 @@ def _environment(**changes):
   return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | changes
 
 
-def _run(name, *args, **changes):
+def _execute(*command, **changes):
   return subprocess.run(
-    _command(name, *args),
+    command,
     cwd=ROOT,
     env=_environment(**changes),
     capture_output=True,
     text=True,
     timeout=300,
   )
+
+
+def _run(name, *args, **changes):
+  return _execute(*_command(name, *args), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -183,14 +187,7 @@ cli.run(finetune.main)
 
 
 def _live_bytes(*args):
-  done = subprocess.run(
-    [sys.executable, "-c", _WATCHED, *map(str, args)],
-    cwd=ROOT,
-    env=_environment(),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  done = _execute(sys.executable, "-c", _WATCHED, *map(str, args))
   assert done.returncode == 0, done.stderr
   return [int(n) for n in re.findall(r"^live (\d+)$", done.stdout, re.M)]
 
@@ -298,14 +295,7 @@ def test_a_full_disk_keeps_earlier_checkpoints(finished, arguments, tmp_path):
   before = whole()
 
   # Files over some KiB fail to be written, as all do on a full disk.
-  full = subprocess.run(
-    ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command],
-    cwd=ROOT,
-    env=_environment(),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
+  full = _execute("sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command)
   assert full.returncode == 2, full.stderr
   errors = [x for x in full.stderr.splitlines() if x.startswith("error: ")]
   assert len(errors) == 1, full.stderr

@@ -18,6 +18,7 @@ from flax import nnx
 from scca_jax import lora, patterns, sharding, training
 from scca_jax.llama import Llama, LlamaConfig
 
+# Elsewhere there is nothing to see: `test_sharding` compares on CPUs.
 pytestmark = [
   pytest.mark.gpu,
   pytest.mark.skipif(
