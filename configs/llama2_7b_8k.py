@@ -15,7 +15,7 @@ see experiments/results/llama2_7b. It was not run on a V100, nor with LLaMA2's
 weights.
 """
 
-from experiments.config import (
+from experiments.shared.config import (
   EvaluationConfig,
   FinetuneConfig,
   PatternConfig,

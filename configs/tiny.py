@@ -9,7 +9,7 @@ same factor alpha / rank, and a higher learning rate to be done in minutes. Its
 embeddings stay as they are: so few tokens would only make them worse.
 """
 
-from experiments.config import (
+from experiments.shared.config import (
   EvaluationConfig,
   FinetuneConfig,
   TrainingConfig,

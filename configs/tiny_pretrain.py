@@ -7,7 +7,7 @@ scca_jax/assets/README.md; in short
       --data=books.bin --config.data.tokenizer=books.model
 """
 
-from experiments.config import (
+from experiments.shared.config import (
   EvaluationConfig,
   PretrainConfig,
   TrainingConfig,

@@ -37,9 +37,10 @@ import numpy as np
 from absl import flags
 
 import scca_jax
-from experiments import attention_peers, cli
-from scca_jax import dispatch, patterns
-from scca_jax.backends import blocks, target
+from experiments.shared import cli
+from experiments.timing import attention_peers
+from scca_jax import dispatch, patterns, target
+from scca_jax.backends import blocks
 
 _SEQ_LENS = flags.DEFINE_list("seq_lens", ["4096"], "Lengths to time.")
 _MEMORY_LENS = flags.DEFINE_list(

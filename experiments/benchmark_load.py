@@ -29,9 +29,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import attention_peers, cli, inputs, load_peers, load_timing
-from experiments.config import FinetuneConfig, from_config_dict
-from experiments.step_timing import run_alone
+from experiments.shared import cli, resolve
+from experiments.shared.config import FinetuneConfig, from_config_dict
+from experiments.timing import attention_peers, load_peers, load_timing
+from experiments.timing.step_timing import run_alone
 from scca_jax import convert
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -72,7 +73,7 @@ def _print_row(row: dict[str, Any], num_bytes: int) -> None:
 @contextlib.contextmanager
 def _prepared(run: FinetuneConfig) -> Iterator[load_timing.Job]:
   """Gives what is to be loaded; what is drawn for it is removed behind it."""
-  model = pathlib.Path(inputs.model_path(run.model))
+  model = pathlib.Path(resolve.model_path(run.model))
   dtype = run.training.param_dtype
   convert.load_config(model)
   if not _RANDOM_WEIGHTS.value:

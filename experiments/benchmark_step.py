@@ -41,9 +41,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, step_peers, step_timing
-from experiments.config import FinetuneConfig, from_config_dict, to_json
-from experiments.step_timing import Case
+from experiments.shared import cli
+from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
+from experiments.timing import step_peers, step_timing
+from experiments.timing.step_timing import Case
 from scca_jax import sharding
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

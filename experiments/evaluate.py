@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from absl import flags, logging
 from tqdm import tqdm
 
-from experiments import cli, inputs
+from experiments.shared import cli, resolve
 from scca_jax import (
   assets,
   convert,
   data,
   dispatch,
-  evaluation,
   patterns,
+  perplexity,
   tokenizer,
 )
 from scca_jax.llama import LlamaConfig
@@ -54,14 +54,14 @@ _CONTEXT_LENS = flags.DEFINE_list(
   " length.",
 )
 _PROTOCOL = flags.DEFINE_enum(
-  "protocol", "longlora", evaluation.PROTOCOLS, "How perplexity is defined."
+  "protocol", "longlora", perplexity.PROTOCOLS, "How perplexity is defined."
 )
 _NUM_WINDOWS = flags.DEFINE_integer(
   "num_windows", None, "Evenly spaced windows a length; by default all."
 )
 _STRIDE = flags.DEFINE_integer(
   "stride",
-  evaluation.LONGLORA_STRIDE,
+  perplexity.LONGLORA_STRIDE,
   "Tokens between windows (strided, document).",
 )
 _PATTERN = flags.DEFINE_string(
@@ -120,7 +120,7 @@ def _read_context_lens() -> tuple[int, ...] | None:
 
 def _check_protocol(context_lens: tuple[int, ...]) -> None:
   for context_len in context_lens:
-    evaluation.check_settings(
+    perplexity.check_settings(
       _PROTOCOL.value,
       context_len,
       num_windows=_NUM_WINDOWS.value,
@@ -227,12 +227,12 @@ def _open_tokens(
   if path.suffix == ".bin":
     return data.TokenFile.open(path, vocab_size=config.vocab_size), None
   words = tokenizer.load(_TOKENIZER.value or folder)
-  tokens = inputs.open_tokens(path, words, cache)
+  tokens = resolve.open_tokens(path, words, cache)
   # Messages should name what the user gave, not the file in the cache.
   return dataclasses.replace(tokens, name=str(path)), words.bos_id
 
 
-def print_table(results: dict[int, evaluation.Perplexity]) -> None:
+def print_table(results: dict[int, perplexity.Perplexity]) -> None:
   """Prints a line for each context length."""
   skipped = any(result.num_skipped for result in results.values())
   columns = ["context", "windows", "tokens", "perplexity", "last quarter"]
@@ -276,7 +276,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as cache:
     tokens, bos_id = _open_tokens(folder, config, pathlib.Path(cache))
     num_windows = sum(
-      evaluation.count_windows(
+      perplexity.count_windows(
         tokens,
         vocab_size=config.vocab_size,
         context_len=context_len,
@@ -297,7 +297,7 @@ def main() -> None:
       model = _load(folder, config)
     with tqdm(total=num_windows, unit="window", mininterval=0.5) as bar:
       results = {
-        context_len: evaluation.perplexity(
+        context_len: perplexity.perplexity(
           model,
           tokens,
           context_len=context_len,

@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import cli
+from experiments.shared import cli
 from scca_jax import assets, convert
 
 _MODEL = flags.DEFINE_string(

@@ -18,16 +18,16 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from experiments import cli, cluster, inputs, loop
-from experiments.config import FinetuneConfig, from_config_dict, to_json
+from experiments.shared import cli, cluster, loop, resolve
+from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
 from scca_jax import (
   assets,
   convert,
   data,
   dispatch,
-  evaluation,
   lora,
   memory,
+  perplexity,
   sharding,
   tokenizer,
 )
@@ -66,7 +66,7 @@ def _read_settings() -> FinetuneConfig:
   return run
 
 
-def print_table(rows: dict[str, dict[int, evaluation.Perplexity]]) -> None:
+def print_table(rows: dict[str, dict[int, perplexity.Perplexity]]) -> None:
   """Prints perplexity by context length, a line a model.
 
   The last columns are of the last quarter of the longest windows.
@@ -94,20 +94,20 @@ def main() -> None:
   run = _read_settings()
   train = run.training
   dispatch.check_implementation(train.implementation)
-  model_folder = inputs.model_path(run.model)
+  model_folder = resolve.model_path(run.model)
   base_config = convert.load_config(model_folder)
-  target_config = inputs.extended(base_config, run)
-  schedule = inputs.make_patterns(run.pattern, base_config, train.seq_len)
-  mesh = inputs.make_mesh(run.mesh, train, base_config, schedule)
+  target_config = resolve.extended(base_config, run)
+  schedule = resolve.make_patterns(run.pattern, base_config, train.seq_len)
+  mesh = resolve.make_mesh(run.mesh, train, base_config, schedule)
   words = tokenizer.load(run.data.tokenizer or model_folder)
   output_dir = loop.open_output_dir(
     _OUTPUT_DIR.value or f"runs/{run.pattern.name}", to_json(run)
   )
   cache = output_dir / "tokens"
-  train_tokens = inputs.open_tokens(
+  train_tokens = resolve.open_tokens(
     run.data.train or assets.BOOKS_TUNE, words, cache
   )
-  test_tokens = inputs.open_tokens(
+  test_tokens = resolve.open_tokens(
     run.data.test or assets.BOOKS_TEST, words, cache
   )
   shard_index, num_shards = sharding.data_shard(mesh, train.batch_size)
@@ -142,11 +142,11 @@ def main() -> None:
     sorted({pretrained_len, train.seq_len})
   )
 
-  inputs.check_evaluation(
+  resolve.check_evaluation(
     test_tokens, context_lens, run.evaluation, base_config, words.bos_id
   )
   measure = functools.partial(
-    inputs.perplexities,
+    resolve.perplexities,
     tokens=test_tokens,
     config=run.evaluation,
     bos_id=words.bos_id,
@@ -173,7 +173,7 @@ def main() -> None:
     load(target_config, run.lora),
     trainable=trainable,
     batches=batches,
-    step_config=inputs.step_config(train, schedule, mesh),
+    step_config=resolve.step_config(train, schedule, mesh),
     optimizer_config=run.optimizer,
     config=train,
     output_dir=output_dir,

@@ -15,12 +15,12 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags, logging
 
-from experiments import cli
+from experiments.shared import cli
 from scca_jax import (
   assets,
+  atomic_file,
   convert,
   dispatch,
-  files,
   generation,
   patterns,
   tokenizer,
@@ -262,7 +262,7 @@ def main() -> None:
       print(f"{row['prompt']}{row['continuation']}\n", flush=True)
   if _OUTPUT.value is not None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    files.write(_OUTPUT.value, "".join(lines).encode())
+    atomic_file.write(_OUTPUT.value, "".join(lines).encode())
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import pathlib
 import jax
 from absl import flags
 
-from experiments import cli, inputs
-from experiments.config import FinetuneConfig, from_config_dict
+from experiments.shared import cli, resolve
+from experiments.shared.config import FinetuneConfig, from_config_dict
 from scca_jax import convert, deviceless, memory, sharding
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -77,10 +77,10 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
     ),
   )
   train = run.training
-  base = convert.load_config(inputs.model_path(run.model))
+  base = convert.load_config(resolve.model_path(run.model))
   setup = memory.Setup(
     gpu=_GPU.value,
-    config=inputs.extended(base, run),
+    config=resolve.extended(base, run),
     lora=run.lora,
     dtype=train.dtype,
     param_dtype=train.param_dtype,
@@ -89,12 +89,12 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
     memory_fraction=_FRACTION.value,
   )
   if _TASK.value == "train":
-    schedule = inputs.make_patterns(run.pattern, base, seq_len)
-    inputs.check_mesh(run.mesh, train, base, schedule)
+    schedule = resolve.make_patterns(run.pattern, base, seq_len)
+    resolve.check_mesh(run.mesh, train, base, schedule)
     return memory.plan_step(
       setup,
       optimizer=run.optimizer,
-      step=inputs.step_config(train, schedule),
+      step=resolve.step_config(train, schedule),
       batch_size=train.batch_size,
       seq_len=seq_len,
       mesh_config=run.mesh,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli
+from experiments.shared import cli
 from scca_jax import data, tokenizer
 
 _INPUT = flags.DEFINE_string(

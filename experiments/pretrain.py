@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from experiments import cli, cluster, inputs, loop
-from experiments.config import PretrainConfig, from_config_dict, to_json
+from experiments.shared import cli, cluster, loop, resolve
+from experiments.shared.config import PretrainConfig, from_config_dict, to_json
 from scca_jax import convert, data, dispatch, lora, sharding, tokenizer
 from scca_jax.llama import Llama, LlamaConfig
 
@@ -81,14 +81,14 @@ def main() -> None:
     bos_token_id=words.bos_id,
     eos_token_id=words.eos_id,
   )
-  schedule = inputs.make_patterns(run.pattern, model_config, train.seq_len)
-  mesh = inputs.make_mesh(run.mesh, train, model_config, schedule)
+  schedule = resolve.make_patterns(run.pattern, model_config, train.seq_len)
+  mesh = resolve.make_mesh(run.mesh, train, model_config, schedule)
   output_dir = loop.open_output_dir(_OUTPUT_DIR.value, to_json(run))
   cache = output_dir / "tokens"
-  train_tokens = inputs.open_tokens(run.data.train or "", words, cache)
+  train_tokens = resolve.open_tokens(run.data.train or "", words, cache)
   test_tokens = None
   if run.data.test is not None:
-    test_tokens = inputs.open_tokens(run.data.test, words, cache)
+    test_tokens = resolve.open_tokens(run.data.test, words, cache)
   shard_index, num_shards = sharding.data_shard(mesh, train.batch_size)
   batches = data.batches(
     train_tokens,
@@ -114,7 +114,7 @@ def main() -> None:
 
   context_lens = run.evaluation.context_lens or (train.seq_len,)
   if test_tokens is not None:
-    inputs.check_evaluation(
+    resolve.check_evaluation(
       test_tokens, context_lens, run.evaluation, model_config, words.bos_id
     )
 
@@ -123,7 +123,7 @@ def main() -> None:
   ) -> dict[str, float]:
     if test_tokens is None:
       return {}
-    results = inputs.perplexities(
+    results = resolve.perplexities(
       model,
       test_tokens,
       lengths,
@@ -145,7 +145,7 @@ def main() -> None:
     model,
     trainable=lora.trainable(None),
     batches=batches,
-    step_config=inputs.step_config(train, schedule, mesh),
+    step_config=resolve.step_config(train, schedule, mesh),
     optimizer_config=run.optimizer,
     config=train,
     output_dir=output_dir,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments.shared import cli
 from scca_jax import patterns, receptive_field
 
 _PATTERN = flags.DEFINE_string(

@@ -28,7 +28,7 @@ import numpy as np
 import safetensors.flax
 from flax import nnx, traverse_util
 
-from scca_jax import files, gguf_file, quantize
+from scca_jax import atomic_file, gguf_file, quantize
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import TARGETS, LoraConfig, init_lora_a
 from scca_jax.patterns import AttentionPattern, HeadPattern
@@ -671,7 +671,7 @@ def _file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
 def _write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
   # The metadata is what transformers looks for.
   content = safetensors.flax.save(tensors, metadata={"format": "pt"})
-  files.write(path, content)
+  atomic_file.write(path, content)
 
 
 def _fused(
@@ -750,7 +750,7 @@ def save_model(
         f"the tokenizer {tokenizer_file} is neither a .model nor a .json."
       )
     name = _TOKENIZER_FILES[tokenizer_file.suffix == ".json"]
-    files.write(folder / name, tokenizer_file.read_bytes())
+    atomic_file.write(folder / name, tokenizer_file.read_bytes())
   num_layers = model.config.num_layers
   scaling = model.lora.scaling if model.lora is not None else 0.0
   arrays = _arrays(model)
@@ -778,8 +778,10 @@ def save_model(
       "metadata": {"total_size": sum(sizes.values())},
       "weight_map": {n: file for file, names in shards.items() for n in names},
     }
-    files.write(folder / _INDEX, _to_json(index))
-  files.write(folder / _CONFIG, _to_json(config_to_json(model.config, dtype)))
+    atomic_file.write(folder / _INDEX, _to_json(index))
+  atomic_file.write(
+    folder / _CONFIG, _to_json(config_to_json(model.config, dtype))
+  )
 
 
 def copy_tokenizer(
@@ -799,13 +801,15 @@ def copy_tokenizer(
   if _is_gguf(source):
     file = gguf_file.GgufFile(source)
     name, content = file.tokenizer_file()
-    files.write(folder / name, content)
-    files.write(folder / "tokenizer_config.json", file.tokenizer_settings())
+    atomic_file.write(folder / name, content)
+    atomic_file.write(
+      folder / "tokenizer_config.json", file.tokenizer_settings()
+    )
     return
   for name in (*_TOKENIZER_FILES, *_TOKENIZER_SETTINGS):
     path = pathlib.Path(source) / name
     if path.is_file():
-      files.write(folder / name, path.read_bytes())
+      atomic_file.write(folder / name, path.read_bytes())
 
 
 def _pattern_to_json(pattern: AttentionPattern) -> dict[str, Any]:
@@ -875,7 +879,7 @@ def save_adapter(
   scaling = config.rope_scaling
   layers = list(patterns) if patterns is not None else []
   distinct = list(dict.fromkeys(layers))
-  files.write(
+  atomic_file.write(
     folder / _OWN_CONFIG,
     _to_json(
       {
@@ -890,7 +894,7 @@ def save_adapter(
       }
     ),
   )
-  files.write(
+  atomic_file.write(
     folder / _ADAPTER_CONFIG,
     _to_json(
       {

@@ -35,7 +35,7 @@ import grain
 import numpy as np
 import zstandard
 
-from scca_jax import files
+from scca_jax import atomic_file
 from scca_jax.tokenizer import Tokenizer
 
 PACKINGS = ("concatenate", "packed")
@@ -307,7 +307,7 @@ def write_token_file(
   digest = hashlib.sha256()
   document_ends: list[int] = []
   num_tokens = num_bytes = 0
-  with files.AtomicFile(output) as file:
+  with atomic_file.AtomicFile(output) as file:
     for texts in _batch_texts(documents):
       for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         if not ids:  # White space, to some tokenizers.
@@ -339,7 +339,7 @@ def write_token_file(
       "document_ends": document_ends,
     }
     file.sync()
-    files.write(_json_path(output), json.dumps(about).encode() + b"\n")
+    atomic_file.write(_json_path(output), json.dumps(about).encode() + b"\n")
   return about
 
 

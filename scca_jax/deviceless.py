@@ -25,7 +25,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 
-from scca_jax.backends import target
+from scca_jax import target
 from scca_jax.sharding import HOST
 
 _SPECS = pathlib.Path(__file__).parent / "assets" / "gpu_specs"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from scca_jax.backends import target
+from scca_jax import target
 from scca_jax.patterns import AttentionPattern
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "triton", "mosaic")

@@ -19,8 +19,8 @@ from flax import nnx
 from jax import ad_checkpoint
 from jax.sharding import Mesh
 
-from scca_jax import rope, sharding
-from scca_jax.backends import blocks, parallel
+from scca_jax import parallel, rope, sharding
+from scca_jax.backends import blocks
 from scca_jax.dispatch import attention
 from scca_jax.lora import TARGETS, Linear, LoraConfig
 from scca_jax.patterns import AttentionPattern

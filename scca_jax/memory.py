@@ -18,10 +18,10 @@ from flax import nnx
 
 from scca_jax import (
   deviceless,
-  evaluation,
   generation,
   lora,
   patterns,
+  perplexity,
   quantize,
   sharding,
   traffic,
@@ -356,7 +356,7 @@ def plan_evaluation(
   *,
   batch_size: int,
   seq_len: int,
-  loss_chunk: int = evaluation.LOSS_CHUNK,
+  loss_chunk: int = perplexity.LOSS_CHUNK,
 ) -> Plan:
   """Returns the memory that perplexity takes, with dense attention.
 
@@ -364,7 +364,7 @@ def plan_evaluation(
     setup: Model and GPU.
     batch_size: Windows at once.
     seq_len: Tokens of each.
-    loss_chunk: See `evaluation.perplexity`.
+    loss_chunk: See `perplexity.perplexity`.
 
   Raises:
     ValueError: The compiler is not installed, or a size is out of range.
@@ -375,7 +375,7 @@ def plan_evaluation(
   compiled = deviceless.compile_for(
     setup.gpu,
     functools.partial(
-      evaluation.token_losses,
+      perplexity.token_losses,
       graphdef=graphdef,
       patterns=patterns.dense(setup.config.num_heads),
       implementation=setup.implementation,

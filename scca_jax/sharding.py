@@ -6,7 +6,7 @@ A mesh has four axes, and one table says which of them cuts which dimension:
     fsdp      the same, but every weight is cut too and gathered where it is
               used, a layer at a time
     tensor    heads, the inner channels of the MLP and the vocabulary
-    sequence  the tokens of a sequence (`backends.parallel`)
+    sequence  the tokens of a sequence (`parallel`)
 
 Arrays are placed by `place` and `place_batch`; the rest is `jax.jit`, which
 adds what must be moved. Devices of the last axes are neighbours: in a cluster

@@ -22,7 +22,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from scca_jax import files, gguf_file
+from scca_jax import atomic_file, gguf_file
 
 _FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 # Where Hugging Face folders say which tokens begin and end a text, and what
@@ -343,7 +343,7 @@ def train(
     )
   except (RuntimeError, OSError) as error:
     raise ValueError(_training_failure(vocab_size, str(error))) from error
-  files.write(output, model.getvalue())
+  atomic_file.write(output, model.getvalue())
   return load(output)
 
 

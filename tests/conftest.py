@@ -26,7 +26,7 @@ def _forget_commands():
   for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
     # A command run as a script is known by its file; `--config` and
     # `--config.name` count as others'. Other flags of libraries and of
-    # experiments.cli stay: those modules are not imported again.
+    # experiments.shared.cli stay: those modules are not imported again.
     for flag in list(its_flags):
       if flag.name in flags.FLAGS and (
         module.endswith(".py")

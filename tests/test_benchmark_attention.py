@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import attention_peers
+from experiments.timing import attention_peers
 from scca_jax import attention, backends, dispatch, patterns
 from scca_jax.backends import xla
 from scca_jax.backends.blocks import BlockSizes

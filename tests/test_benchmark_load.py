@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import load_timing
+from experiments.timing import load_timing
 from scca_jax import assets
 
 SIZES = {

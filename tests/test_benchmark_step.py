@@ -5,8 +5,12 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from experiments import step_timing
-from experiments.config import FinetuneConfig, PatternConfig, TrainingConfig
+from experiments.shared.config import (
+  FinetuneConfig,
+  PatternConfig,
+  TrainingConfig,
+)
+from experiments.timing import step_timing
 from scca_jax import lora, patterns, quantize
 from scca_jax.llama import LlamaConfig
 

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import cli
+from experiments.shared import cli
 
 
 def _end(monkeypatch, main, *args):
@@ -88,7 +88,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 COMMAND = """
 import jax
-from experiments import cli
+from experiments.shared import cli
 cli.run(lambda: print(jax.jit(lambda x: 3 * x)(14)))
 """
 
@@ -135,7 +135,7 @@ def test_a_home_that_cannot_be_written_ends_no_command(monkeypatch, tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 import numpy as np
-from experiments import cli
+from experiments.shared import cli
 from scca_jax import checkpoint
 
 def main():

@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from experiments.config import (
+from experiments.shared.config import (
   FinetuneConfig,
   PretrainConfig,
   from_config_dict,

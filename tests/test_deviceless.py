@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from scca_jax import attention, deviceless, patterns, sharding, training
-from scca_jax.backends import target
+from scca_jax import attention, deviceless, patterns, sharding, target, training
 from scca_jax.llama import Llama, LlamaConfig
 
 needs_compiler = pytest.mark.usefixtures("gpu_compiler")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import scca_jax
-from scca_jax import dispatch, patterns
-from scca_jax.backends import cudnn, target
+from scca_jax import dispatch, patterns, target
+from scca_jax.backends import cudnn
 
 SEQ_LEN, HEADS = 13, 4
 # Every named pattern, under both rules for the start of the sequence.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scca_jax import convert, data, evaluation, lora, patterns, tokenizer
+from scca_jax import convert, data, lora, patterns, perplexity, tokenizer
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.rope import RopeScaling
 
@@ -110,7 +110,7 @@ def evaluate(run_command, files, tmp_path, capsys):
 
 def measure(model, files, context_len, **settings):
   """Returns the perplexity, in the command's batches: one compilation."""
-  return evaluation.perplexity(
+  return perplexity.perplexity(
     model,
     files.tokens,
     context_len=context_len,
@@ -167,7 +167,7 @@ def test_bare_ids_need_no_tokenizer_and_default_to_the_models_length(
   )
 
 
-@pytest.mark.parametrize("protocol", evaluation.PROTOCOLS[1:])
+@pytest.mark.parametrize("protocol", perplexity.PROTOCOLS[1:])
 def test_text_gives_what_its_token_file_gives(evaluate, files, protocol):
   result = measure(
     files.model,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from experiments import loop
+from experiments.shared import loop
 from scca_jax import assets, training
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -172,7 +172,8 @@ def test_a_run_leaves_all_that_was_promised(finished):
 # evaluation.
 _WATCHED = """
 import jax
-from experiments import cli, finetune, inputs
+from experiments import finetune
+from experiments.shared import cli, resolve
 from scca_jax import training
 def watch(module, name):
   function = getattr(module, name)
@@ -181,7 +182,7 @@ def watch(module, name):
     return function(*args, **kwargs)
   setattr(module, name, watched)
 watch(training, "compile_step")
-watch(inputs, "perplexities")
+watch(resolve, "perplexities")
 cli.run(finetune.main)
 """
 

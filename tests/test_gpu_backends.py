@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scca_jax import attention, patterns
-from scca_jax.backends import target
+from scca_jax import attention, patterns, target
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from scca_jax.backends import mosaic, target
+from scca_jax import target
+from scca_jax.backends import mosaic
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 HOPPER = target.Target("gpu", "a Hopper GPU", (9, 0), 132)

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import scca_jax
-from scca_jax import patterns, sharding
-from scca_jax.backends import parallel
+from scca_jax import parallel, patterns, sharding
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 SEQ = 64

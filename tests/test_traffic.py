@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from scca_jax import deviceless, patterns, sharding, traffic
-from scca_jax.backends import parallel
+from scca_jax import deviceless, parallel, patterns, sharding, traffic
 
 SEQ, PIECES, HEADS, DIM = 256, 4, 8, 16
 PIECE = SEQ // PIECES

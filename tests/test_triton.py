@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scca_jax import patterns
-from scca_jax.backends import blocks, reference, target, triton
+from scca_jax import patterns, target
+from scca_jax.backends import blocks, reference, triton
 from scca_jax.backends.blocks import BlockSizes
 from scca_jax.patterns import AttentionPattern, HeadPattern
 

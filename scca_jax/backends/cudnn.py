@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scca_jax.backends import blocks, target
+from scca_jax import target
+from scca_jax.backends import blocks
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 DTYPES = (jnp.bfloat16, jnp.float16)

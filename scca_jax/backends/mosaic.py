@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import ad_checkpoint
 
-from scca_jax.backends import blocks, target
+from scca_jax import target
+from scca_jax.backends import blocks
 from scca_jax.backends.blocks import BlockSizes
 from scca_jax.backends.mosaic_backward import backward_keys, backward_queries
 from scca_jax.backends.mosaic_forward import forward

@@ -28,7 +28,8 @@ from jax import ad_checkpoint, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from scca_jax.backends import blocks, target
+from scca_jax import target
+from scca_jax.backends import blocks
 from scca_jax.backends.blocks import (
   FIELD,
   FIELDS,

@@ -23,10 +23,10 @@ from scca_jax import (  # noqa: E402
   assets,
   convert,
   data,
-  evaluation,
   generation,
   lora,
   patterns,
+  perplexity,
   tokenizer,
 )
 from scca_jax.llama import Llama, LlamaConfig  # noqa: E402
@@ -258,7 +258,7 @@ def test_smollm2_has_the_perplexity_that_transformers_gives_it():
       words.encode(sample) == peers(sample, add_special_tokens=False).input_ids
     )
   model = convert.load_model(path)
-  found = evaluation.perplexity(
+  found = perplexity.perplexity(
     model, tokens, context_len=512, num_windows=2, batch_size=2
   )
   wanted = real_weights.perplexity(theirs, tokens, 512, 2)
@@ -336,7 +336,7 @@ def test_a_fused_model_has_the_perplexity_of_its_adapter(tuned, tmp_path):
   model, folder = tuned
   convert.save_model(model, tmp_path, dtype=jnp.float32)
   tokens = _tokens(1, 4 * 512, model.config.vocab_size)[0]
-  found = evaluation.perplexity(
+  found = perplexity.perplexity(
     model, tokens, context_len=512, num_windows=2, batch_size=2
   )
   import real_weights

@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch", reason=_WHY)
 pytest.importorskip("transformers", reason=_WHY)
 pytest.importorskip("peft", reason=_WHY)
 
-from experiments import step_peers, step_timing  # noqa: E402
-from experiments.config import (  # noqa: E402
+from experiments.shared.config import (  # noqa: E402
   FinetuneConfig,
   PatternConfig,
   RopeConfig,
   TrainingConfig,
 )
+from experiments.timing import step_peers, step_timing  # noqa: E402
 from scca_jax import lora, training  # noqa: E402
 
 # PEFT asks transformers for what this version calls by another name.

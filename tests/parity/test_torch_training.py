@@ -16,8 +16,8 @@ peft = pytest.importorskip("peft", reason=_WHY)
 
 import torch_attention  # noqa: E402
 
-from experiments import loop  # noqa: E402
-from experiments.config import TrainingConfig  # noqa: E402
+from experiments.shared import loop  # noqa: E402
+from experiments.shared.config import TrainingConfig  # noqa: E402
 from scca_jax import (  # noqa: E402
   assets,
   convert,

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from scca_jax import data, evaluation, llama, quantize
+from scca_jax import data, llama, perplexity, quantize
 from scca_jax.lora import LoraConfig
 from scca_jax.sharding import MeshConfig
 from scca_jax.training import OptimizerConfig
@@ -193,7 +193,7 @@ class EvaluationConfig:
   context_lens: tuple[int, ...] | None = None
   protocol: str = "longlora"
   num_windows: int | None = 64
-  stride: int = evaluation.LONGLORA_STRIDE
+  stride: int = perplexity.LONGLORA_STRIDE
   batch_tokens: int = 8192
   every: int = 0
   windows_on_the_way: int = 16
@@ -211,7 +211,7 @@ class EvaluationConfig:
           f" {getattr(self, name)}."
         )
     for context_len in self.context_lens or ():
-      evaluation.check_settings(
+      perplexity.check_settings(
         self.protocol,
         context_len,
         num_windows=self.num_windows,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scca_jax import data, evaluation, patterns
+from scca_jax import data, patterns, perplexity
 
 VOCAB = 11
 BOS = 10
@@ -70,7 +70,7 @@ def corpus(length, seed=0):
 
 def measure(tokens, **settings):
   settings = {"context_len": CONTEXT, "batch_size": 4, **settings}
-  return evaluation.perplexity(MODEL, tokens, **settings)
+  return perplexity.perplexity(MODEL, tokens, **settings)
 
 
 def check(result, scored, quarter):
@@ -232,7 +232,7 @@ def test_all_batches_share_one_compilation_with_other_weights_too():
   measure(tokens, batch_size=5)  # 5 windows, then 1.
   calls.clear()
   measure(tokens, batch_size=5)
-  evaluation.perplexity(
+  perplexity.perplexity(
     RunningMean(nnx.Rngs(1)), tokens, context_len=CONTEXT, batch_size=5
   )
   assert not calls
@@ -264,7 +264,7 @@ def test_progress_counts_the_windows():
   tokens = corpus(6 * 256 + CONTEXT + 1)
   measure(tokens, on_windows=seen.append)
   assert seen == [4, 2]
-  assert 6 == evaluation.count_windows(
+  assert 6 == perplexity.count_windows(
     tokens, vocab_size=VOCAB, context_len=CONTEXT
   )
 
@@ -281,7 +281,7 @@ def test_losses_are_float32_in_any_model_dtype():
   model.head = nnx.Param(model.head[...].astype(jnp.bfloat16))
   graphdef, state = nnx.split(model)
   losses = jax.eval_shape(
-    lambda state: evaluation.token_losses(
+    lambda state: perplexity.token_losses(
       state,
       jnp.zeros((2, CONTEXT), jnp.int32),
       graphdef=graphdef,
@@ -390,4 +390,4 @@ def test_a_loss_that_is_not_finite_is_refused():
   model = RunningMean(nnx.Rngs(0))
   model.head[...] = model.head[...].at[0, 0].set(jnp.nan)
   with pytest.raises(ValueError, match="not finite in the window at token 0"):
-    evaluation.perplexity(model, corpus(LONG), context_len=CONTEXT)
+    perplexity.perplexity(model, corpus(LONG), context_len=CONTEXT)

@@ -23,7 +23,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from scca_jax import files
+from scca_jax import atomic_file
 
 _TRACEBACK = flags.DEFINE_boolean(
   "traceback", False, "Show the Python traceback of an error in the input."
@@ -178,4 +178,4 @@ def write_json(path: str | pathlib.Path, value: Any) -> None:
   Raises:
     OSError: It cannot be written; what stood there before still does.
   """
-  files.write(path, json.dumps(value, indent=2).encode() + b"\n")
+  atomic_file.write(path, json.dumps(value, indent=2).encode() + b"\n")

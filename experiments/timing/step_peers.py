@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments import attention_peers
-from experiments.step_timing import Case, check_loss, spread
+from experiments.timing import attention_peers
+from experiments.timing.step_timing import Case, check_loss, spread
 from scca_jax import convert
 
 # The peers by the names of the flag, with those that tables show.

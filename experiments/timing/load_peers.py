@@ -9,7 +9,7 @@ PyTorch is optional: it is imported where a peer loads.
 from collections.abc import Callable
 from typing import Any
 
-from experiments.load_timing import Job
+from experiments.timing.load_timing import Job
 
 # By their names, as tables show them.
 LABELS = {"safetensors": "safetensors, torch", "transformers": "transformers"}

@@ -23,19 +23,19 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import inputs, loop
-from experiments.config import FinetuneConfig, PatternConfig
+from experiments.shared import loop, resolve
+from experiments.shared.config import FinetuneConfig, PatternConfig
 from scca_jax import (
   convert,
   lora,
   memory,
+  parallel,
   patterns,
   quantize,
   sharding,
   traffic,
   training,
 )
-from scca_jax.backends import parallel
 from scca_jax.llama import Llama, LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.training import TrainState
@@ -65,17 +65,17 @@ class Case:
   @property
   def base(self) -> LlamaConfig:
     """Sizes of the model as it was pretrained."""
-    return convert.load_config(inputs.model_path(self.run.model))
+    return convert.load_config(resolve.model_path(self.run.model))
 
   @property
   def model(self) -> LlamaConfig:
     """Sizes of the model at the length of the case."""
-    return inputs.extended(self.base, self.run)
+    return resolve.extended(self.base, self.run)
 
   @property
   def schedule(self) -> tuple[patterns.AttentionPattern, ...]:
     """The pattern of each layer."""
-    return inputs.make_patterns(
+    return resolve.make_patterns(
       self.run.pattern, self.base, self.run.training.seq_len
     )
 
@@ -85,7 +85,7 @@ class Case:
     Raises:
       ValueError: The step cannot be cut in that way, or there are not so many.
     """
-    return inputs.make_mesh(
+    return resolve.make_mesh(
       self.run.mesh, self.run.training, self.base, self.schedule
     )
 
@@ -141,7 +141,7 @@ def make_case(
     repeats=repeats,
   )
   _ = case.model, case.schedule
-  inputs.check_mesh(run.mesh, case.run.training, case.base, case.schedule)
+  resolve.check_mesh(run.mesh, case.run.training, case.base, case.schedule)
   return case
 
 
@@ -250,7 +250,7 @@ def prepare(case: Case) -> Prepared:
   else:
     model = loop.load(
       lambda: convert.load_model(
-        inputs.model_path(run.model),
+        resolve.model_path(run.model),
         config=case.model,
         quantize_by=train.quantize,
         rngs=nnx.Rngs(train.seed),
@@ -269,7 +269,7 @@ def prepare(case: Case) -> Prepared:
   step = training.compile_step(
     graphdef,
     optimizer,
-    inputs.step_config(train, case.schedule, mesh),
+    resolve.step_config(train, case.schedule, mesh),
     state,
     frozen,
   )

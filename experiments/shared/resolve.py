@@ -9,14 +9,14 @@ from typing import Any
 from absl import logging
 from jax.sharding import Mesh
 
-from experiments import cluster
-from experiments.config import (
+from experiments.shared import cluster
+from experiments.shared.config import (
   EvaluationConfig,
   FinetuneConfig,
   PatternConfig,
   TrainingConfig,
 )
-from scca_jax import assets, data, evaluation, patterns, sharding
+from scca_jax import assets, data, patterns, perplexity, sharding
 from scca_jax.llama import LlamaConfig
 from scca_jax.rope import RopeScaling
 from scca_jax.tokenizer import Tokenizer
@@ -218,7 +218,7 @@ def check_evaluation(
     ValueError: A setting is out of range, or the corpus is too short.
   """
   for length in context_lens:
-    evaluation.count_windows(
+    perplexity.count_windows(
       tokens,
       vocab_size=model.vocab_size,
       context_len=length,
@@ -239,10 +239,10 @@ def perplexities(
   bos_id: int | None,
   implementation: str | None,
   mesh: Mesh | None = None,
-) -> dict[int, evaluation.Perplexity]:
+) -> dict[int, perplexity.Perplexity]:
   """Returns the perplexity at each length, with dense attention."""
   return {
-    length: evaluation.perplexity(
+    length: perplexity.perplexity(
       model,
       tokens,
       context_len=length,

@@ -27,8 +27,8 @@ import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments import cli, cluster
-from experiments.config import TrainingConfig
+from experiments.shared import cli, cluster
+from experiments.shared.config import TrainingConfig
 from scca_jax import checkpoint, sharding, training
 
 # Steps at the start that say nothing about speed: the first one compiles.

@@ -2,12 +2,12 @@
 
 import pytest
 
-from scca_jax import files
+from scca_jax import atomic_file
 
 
 def test_a_file_appears_only_at_the_end(tmp_path):
   path = tmp_path / "new" / "file.bin"
-  with files.AtomicFile(path) as file:
+  with atomic_file.AtomicFile(path) as file:
     file.write(b"one, ")
     file.write(memoryview(b"two"))
     assert not path.exists()
@@ -17,8 +17,8 @@ def test_a_file_appears_only_at_the_end(tmp_path):
 
 def test_an_error_leaves_the_old_file(tmp_path):
   path = tmp_path / "file.bin"
-  files.write(path, b"old")
-  with pytest.raises(KeyboardInterrupt), files.AtomicFile(path) as file:
+  atomic_file.write(path, b"old")
+  with pytest.raises(KeyboardInterrupt), atomic_file.AtomicFile(path) as file:
     file.write(b"new")
     raise KeyboardInterrupt
   assert path.read_bytes() == b"old"
@@ -30,5 +30,5 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
   (tmp_path / "folder").mkdir()
   for path in (tmp_path / "file" / "inside.bin", tmp_path / "folder"):
     with pytest.raises(OSError, match=rf"cannot write {path}: "):
-      files.write(path, b"new")
+      atomic_file.write(path, b"new")
   assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]

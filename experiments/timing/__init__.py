@@ -1,0 +1,1 @@
+"""How the benchmarks time attention, steps and loading."""
