@@ -48,7 +48,6 @@ class AtomicFile:
       raise self._failure(error) from error
 
   def __enter__(self) -> "AtomicFile":
-    """Returns the file."""
     return self
 
   def __exit__(

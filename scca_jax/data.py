@@ -378,7 +378,6 @@ class TokenFile:
   about: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
   def __len__(self) -> int:
-    """Returns the number of tokens."""
     return len(self.tokens)
 
   @classmethod
@@ -537,11 +536,9 @@ class Batches:
     )
 
   def __iter__(self) -> "Batches":
-    """Returns itself."""
     return self
 
   def __next__(self) -> dict[str, np.ndarray]:
-    """Returns the next batch."""
     return next(self._iterator)
 
   def get_state(self) -> dict[str, Any]:

@@ -41,7 +41,6 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
-    """Checks the ranges."""
     if not 0 <= self.temperature < np.inf:
       raise ValueError(
         f"temperature must be 0 or more, got {self.temperature}."

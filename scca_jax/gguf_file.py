@@ -172,7 +172,6 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     return iter(self._names)
 
   def __len__(self) -> int:
-    """Returns the number of tensors."""
     return len(self._names)
 
   # The metadata.

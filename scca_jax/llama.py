@@ -76,7 +76,6 @@ class LlamaConfig:
   eos_token_id: int | tuple[int, ...] | None = None
 
   def __post_init__(self):
-    """Checks the sizes."""
     for name in (
       "vocab_size",
       "hidden_size",
@@ -203,7 +202,6 @@ class SelfAttention(nnx.Module):
   """Grouped-query attention with rotary positions."""
 
   def __init__(self, making: _Making, rngs: nnx.Rngs):
-    """Makes the four projections."""
     config = making.config
     hidden = config.hidden_size
     heads = config.num_heads * config.head_dim
@@ -254,7 +252,6 @@ class MLP(nnx.Module):
   """The SwiGLU feed-forward layer (arXiv 2002.05202)."""
 
   def __init__(self, making: _Making, rngs: nnx.Rngs):
-    """Makes the three projections."""
     hidden = making.config.hidden_size
     inner = making.config.intermediate_size
     self.gate_proj = making.linear("gate_proj", hidden, inner, rngs)
@@ -395,7 +392,6 @@ class Layer(nnx.Module):
   """One layer: attention and MLP, each on the normalised residual stream."""
 
   def __init__(self, making: _Making, rngs: nnx.Rngs):
-    """Makes the norms and the two parts."""
     self.input_layernorm = making.norm()
     self.self_attn = SelfAttention(making, rngs)
     self.post_attention_layernorm = making.norm()

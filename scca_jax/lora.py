@@ -45,7 +45,6 @@ class LoraConfig:
   train_norms: bool = True
 
   def __post_init__(self):
-    """Checks the ranges."""
     if self.rank < 1:
       raise ValueError(f"the rank of LoRA must be at least 1, got {self.rank}.")
     if not self.alpha > 0:

@@ -101,7 +101,6 @@ class Setup:
   memory_fraction: float = DEFAULT_FRACTION
 
   def __post_init__(self):
-    """Checks the range of the share, and the GPU's name."""
     deviceless.capacity_bytes(self.gpu)
     if not 0 < self.memory_fraction <= 1:
       raise ValueError(

@@ -63,7 +63,6 @@ class HeadPattern:
   select: int | None = None
 
   def __post_init__(self):
-    """Checks the ranges."""
     _check_int("offset", self.offset, None)
     _check_int("shift", self.shift, 0)
     _check_int("dilation", self.dilation, 1)
@@ -226,7 +225,6 @@ class AttentionPattern:
   causality: str = "position"
 
   def __post_init__(self):
-    """Checks the values."""
     object.__setattr__(self, "heads", tuple(self.heads))
     if not self.heads:
       raise ValueError("a pattern needs at least one head, got none.")

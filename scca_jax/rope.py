@@ -60,7 +60,6 @@ class RopeScaling:
   high_freq_factor: float = 4.0
 
   def __post_init__(self):
-    """Checks the ranges."""
     if self.kind not in KINDS:
       raise ValueError(
         f"unknown rope scaling {self.kind!r}: use one of {', '.join(KINDS)}."

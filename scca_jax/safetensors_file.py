@@ -124,9 +124,7 @@ class SafetensorsFiles(Mapping[str, Callable[[], np.ndarray]]):
     return self._stored[name].view
 
   def __iter__(self) -> Iterator[str]:
-    """Returns the names."""
     return iter(self._stored)
 
   def __len__(self) -> int:
-    """Returns the number of tensors."""
     return len(self._stored)

@@ -77,7 +77,6 @@ class MeshConfig:
   sequence: int = 1
 
   def __post_init__(self):
-    """Checks the ranges."""
     for axis, size in self.sizes.items():
       if size < 1:
         raise ValueError(f"mesh.{axis} must be at least 1, got {size}.")

@@ -64,7 +64,6 @@ class OptimizerConfig:
   clip_norm: float | None = 1.0
 
   def __post_init__(self):
-    """Checks the ranges."""
     if self.schedule not in SCHEDULES:
       raise ValueError(
         f"unknown schedule {self.schedule!r}: use one of"

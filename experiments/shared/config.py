@@ -89,7 +89,6 @@ class DataConfig:
   packing: str = "concatenate"
 
   def __post_init__(self):
-    """Checks the packing."""
     if self.packing not in data.PACKINGS:
       raise ValueError(
         f"data.packing must be one of {', '.join(data.PACKINGS)}, got"
@@ -144,7 +143,6 @@ class TrainingConfig:
   implementation: str | None = None
 
   def __post_init__(self):
-    """Checks the ranges."""
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.type is int and field.name != "seed" and value < 1:
@@ -199,7 +197,6 @@ class EvaluationConfig:
   windows_on_the_way: int = 16
 
   def __post_init__(self):
-    """Checks the ranges."""
     for name, least in (
       ("batch_tokens", 1),
       ("every", 0),
@@ -296,7 +293,6 @@ class PretrainConfig:
   evaluation: EvaluationConfig = EvaluationConfig()
 
   def __post_init__(self):
-    """Checks the dtype."""
     if self.save_dtype not in DTYPES:
       raise ValueError(
         f"save_dtype must be one of {', '.join(DTYPES)}, got"

@@ -191,11 +191,9 @@ class Tile:
   """The fields of a tile, read from the table on the device when asked for."""
 
   def __init__(self, table: Any, multiprocessor: Any, index: Any):
-    """Remembers where the tile stands."""
     self._place = table, multiprocessor, index
 
   def __getattr__(self, name: str) -> Any:
-    """Reads a field."""
     table, multiprocessor, index = self._place
     return table[multiprocessor, index, FIELD[name]]
 

@@ -363,7 +363,6 @@ class _Tile:
       self._row_ids = jnp.where(row_ids == 0, -1, row_ids)
 
   def __getattr__(self, name: str) -> Any:
-    """Returns a field."""
     try:
       return self.__dict__["_field"][name]
     except KeyError:
