@@ -27,7 +27,7 @@ from scca_jax import (
   perplexity,
   tokenizer,
 )
-from scca_jax.llama import LlamaConfig
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
 
 # The value of --pattern that means the adapter's own.

@@ -31,7 +31,7 @@ from scca_jax import (
   sharding,
   tokenizer,
 )
-from scca_jax.llama import LlamaConfig
+from scca_jax.llama_config import LlamaConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 

@@ -19,7 +19,8 @@ from flax import nnx
 from experiments.shared import cli, cluster, loop, resolve
 from experiments.shared.config import PretrainConfig, from_config_dict, to_json
 from scca_jax import convert, data, dispatch, lora, sharding, tokenizer
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 

@@ -29,7 +29,8 @@ import safetensors.flax
 from flax import nnx, traverse_util
 
 from scca_jax import atomic_file, gguf_file, quantize
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.lora import TARGETS, LoraConfig, init_lora_a
 from scca_jax.patterns import AttentionPattern, HeadPattern
 from scca_jax.rope import RopeScaling

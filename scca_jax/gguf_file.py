@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from scca_jax import rope
-from scca_jax.llama import LlamaConfig
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
 
 SUFFIX = ".gguf"

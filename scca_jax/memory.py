@@ -27,7 +27,8 @@ from scca_jax import (
   traffic,
   training,
 )
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.sharding import MeshConfig
 from scca_jax.training import OptimizerConfig, StepConfig

@@ -12,7 +12,7 @@ from experiments.shared.config import (
 )
 from experiments.timing import step_timing
 from scca_jax import lora, patterns, quantize
-from scca_jax.llama import LlamaConfig
+from scca_jax.llama_config import LlamaConfig
 
 SIZES = {
   "model_type": "llama",

@@ -18,7 +18,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from scca_jax import convert
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 4

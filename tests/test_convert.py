@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from scca_jax import convert, patterns
-from scca_jax.llama import LlamaConfig
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.lora import LoraConfig, trainable
 from scca_jax.rope import RopeScaling
 

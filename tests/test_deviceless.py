@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from scca_jax import attention, deviceless, patterns, sharding, target, training
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 
 needs_compiler = pytest.mark.usefixtures("gpu_compiler")
 BF16, F16 = jnp.bfloat16, jnp.float16

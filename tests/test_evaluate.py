@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from scca_jax import convert, data, lora, patterns, perplexity, tokenizer
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
 
 CONTEXT = 16

@@ -11,7 +11,8 @@ from flax import nnx
 
 from scca_jax import generation, patterns
 from scca_jax.generation import FINISHED, Sampling
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
 
 CONFIG = LlamaConfig(

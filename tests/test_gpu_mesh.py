@@ -16,7 +16,8 @@ import pytest
 from flax import nnx
 
 from scca_jax import lora, patterns, sharding, training
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 
 # Elsewhere there is nothing to see: `test_sharding` compares on CPUs.
 pytestmark = [

@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from scca_jax import llama, lora, patterns
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
 
 CONFIG = LlamaConfig(

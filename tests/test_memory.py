@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from scca_jax import deviceless, lora, memory, patterns, sharding, training
-from scca_jax.llama import LlamaConfig
+from scca_jax.llama_config import LlamaConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 needs_compiler = pytest.mark.usefixtures("gpu_compiler")

@@ -12,7 +12,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from scca_jax import assets, convert, lora, patterns, quantize, training
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 
 CONFIG = LlamaConfig(
   vocab_size=17,

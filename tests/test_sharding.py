@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from scca_jax import lora, patterns, quantize, sharding, training
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 
 CONFIG = LlamaConfig(
   vocab_size=32,

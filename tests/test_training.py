@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from scca_jax import lora, losses, patterns, training
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 
 CONFIG = LlamaConfig(
   vocab_size=17,

@@ -17,7 +17,7 @@ from experiments.shared.config import (
   TrainingConfig,
 )
 from scca_jax import assets, data, patterns, perplexity, sharding
-from scca_jax.llama import LlamaConfig
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
 from scca_jax.tokenizer import Tokenizer
 from scca_jax.training import StepConfig

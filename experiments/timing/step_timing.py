@@ -36,7 +36,8 @@ from scca_jax import (
   traffic,
   training,
 )
-from scca_jax.llama import Llama, LlamaConfig
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.training import TrainState
 

@@ -29,7 +29,8 @@ from scca_jax import (  # noqa: E402
   perplexity,
   tokenizer,
 )
-from scca_jax.llama import Llama, LlamaConfig  # noqa: E402
+from scca_jax.llama import Llama  # noqa: E402
+from scca_jax.llama_config import LlamaConfig  # noqa: E402
 from scca_jax.rope import RopeScaling  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(

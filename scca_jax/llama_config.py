@@ -1,0 +1,87 @@
+"""Sizes and token ids of a Llama model, as its files state them."""
+
+import dataclasses
+
+from scca_jax.rope import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+  """Sizes of a model.
+
+  Attributes:
+    vocab_size: Tokens of the vocabulary.
+    hidden_size: Width of the residual stream.
+    intermediate_size: Width of the MLP.
+    num_layers: Layers.
+    num_heads: Query heads, a multiple of `num_kv_heads`.
+    num_kv_heads: Key and value heads.
+    head_dim: Width of a head, even.
+    context_len: Longest sequence that the model is meant for, in tokens.
+    rope_theta: Base of the rotary frequencies.
+    rope_scaling: How they are fitted to the context; None leaves them.
+    rms_norm_eps: Added to the mean square in the norms.
+    tie_embeddings: Whether the output head is the embedding.
+    initializer_range: Standard deviation of new weights.
+    bos_token_id: Token that starts a document, if there is one.
+    eos_token_id: Token that ends it, or several of them, if there is one.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  context_len: int
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  rms_norm_eps: float = 1e-5
+  tie_embeddings: bool = False
+  initializer_range: float = 0.02
+  bos_token_id: int | None = None
+  eos_token_id: int | tuple[int, ...] | None = None
+
+  def __post_init__(self):
+    for name in (
+      "vocab_size",
+      "hidden_size",
+      "intermediate_size",
+      "num_layers",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "context_len",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"{name} must be at least 1, got {getattr(self, name)}."
+        )
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"num_heads={self.num_heads} must be a multiple of"
+        f" num_kv_heads={self.num_kv_heads}."
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim must be even, got {self.head_dim}.")
+    if not self.rope_theta > 1:
+      raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}.")
+    for name in ("rms_norm_eps", "initializer_range"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+    for token in (self.bos_token_id, *self.eos_token_ids):
+      if token is not None and not 0 <= token < self.vocab_size:
+        raise ValueError(
+          "bos_token_id and eos_token_id must be below"
+          f" vocab_size={self.vocab_size}, got {token}."
+        )
+
+  @property
+  def eos_token_ids(self) -> tuple[int, ...]:
+    """The tokens that end a document."""
+    if self.eos_token_id is None:
+      return ()
+    if isinstance(self.eos_token_id, int):
+      return (self.eos_token_id,)
+    return self.eos_token_id
