@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from experiments.shared import cli, resolve
 from scca_jax import (
+  adapters,
   assets,
   convert,
   data,
@@ -194,7 +195,7 @@ def _load(folder: pathlib.Path, config: LlamaConfig) -> Any:
     return convert.load_model(
       folder, config=config, dtype=dtype, param_dtype=dtype
     )
-  return convert.load_adapter(
+  return adapters.load_adapter(
     folder, pathlib.Path(_ADAPTER.value), dtype=dtype, param_dtype=dtype
   )
 
@@ -204,7 +205,7 @@ def _make_patterns(config: LlamaConfig, context_len: int) -> Any:
   if _PATTERN.value is None:
     return None
   if _PATTERN.value == _TRAINING and _ADAPTER.value is not None:
-    schedule = convert.load_patterns(_ADAPTER.value)
+    schedule = adapters.load_patterns(_ADAPTER.value)
     if schedule is None:
       raise ValueError(
         f"the adapter {_ADAPTER.value} does not say what pattern it was tuned"

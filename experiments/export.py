@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments.shared import cli
-from scca_jax import assets, convert
+from scca_jax import adapters, assets, convert
 
 _MODEL = flags.DEFINE_string(
   "model",
@@ -79,7 +79,7 @@ def main() -> None:
   if _ADAPTER.value is None:
     model = convert.load_model(source, param_dtype=param_dtype)
   else:
-    model = convert.load_adapter(
+    model = adapters.load_adapter(
       source, _ADAPTER.value, param_dtype=param_dtype
     )
   if _FORMAT.value == "hf":
@@ -98,12 +98,12 @@ def main() -> None:
       f" {kind} rope scaling"
     )
     return
-  dtype = jnp.dtype(_DTYPE.value or convert.stored_dtype(_ADAPTER.value or ""))
-  convert.save_adapter(
+  dtype = jnp.dtype(_DTYPE.value or adapters.stored_dtype(_ADAPTER.value or ""))
+  adapters.save_adapter(
     model,
     output_dir,
     base_model=str(source),
-    patterns=convert.load_patterns(_ADAPTER.value or ""),
+    patterns=adapters.load_patterns(_ADAPTER.value or ""),
     dtype=dtype,
   )
   print(f"{output_dir}: {dtype.name}, LoRA rank {model.lora.rank}")

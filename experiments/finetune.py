@@ -21,6 +21,7 @@ from flax import nnx
 from experiments.shared import cli, cluster, loop, resolve
 from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
 from scca_jax import (
+  adapters,
   assets,
   convert,
   data,
@@ -185,7 +186,7 @@ def main() -> None:
   adapter = output_dir / "adapter"
   trained = loop.to_host(result.model, trainable)
   if cluster.is_primary():
-    convert.save_adapter(
+    adapters.save_adapter(
       trained, adapter, base_model=str(model_folder), patterns=schedule
     )
   final_loss, speed = result.final_loss, result.tokens_per_second

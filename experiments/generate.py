@@ -17,6 +17,7 @@ from absl import flags, logging
 
 from experiments.shared import cli
 from scca_jax import (
+  adapters,
   assets,
   atomic_file,
   convert,
@@ -146,7 +147,7 @@ def _make_patterns(name: str, config: Any, seq_len: int) -> Any:
   if name == _DENSE:
     return None
   if name == _TRAINING:
-    schedule = convert.load_patterns(_ADAPTER.value or "")
+    schedule = adapters.load_patterns(_ADAPTER.value or "")
     if schedule is None:
       raise ValueError(
         f"the adapter {_ADAPTER.value} does not say what pattern it was tuned"
@@ -209,7 +210,7 @@ def main() -> None:
   if _ADAPTER.value is None:
     model = convert.load_model(source, dtype=dtype, param_dtype=dtype)
   else:
-    model = convert.load_adapter(
+    model = adapters.load_adapter(
       source, _ADAPTER.value, dtype=dtype, param_dtype=dtype
     )
   total = max(map(len, prompts)) + _MAX_NEW_TOKENS.value

@@ -1,8 +1,10 @@
 """Files that are there whole or not at all."""
 
+import json
 import os
 import pathlib
 from types import TracebackType
+from typing import Any
 
 
 class AtomicFile:
@@ -74,3 +76,8 @@ def write(path: str | os.PathLike[str], content: bytes) -> None:
   """Writes a whole file at once; see `AtomicFile`."""
   with AtomicFile(path) as file:
     file.write(content)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes `value` as indented JSON; see `AtomicFile`."""
+  write(path, json.dumps(value, indent=2).encode() + b"\n")

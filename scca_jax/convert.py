@@ -1,13 +1,8 @@
-"""Models and adapters to and from the files of Hugging Face and PEFT.
+"""Models to and from the files of Hugging Face, and from GGUF.
 
 A model folder holds `config.json` and safetensors, whole or in shards; a GGUF
-file all of a model; an adapter folder what PEFT writes, `adapter_config.json`
-and `adapter_model.safetensors`, and beside them `scca_config.json`, of which
-PEFT knows nothing: the rope scaling, without which an adapter tuned with it is
-worth little, and the patterns it was tuned with.
-
-The module is long because names, shapes and damage are checked where each file
-is read: what is wrong is said by the name it has there.
+file holds all of a model. The parts are: configurations, names of tensors,
+reading, writing. What PEFT writes is in `adapters`.
 """
 
 import collections
@@ -18,7 +13,6 @@ import json
 import math
 import os
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,18 +25,13 @@ from flax import nnx, traverse_util
 from scca_jax import atomic_file, gguf_file, quantize
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
-from scca_jax.lora import TARGETS, LoraConfig, init_lora_a
-from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.lora import LoraConfig, init_lora_a
 from scca_jax.rope import RopeScaling
 from scca_jax.safetensors_file import SafetensorsFiles
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_OWN_CONFIG = "scca_config.json"
-_PEFT_PREFIX = "base_model.model."
 # Kinds of rope scaling that config.json can name; "ntk" is not one of them.
 _HF_ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
 _ORIGINAL = "original_max_position_embeddings"
@@ -55,18 +44,19 @@ _TOKENIZER_SETTINGS = (
   "generation_config.json",
 )
 
-# One of the matrices that are quantised if any are.
-_A_KERNEL = ("layers", "self_attn", "q_proj", "kernel")
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
-
 # As many tensors are read at once: with four an H200 waits for the disk alone.
 _NUM_READERS = 4
 
 _Path = tuple[str, ...]
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object in a file of a model's or an adapter's folder.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: It does not hold a JSON object.
+  """
   if not path.is_file():
     raise FileNotFoundError(
       f"there is no {path}: name a folder that holds {path.name}."
@@ -82,10 +72,6 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def _is_gguf(path: str | os.PathLike[str]) -> bool:
   return pathlib.Path(path).suffix == gguf_file.SUFFIX
-
-
-def _to_json(value: Any) -> bytes:
-  return json.dumps(value, indent=2).encode() + b"\n"
 
 
 # Configurations.
@@ -149,7 +135,7 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
   if _is_gguf(source):
     return gguf_file.GgufFile(source).config
   path = pathlib.Path(source) / _CONFIG
-  config = _read_json(path)
+  config = read_json(path)
   for name, wanted in (
     ("model_type", "llama"),
     ("hidden_act", "silu"),
@@ -196,8 +182,8 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
     raise ValueError(f"{path}: {error}") from error
 
 
-def _rope_to_json(scaling: RopeScaling) -> dict[str, Any]:
-  """Returns the settings that are not at their defaults."""
+def rope_settings(scaling: RopeScaling) -> dict[str, Any]:
+  """Returns the settings of a rope scaling that differ from the defaults."""
   return {
     field.name: getattr(scaling, field.name)
     for field in dataclasses.fields(RopeScaling)
@@ -234,7 +220,7 @@ def config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
     if scaling.kind == "llama3":
       required["low_freq_factor"] = scaling.low_freq_factor
       required["high_freq_factor"] = scaling.high_freq_factor
-    rope = {"rope_type": scaling.kind, **required, **_rope_to_json(scaling)}
+    rope = {"rope_type": scaling.kind, **required, **rope_settings(scaling)}
     if scaling.kind == "dynamic":
       # Transformers scales beyond this length, and knows no other.
       context_len = scaling.original_max_position_embeddings or context_len
@@ -269,8 +255,16 @@ def config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
 # Names.
 
 
-def _file_names(path: _Path, num_layers: int) -> list[str]:
-  """Returns the Hugging Face names of a parameter, one a layer if stacked."""
+def file_names(path: _Path, num_layers: int) -> list[str]:
+  """Returns the Hugging Face names of a parameter's tensors.
+
+  Args:
+    path: Path of the parameter in the model.
+    num_layers: Number of layers of the model.
+
+  Returns:
+    One name per layer for what the layers hold, stacked; one name for others.
+  """
   *modules, leaf = path
   suffix = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}.get(
     leaf, "weight"
@@ -287,15 +281,9 @@ def _is_matrix(path: _Path) -> bool:
   return path[-1] in ("kernel", "lora_a", "lora_b")
 
 
-def _is_adapter(path: _Path) -> bool:
+def is_adapter(path: _Path) -> bool:
+  """Returns whether the parameter at `path` is a matrix of an adapter."""
   return path[-1] in ("lora_a", "lora_b")
-
-
-def _is_saved_whole(path: _Path, config: LoraConfig) -> bool:
-  """Whether an adapter's files hold the parameter as a trained copy."""
-  if path[0] in ("embed_tokens", "lm_head"):
-    return config.train_embeddings
-  return path[-1] == "scale" and config.train_norms
 
 
 # Reading.
@@ -305,7 +293,7 @@ def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
   """Returns the tensors of a model's folder."""
   path = folder / _INDEX
   if path.is_file():
-    shard_of = _read_json(path).get("weight_map")
+    shard_of = read_json(path).get("weight_map")
     if (
       not isinstance(shard_of, dict)
       or not shard_of
@@ -407,14 +395,14 @@ def _fill(
 ) -> Any:
   """Returns a parameter from the tensors of its layers, checked.
 
-  A few tensors are on their way to the device at once.
+  Reads up to `_NUM_READERS` tensors concurrently.
 
   Args:
-    room: From `_room`; None for what is no stack of layers.
+    room: From `_room`; None for what is not stacked by layer.
     target: The parameter before it is quantised.
     path: Its path.
-    names: Of its tensors.
-    tensors: All of the source.
+    names: Names of its tensors.
+    tensors: All tensors of the source.
     source: What messages name.
     quantize_by: How it is quantised, or None.
   """
@@ -485,21 +473,25 @@ def _fill(
   )
 
 
-def _read(
+def read_parameters(
   targets: dict[_Path, jax.ShapeDtypeStruct],
   names: dict[_Path, list[str]],
   tensors: SafetensorsFiles | gguf_file.GgufFile,
   source: pathlib.Path,
   quantize_by: str | None = None,
 ) -> dict[_Path, Any]:
-  """Returns parameters from their tensors, checked.
+  """Returns parameters, read from their tensors and checked.
 
   Args:
-    targets: Shape and dtype of each, before it is quantised.
-    names: Of the tensors of each.
-    tensors: All of the source.
+    targets: Shape and dtype of each by path, before it is quantised.
+    names: Names of the tensors of each; see `file_names`.
+    tensors: All tensors of the source.
     source: What messages name.
     quantize_by: How the layers' matrices are quantised, or None.
+
+  Raises:
+    ValueError: A tensor is missing, of the wrong shape or not finite; the
+      message names it.
   """
   platform = _default_device().platform
   in_layers, others = [], []
@@ -568,7 +560,8 @@ def _merge(
   return nnx.merge(graphdef, state)
 
 
-def _arrays(model: Llama) -> dict[_Path, jax.Array]:
+def parameters(model: Llama) -> dict[_Path, jax.Array]:
+  """Returns a model's parameters by path."""
   return _flatten(nnx.state(model, nnx.Param))
 
 
@@ -615,9 +608,9 @@ def load_model(
     tensors = _open_folder(source)
   graphdef, state, targets = _abstract(config, lora, dtype, param_dtype)
   names = {
-    path: _file_names(path, config.num_layers)
+    path: file_names(path, config.num_layers)
     for path in targets
-    if not _is_adapter(path)
+    if not is_adapter(path)
   }
   known = {name for of_path in names.values() for name in of_path}
   for name in tensors:
@@ -636,7 +629,7 @@ def load_model(
       arrays[path] = init_lora_a(rngs.params(), target.shape)
     elif path[-1] == "lora_b":
       arrays[path] = jnp.zeros(target.shape, target.dtype)
-  arrays |= _read(
+  arrays |= read_parameters(
     {path: targets[path] for path in names}, names, tensors, source, quantize_by
   )
   return _merge(graphdef, state, arrays)
@@ -645,19 +638,17 @@ def load_model(
 # Writing.
 
 
-def _file_tensors(
-  path: _Path, array: jax.Array, num_layers: int, dtype: Any, prefix: str = ""
-) -> dict[str, jax.Array]:
-  """Returns a parameter as the files have it: a tensor a layer."""
-  names = _file_names(path, num_layers)
-  parts = array if path[0] == "layers" else array[None]
-  return {
-    prefix + name: _file_tensor(path, part, dtype)
-    for name, part in zip(names, parts, strict=True)
-  }
+def file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
+  """Returns a parameter, or one layer of it, in the layout of the files.
 
+  Args:
+    path: Path of the parameter in the model.
+    part: The parameter without the dimension of layers.
+    dtype: Dtype of the tensor.
 
-def _file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
+  Raises:
+    ValueError: A value is beyond the range of float16.
+  """
   # safetensors writes memory as it lies: a numpy array that is turned would be
   # written unturned.
   part = jnp.asarray(part)
@@ -669,7 +660,12 @@ def _file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
   return tensor
 
 
-def _write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
+def write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
+  """Writes a safetensors file, whole or not at all.
+
+  Raises:
+    OSError: It cannot be written; what stood there before still does.
+  """
   # The metadata is what transformers looks for.
   content = safetensors.flax.save(tensors, metadata={"format": "pt"})
   atomic_file.write(path, content)
@@ -754,14 +750,14 @@ def save_model(
     atomic_file.write(folder / name, tokenizer_file.read_bytes())
   num_layers = model.config.num_layers
   scaling = model.lora.scaling if model.lora is not None else 0.0
-  arrays = _arrays(model)
+  arrays = parameters(model)
   # By name: where it is, layer for layer as other tools have them.
   places: dict[str, tuple[_Path, int]] = {}
   sizes: dict[str, int] = {}
   for path, array in arrays.items():
-    if _is_adapter(path):
+    if is_adapter(path):
       continue
-    names = _file_names(path, num_layers)
+    names = file_names(path, num_layers)
     places |= {name: (path, i) for i, name in enumerate(names)}
     size = math.prod(array.shape) // len(names) * jnp.dtype(dtype).itemsize
     sizes |= dict.fromkeys(names, size)
@@ -772,17 +768,15 @@ def save_model(
     for name in names:
       path, layer = places[name]
       part = _fused(arrays, path, layer, scaling)
-      tensors[name] = _file_tensor(path, part, dtype)
-    _write_tensors(folder / file_name, tensors)
+      tensors[name] = file_tensor(path, part, dtype)
+    write_tensors(folder / file_name, tensors)
   if len(shards) > 1:
     index = {
       "metadata": {"total_size": sum(sizes.values())},
       "weight_map": {n: file for file, names in shards.items() for n in names},
     }
-    atomic_file.write(folder / _INDEX, _to_json(index))
-  atomic_file.write(
-    folder / _CONFIG, _to_json(config_to_json(model.config, dtype))
-  )
+    atomic_file.write_json(folder / _INDEX, index)
+  atomic_file.write_json(folder / _CONFIG, config_to_json(model.config, dtype))
 
 
 def copy_tokenizer(
@@ -813,116 +807,11 @@ def copy_tokenizer(
       atomic_file.write(folder / name, path.read_bytes())
 
 
-def _pattern_to_json(pattern: AttentionPattern) -> dict[str, Any]:
-  groups = pattern.head_groups()
-  return {
-    "boundary": pattern.boundary,
-    "causality": pattern.causality,
-    "head_groups": [
-      {**dataclasses.asdict(head), "heads": list(indices)}
-      for head, indices in groups.items()
-    ],
-  }
-
-
-def _pattern_from_json(content: dict[str, Any]) -> AttentionPattern:
-  heads: dict[int, HeadPattern] = {}
-  for group in content["head_groups"]:
-    fields = {name: value for name, value in group.items() if name != "heads"}
-    heads |= dict.fromkeys(group["heads"], HeadPattern(**fields))
-  return AttentionPattern(
-    tuple(heads[i] for i in range(len(heads))),
-    content["boundary"],
-    content["causality"],
-  )
-
-
-def save_adapter(
-  model: Llama,
-  folder: str | os.PathLike[str],
-  *,
-  base_model: str,
-  patterns: Sequence[AttentionPattern] | None = None,
-  dtype: Any = jnp.float32,
-) -> None:
-  """Writes a model's adapters, and what was trained with them, for PEFT.
-
-  Args:
-    model: A model with adapters.
-    folder: Where to; made if it is not there.
-    base_model: Name or path of the model they belong to.
-    patterns: Attention pattern of each layer in training, to be kept.
-    dtype: Dtype of the tensors.
-
-  Raises:
-    OSError: A file cannot be written.
-    ValueError: The model has no adapters, or one beyond the range of `dtype`.
-  """
-  folder = pathlib.Path(folder)
-  config, lora = model.config, model.lora
-  if lora is None:
-    raise ValueError("the model has no adapter to save.")
-  tensors: dict[str, jax.Array] = {}
-  saved_whole: list[str] = []
-  arrays = _arrays(model)
-  for path, array in arrays.items():
-    if not _is_adapter(path):
-      if not _is_saved_whole(path, lora):
-        continue
-      saved_whole.append(path[-2])
-    tensors |= _file_tensors(
-      path, array, config.num_layers, dtype, _PEFT_PREFIX
-    )
-  if config.tie_embeddings and lora.train_embeddings:
-    # PEFT keeps a tied head under both names.
-    tensors[_PEFT_PREFIX + _HEAD] = tensors[_PEFT_PREFIX + _EMBEDDING]
-  _write_tensors(folder / _ADAPTER_WEIGHTS, tensors)
-  scaling = config.rope_scaling
-  layers = list(patterns) if patterns is not None else []
-  distinct = list(dict.fromkeys(layers))
-  atomic_file.write(
-    folder / _OWN_CONFIG,
-    _to_json(
-      {
-        "context_len": config.context_len,
-        # What the adapter makes up for.
-        "quantize": quantize.method_of(arrays[_A_KERNEL]),
-        "rope_scaling": None
-        if scaling is None
-        else {"kind": scaling.kind, **_rope_to_json(scaling)},
-        "patterns": [_pattern_to_json(p) for p in distinct],
-        "pattern_of_layer": [distinct.index(p) for p in layers],
-      }
-    ),
-  )
-  atomic_file.write(
-    folder / _ADAPTER_CONFIG,
-    _to_json(
-      {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": list(lora.targets),
-        "use_rslora": lora.rslora,
-        "bias": "none",
-        "modules_to_save": sorted(set(saved_whole)) or None,
-        # Without it PEFT would give a tied head a copy of its own.
-        "ensure_weight_tying": config.tie_embeddings and lora.train_embeddings,
-        "inference_mode": True,
-      }
-    ),
-  )
-
-
 def stored_dtype(source: str | os.PathLike[str]) -> np.dtype:
-  """Returns the dtype that a model's or an adapter's matrices are stored in.
+  """Returns the dtype that a model's matrices are stored in.
 
   Args:
-    source: A model's or an adapter's folder, or a GGUF file: what is
-      dequantised is float32.
+    source: A model's folder, or a GGUF file, which is dequantised to float32.
 
   Raises:
     FileNotFoundError: A file is missing.
@@ -930,207 +819,8 @@ def stored_dtype(source: str | os.PathLike[str]) -> np.dtype:
   """
   if _is_gguf(source):
     return np.dtype(np.float32)
-  folder = pathlib.Path(source)
-  tensors = (
-    SafetensorsFiles([folder / _ADAPTER_WEIGHTS])
-    if (folder / _ADAPTER_CONFIG).is_file()
-    else _open_folder(folder)
-  )
+  tensors = _open_folder(pathlib.Path(source))
   for name in tensors:
-    if name.endswith("_proj.weight") or ".lora_A." in name:
+    if name.endswith("_proj.weight"):
       return tensors[name]().dtype
   raise ValueError(f"{source} has no projection of a Llama.")
-
-
-# Adapters, read.
-
-
-def _matching_targets(path: pathlib.Path, expression: str) -> list[str]:
-  """Returns the projections whose full names match, as PEFT finds them."""
-  if expression == "all-linear":
-    return list(TARGETS)
-  try:
-    found = [
-      name
-      for name in TARGETS
-      if re.fullmatch(
-        expression,
-        f"model.layers.0.{'mlp' if name in _MLP_TARGETS else 'self_attn'}"
-        f".{name}",
-      )
-    ]
-  except re.error as error:
-    raise ValueError(
-      f"{path}: target_modules={expression!r} is no regular expression"
-      f" ({error})."
-    ) from error
-  if not found:
-    raise ValueError(
-      f"{path}: target_modules={expression!r} matches none of"
-      f" {', '.join(TARGETS)}."
-    )
-  return found
-
-
-def _adapter_config(path: pathlib.Path) -> LoraConfig:
-  content = _read_json(path)
-  if content.get("peft_type") != "LORA":
-    raise ValueError(
-      f"{path}: peft_type={content.get('peft_type')!r} is not supported, only"
-      " 'LORA'."
-    )
-  for name in (
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layers_to_transform",
-    "exclude_modules",
-    "target_parameters",
-    "trainable_token_indices",
-    "lora_bias",
-  ):
-    if content.get(name):
-      raise ValueError(f"{path}: {name} is not supported.")
-  if content.get("bias", "none") != "none":
-    raise ValueError(f"{path}: bias={content['bias']!r} is not supported.")
-  targets = content.get("target_modules")
-  if isinstance(targets, str):
-    targets = _matching_targets(path, targets)
-  if not isinstance(targets, list):
-    raise ValueError(
-      f"{path}: target_modules={targets!r} must be a list of names or a regular"
-      " expression."
-    )
-  whole = content.get("modules_to_save") or []
-  try:
-    return LoraConfig(
-      rank=content["r"],
-      alpha=float(content["lora_alpha"]),
-      dropout=float(content.get("lora_dropout", 0.0)),
-      # PEFT writes a set: in one order, equal adapters are equal.
-      targets=(
-        *(name for name in TARGETS if name in targets),
-        *(name for name in targets if name not in TARGETS),
-      ),
-      rslora=bool(content.get("use_rslora", False)),
-      train_embeddings=bool({"embed_tokens", "lm_head"} & set(whole)),
-      train_norms=any(name.endswith("norm") for name in whole),
-    )
-  except KeyError as error:
-    raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{path}: {error}") from error
-
-
-def _own_config(folder: pathlib.Path) -> dict[str, Any] | None:
-  """Returns what is kept beside PEFT's files; None where PEFT wrote them."""
-  path = folder / _OWN_CONFIG
-  return _read_json(path) if path.is_file() else None
-
-
-def load_patterns(
-  folder: str | os.PathLike[str],
-) -> tuple[AttentionPattern, ...] | None:
-  """Returns the pattern of each layer that an adapter was tuned with.
-
-  Args:
-    folder: Of the adapter.
-
-  Returns:
-    One pattern a layer; None if the adapter does not say.
-
-  Raises:
-    ValueError: The file that says it is damaged.
-  """
-  folder = pathlib.Path(folder)
-  content = _own_config(folder) or {}
-  if not content.get("patterns"):
-    return None
-  try:
-    distinct = [_pattern_from_json(p) for p in content["patterns"]]
-    return tuple(distinct[i] for i in content["pattern_of_layer"])
-  except (KeyError, IndexError, TypeError, ValueError) as error:
-    raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}.") from error
-
-
-def _adapted_config(folder: pathlib.Path, base: LlamaConfig) -> LlamaConfig:
-  content = _own_config(folder)
-  if content is None:
-    return base
-  try:
-    scaling = content["rope_scaling"]
-    return dataclasses.replace(
-      base,
-      context_len=content["context_len"],
-      rope_scaling=None if scaling is None else RopeScaling(**scaling),
-    )
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}.") from error
-
-
-def load_adapter(
-  base_folder: str | os.PathLike[str],
-  folder: str | os.PathLike[str],
-  *,
-  dtype: Any = jnp.float32,
-  param_dtype: Any = jnp.float32,
-) -> Llama:
-  """Returns a model with an adapter, its rope scaling and its context.
-
-  If the adapter was trained on quantised weights, it gets them.
-
-  Args:
-    base_folder: The model's folder.
-    folder: The adapter's, from `save_adapter` or from PEFT.
-    dtype: Dtype of the computation.
-    param_dtype: Dtype that frozen weights are held in.
-
-  Raises:
-    FileNotFoundError: A file is missing.
-    ValueError: A file is damaged, or does not fit the model; the message
-      names the tensor.
-  """
-  folder = pathlib.Path(folder)
-  lora = _adapter_config(folder / _ADAPTER_CONFIG)
-  config = _adapted_config(folder, load_config(base_folder))
-  tensors = SafetensorsFiles([folder / _ADAPTER_WEIGHTS])
-  model = load_model(
-    base_folder,
-    config=config,
-    lora=lora,
-    dtype=dtype,
-    param_dtype=param_dtype,
-    quantize_by=(_own_config(folder) or {}).get("quantize"),
-  )
-  graphdef, state = nnx.split(model)
-  arrays = _flatten(state)
-  names, targets = {}, {}
-  for path, array in arrays.items():
-    of_path = [
-      _PEFT_PREFIX + name for name in _file_names(path, config.num_layers)
-    ]
-    # PEFT may train the embedding and not the head, or some of the norms.
-    if _is_adapter(path) or (
-      _is_saved_whole(path, lora) and of_path[0] in tensors
-    ):
-      names[path] = of_path
-      targets[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
-  arrays |= _read(targets, names, tensors, folder)
-  used = {name for of_path in names.values() for name in of_path}
-  head, embedding = _PEFT_PREFIX + _HEAD, _PEFT_PREFIX + _EMBEDDING
-  if config.tie_embeddings and head in tensors:
-    if embedding not in tensors or not np.array_equal(
-      tensors[head](), tensors[embedding]()
-    ):
-      raise ValueError(
-        f"{folder}: {head} is not {embedding}, but the model's head is tied to"
-        " its embedding: tune it with ensure_weight_tying=True."
-      )
-    used.add(head)
-  for name in tensors:
-    if name not in used:
-      raise ValueError(
-        f"{folder} has a tensor that the model does not: {name}."
-      )
-  return _merge(graphdef, state, arrays)

@@ -1,82 +1,27 @@
-"""Files of Hugging Face and PEFT, written and read by hand."""
+"""Models in the files of Hugging Face, written and read by hand."""
 
 import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
+import model_files
 import numpy as np
 import pytest
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from scca_jax import convert, patterns
+from scca_jax import convert
 from scca_jax.llama_config import LlamaConfig
-from scca_jax.lora import LoraConfig, trainable
 from scca_jax.rope import RopeScaling
-
-SIZES = {
-  "model_type": "llama",
-  "vocab_size": 23,
-  "hidden_size": 8,
-  "intermediate_size": 12,
-  "num_hidden_layers": 3,
-  "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "max_position_embeddings": 16,
-  "rms_norm_eps": 1e-5,
-  "rope_theta": 5000.0,
-}
-TOKENS = jnp.arange(10, dtype=jnp.int32)[None, :] % 23
-
-
-def _tensors(tied, dtype=np.float32):
-  """Tensors as Hugging Face lays them out, `[out, in]`."""
-  shapes = {"model.embed_tokens.weight": (23, 8), "model.norm.weight": (8,)}
-  if not tied:
-    shapes["lm_head.weight"] = (23, 8)
-  for i in range(3):
-    shapes |= {
-      f"model.layers.{i}.{name}.weight": shape
-      for name, shape in {
-        "input_layernorm": (8,),
-        "post_attention_layernorm": (8,),
-        "self_attn.q_proj": (8, 8),
-        "self_attn.k_proj": (4, 8),
-        "self_attn.v_proj": (4, 8),
-        "self_attn.o_proj": (8, 8),
-        "mlp.gate_proj": (12, 8),
-        "mlp.up_proj": (12, 8),
-        "mlp.down_proj": (8, 12),
-      }.items()
-    }
-  rng = np.random.default_rng(0)
-  return {
-    name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()
-  }
-
-
-def _write(folder, tensors, **config):
-  folder.mkdir(parents=True, exist_ok=True)
-  save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-  (folder / "config.json").write_text(json.dumps(SIZES | config))
-  return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-  return _write(tmp_path / "base", _tensors(False))
-
-
-def _logits(model):
-  return np.asarray(
-    model(TOKENS, patterns=patterns.dense(4), implementation="reference")
-  )
+  return model_files.write(tmp_path / "base", model_files.tensors(False))
 
 
 def test_weights_are_transposed_and_stacked(folder):
-  tensors = _tensors(False)
+  tensors = model_files.tensors(False)
   model = convert.load_model(folder)
   for i in range(3):
     for part, name in (("self_attn", "k_proj"), ("mlp", "down_proj")):
@@ -120,7 +65,9 @@ def test_both_spellings_of_rope_are_read(tmp_path, spelling):
     config = {spelling: yarn | {"rope_type": "yarn", "rope_theta": 7.0}}
   else:
     config = {spelling: yarn | {"type": "yarn"}, "rope_theta": 7.0}
-  read = convert.load_config(_write(tmp_path, _tensors(True), **config))
+  read = convert.load_config(
+    model_files.write(tmp_path, model_files.tensors(True), **config)
+  )
   assert read.rope_theta == 7
   assert read.rope_scaling == RopeScaling(
     kind="yarn",
@@ -137,8 +84,8 @@ def test_both_spellings_of_rope_are_read(tmp_path, spelling):
   ids=lambda d: d.__name__,
 )
 def test_a_round_trip_keeps_every_bit(tmp_path, tied, dtype):
-  tensors = _tensors(tied, dtype)
-  source = _write(tmp_path / "in", tensors, tie_word_embeddings=tied)
+  tensors = model_files.tensors(tied, dtype)
+  source = model_files.write(tmp_path / "in", tensors, tie_word_embeddings=tied)
   model = convert.load_model(source, param_dtype=dtype)
   convert.save_model(model, tmp_path / "out", dtype=dtype)
   written = load_file(tmp_path / "out" / "model.safetensors")
@@ -152,7 +99,7 @@ def test_a_round_trip_keeps_every_bit(tmp_path, tied, dtype):
 
 
 def test_shards_are_read_through_their_index(folder, tmp_path):
-  tensors = _tensors(False)
+  tensors = model_files.tensors(False)
   names = sorted(tensors)
   parts = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
   shards = tmp_path / "shards"
@@ -163,9 +110,10 @@ def test_shards_are_read_through_their_index(folder, tmp_path):
   (shards / "model.safetensors.index.json").write_text(
     json.dumps({"weight_map": index})
   )
-  (shards / "config.json").write_text(json.dumps(SIZES))
+  (shards / "config.json").write_text(json.dumps(model_files.SIZES))
   np.testing.assert_array_equal(
-    _logits(convert.load_model(shards)), _logits(convert.load_model(folder))
+    model_files.logits(convert.load_model(shards)),
+    model_files.logits(convert.load_model(folder)),
   )
   (shards / "b.safetensors").unlink()
   with pytest.raises(FileNotFoundError, match="b.safetensors"):
@@ -173,141 +121,17 @@ def test_shards_are_read_through_their_index(folder, tmp_path):
 
 
 def test_tied_models_may_keep_the_head(tmp_path):
-  tensors = _tensors(False)
+  tensors = model_files.tensors(False)
   tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
   tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(1)
-  source = _write(tmp_path, tensors, tie_word_embeddings=True)
+  source = model_files.write(tmp_path, tensors, tie_word_embeddings=True)
   assert convert.load_model(source).lm_head is None
 
 
-LONGER = {
-  "context_len": 64,
-  "rope_scaling": RopeScaling(kind="linear", factor=4.0),
-}
-
-
-def _adapted(folder, lora):
-  """A model with what is trained moved from where it starts."""
-  config = dataclasses.replace(convert.load_config(folder), **LONGER)
-  model = convert.load_model(folder, config=config, lora=lora)
-  graphdef, trained, frozen = nnx.split(model, trainable(lora), ...)
-  leaves, structure = jax.tree.flatten(trained)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  moved = [
-    leaf + 0.1 * jax.random.normal(key, leaf.shape)
-    for key, leaf in zip(keys, leaves, strict=True)
-  ]
-  return nnx.merge(graphdef, jax.tree.unflatten(structure, moved), frozen)
-
-
-@pytest.mark.parametrize(
-  "lora",
-  [
-    LoraConfig(rank=2),
-    LoraConfig(
-      rank=3,
-      targets=("v_proj", "down_proj"),
-      rslora=True,
-      train_embeddings=False,
-      train_norms=False,
-    ),
-  ],
-)
-def test_an_adapter_comes_back_with_all_it_needs(folder, tmp_path, lora):
-  model = _adapted(folder, lora)
-  schedule = patterns.make_schedule(
-    "scca_flow", num_heads=4, num_layers=3, seq_len=64, rotate="layer"
-  )
-  adapter = tmp_path / "adapter"
-  convert.save_adapter(model, adapter, base_model="base", patterns=schedule)
-  back = convert.load_adapter(folder, adapter)
-  assert back.config == model.config
-  assert back.lora == lora
-  np.testing.assert_array_equal(_logits(back), _logits(model))
-  assert np.abs(_logits(back) - _logits(convert.load_model(folder))).max() > 0.1
-  assert convert.load_patterns(adapter) == schedule
-
-
-def test_adapter_tensors_have_the_names_and_shapes_of_peft(folder, tmp_path):
-  lora = LoraConfig(rank=2)
-  model = _adapted(folder, lora)
-  convert.save_adapter(model, tmp_path, base_model="base")
-  tensors = load_file(tmp_path / "adapter_model.safetensors")
-  prefix = "base_model.model.model.layers.1.self_attn.k_proj"
-  lora_a = tensors[f"{prefix}.lora_A.weight"]
-  lora_b = tensors[f"{prefix}.lora_B.weight"]
-  assert (lora_a.shape, lora_b.shape) == ((2, 8), (4, 2))
-  k_proj = model.layers.self_attn.k_proj
-  np.testing.assert_array_equal(lora_a, k_proj.lora_a[...][1].T)
-  np.testing.assert_array_equal(lora_b, k_proj.lora_b[...][1].T)
-  for name in (
-    "base_model.model.model.embed_tokens.weight",
-    "base_model.model.lm_head.weight",
-    "base_model.model.model.norm.weight",
-    "base_model.model.model.layers.2.input_layernorm.weight",
-  ):
-    assert name in tensors
-  config = json.loads((tmp_path / "adapter_config.json").read_text())
-  assert config["r"] == 2
-  assert config["lora_alpha"] == 16
-  assert config["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-  assert set(config["modules_to_save"]) == {
-    "embed_tokens",
-    "lm_head",
-    "norm",
-    "input_layernorm",
-    "post_attention_layernorm",
-  }
-  assert convert.load_patterns(tmp_path) is None
-
-
-def test_an_adapter_of_peft_alone_is_read(folder, tmp_path):
-  """Only LoRA matrices, as PEFT saves them without `modules_to_save`."""
-  rng = np.random.default_rng(1)
-  tensors = {}
-  for i in range(3):
-    prefix = f"base_model.model.model.layers.{i}.mlp.up_proj"
-    tensors[f"{prefix}.lora_A.weight"] = rng.normal(size=(2, 8))
-    tensors[f"{prefix}.lora_B.weight"] = rng.normal(size=(12, 2))
-  tensors = {name: x.astype(np.float32) for name, x in tensors.items()}
-  save_file(tensors, tmp_path / "adapter_model.safetensors")
-  (tmp_path / "adapter_config.json").write_text(
-    json.dumps(
-      {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 6,
-        "target_modules": ["up_proj"],
-      }
-    )
-  )
-  model = convert.load_adapter(folder, tmp_path)
-  fused = _tensors(False)
-  for i in range(3):
-    prefix = f"base_model.model.model.layers.{i}.mlp.up_proj"
-    fused[f"model.layers.{i}.mlp.up_proj.weight"] += (
-      3
-      * tensors[f"{prefix}.lora_B.weight"]
-      @ tensors[f"{prefix}.lora_A.weight"]
-    )
-  plain = convert.load_model(_write(tmp_path / "fused", fused))
-  np.testing.assert_allclose(
-    _logits(model), _logits(plain), rtol=2e-5, atol=1e-4
-  )
-
-
-def test_a_fused_model_computes_what_the_adapted_did(folder, tmp_path):
-  model = _adapted(folder, LoraConfig(rank=2))
-  convert.save_model(model, tmp_path / "fused", dtype=jnp.float32)
-  fused = convert.load_model(tmp_path / "fused")
-  assert fused.config == model.config
-  np.testing.assert_allclose(
-    _logits(fused), _logits(model), rtol=2e-5, atol=1e-4
-  )
-
-
 def test_ntk_is_written_as_another_base(tmp_path):
-  source = _write(tmp_path / "in", _tensors(True), tie_word_embeddings=True)
+  source = model_files.write(
+    tmp_path / "in", model_files.tensors(True), tie_word_embeddings=True
+  )
   config = dataclasses.replace(
     convert.load_config(source), rope_scaling=RopeScaling(kind="linear")
   )
@@ -323,28 +147,16 @@ def test_ntk_is_written_as_another_base(tmp_path):
   assert written["rope_parameters"]["rope_type"] == "default"
 
 
-def test_arrays_of_numpy_are_written_like_others(folder, tmp_path):
-  model = _adapted(folder, LoraConfig(rank=2))
-  graphdef, state = nnx.split(model)
-  on_host = nnx.merge(graphdef, jax.tree.map(np.asarray, state))
-  for name, each in (("jax", model), ("numpy", on_host)):
-    convert.save_adapter(each, tmp_path / name, base_model=str(folder))
-    convert.save_model(each, tmp_path / name, dtype=jnp.float32)
-  for file in ("adapter_model.safetensors", "model.safetensors"):
-    expected, got = (load_file(tmp_path / n / file) for n in ("jax", "numpy"))
-    assert expected.keys() == got.keys()
-    for name, value in expected.items():
-      np.testing.assert_array_equal(got[name], value, err_msg=name)
-
-
 def _drop(folder, name):
-  tensors = _tensors(False)
+  tensors = model_files.tensors(False)
   del tensors[name]
-  _write(folder, tensors)
+  model_files.write(folder, tensors)
 
 
 def _add(folder, name, shape):
-  _write(folder, _tensors(False) | {name: np.zeros(shape, np.float32)})
+  model_files.write(
+    folder, model_files.tensors(False) | {name: np.zeros(shape, np.float32)}
+  )
 
 
 def _cut(folder):
@@ -353,9 +165,9 @@ def _cut(folder):
 
 
 def _put_nan(folder):
-  tensors = _tensors(False)
+  tensors = model_files.tensors(False)
   tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = np.nan
-  _write(folder, tensors)
+  model_files.write(folder, tensors)
 
 
 def _only_pickled(folder):
@@ -363,11 +175,13 @@ def _only_pickled(folder):
 
 
 def _set(folder, **config):
-  (folder / "config.json").write_text(json.dumps(SIZES | config))
+  (folder / "config.json").write_text(json.dumps(model_files.SIZES | config))
 
 
 def _unset(folder, name):
-  config = {key: value for key, value in SIZES.items() if key != name}
+  config = {
+    key: value for key, value in model_files.SIZES.items() if key != name
+  }
   (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -412,32 +226,9 @@ def test_damaged_models_are_named(folder, damage, said):
   assert "\n" not in str(error.value)
 
 
-def test_missing_files_are_named(tmp_path, folder):
+def test_missing_files_are_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="config.json"):
     convert.load_model(tmp_path / "none")
-  with pytest.raises(FileNotFoundError, match="adapter_config.json"):
-    convert.load_adapter(folder, tmp_path / "none")
-
-
-@pytest.mark.parametrize(
-  ("change", "said"),
-  [
-    ({"peft_type": "IA3"}, "IA3"),
-    ({"use_dora": True}, "use_dora"),
-    ({"bias": "all"}, "bias"),
-    ({"target_modules": "neither_.*"}, "neither_.*"),
-    ({"target_modules": ["c_attn"]}, "c_attn"),
-    ({"r": 3}, r"lora_A.weight is \[2, 8\]"),
-    ({"modules_to_save": None}, "lm_head.weight"),
-  ],
-)
-def test_adapters_that_do_not_fit_are_named(folder, tmp_path, change, said):
-  model = _adapted(folder, LoraConfig(rank=2))
-  convert.save_adapter(model, tmp_path / "a", base_model="base")
-  path = tmp_path / "a" / "adapter_config.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | change))
-  with pytest.raises(ValueError, match=said):
-    convert.load_adapter(folder, tmp_path / "a")
 
 
 @pytest.fixture
@@ -451,7 +242,7 @@ def sharded(tmp_path, folder):
 
 
 def test_shards_hold_what_one_file_holds(sharded):
-  tensors = _tensors(False)
+  tensors = model_files.tensors(False)
   index = json.loads((sharded / "model.safetensors.index.json").read_text())
   assert index["metadata"]["total_size"] == sum(
     t.nbytes for t in tensors.values()
@@ -471,7 +262,8 @@ def test_shards_hold_what_one_file_holds(sharded):
 
 def test_shards_are_read(sharded, folder):
   np.testing.assert_array_equal(
-    _logits(convert.load_model(sharded)), _logits(convert.load_model(folder))
+    model_files.logits(convert.load_model(sharded)),
+    model_files.logits(convert.load_model(folder)),
   )
 
 
@@ -536,9 +328,9 @@ def test_damaged_shards_are_named(sharded, damage, kind, said):
 
 
 def test_weights_beyond_float16_are_named(tmp_path):
-  tensors = _tensors(True)
+  tensors = model_files.tensors(True)
   tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
-  source = _write(tmp_path / "in", tensors, tie_word_embeddings=True)
+  source = model_files.write(tmp_path / "in", tensors, tie_word_embeddings=True)
   with pytest.raises(ValueError, match="1.mlp.up_proj.weight exceeds float16"):
     convert.load_model(source, param_dtype=jnp.float16)
   model = convert.load_model(source)
@@ -548,39 +340,10 @@ def test_weights_beyond_float16_are_named(tmp_path):
 
 
 def test_several_ends_are_kept(tmp_path):
-  source = _write(tmp_path / "in", _tensors(False), eos_token_id=[2, 5])
+  source = model_files.write(
+    tmp_path / "in", model_files.tensors(False), eos_token_id=[2, 5]
+  )
   model = convert.load_model(source)
   assert model.config.eos_token_ids == (2, 5)
   convert.save_model(model, tmp_path / "out", dtype=jnp.float32)
   assert convert.load_config(tmp_path / "out") == model.config
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_an_adapter_round_trip_keeps_every_bit(folder, tmp_path, dtype):
-  model = _adapted(folder, LoraConfig(rank=2))
-  convert.save_adapter(model, tmp_path / "a", base_model="base", dtype=dtype)
-  read = convert.load_adapter(folder, tmp_path / "a")
-  convert.save_adapter(read, tmp_path / "b", base_model="base", dtype=dtype)
-  assert convert.stored_dtype(tmp_path / "b") == dtype
-  for name in ("adapter_model.safetensors", "adapter_config.json"):
-    assert (tmp_path / "a" / name).read_bytes() == (
-      tmp_path / "b" / name
-    ).read_bytes()
-
-
-@pytest.mark.parametrize(
-  ("targets", "wanted"),
-  [
-    (r".*\.self_attn\.(q|v)_proj", ("q_proj", "v_proj")),
-    (r"model\.layers\.\d+\.mlp\..*", ("gate_proj", "up_proj", "down_proj")),
-  ],
-)
-def test_targets_may_be_a_regular_expression(folder, tmp_path, targets, wanted):
-  model = _adapted(folder, LoraConfig(rank=2, targets=wanted))
-  convert.save_adapter(model, tmp_path / "a", base_model="base")
-  path = tmp_path / "a" / "adapter_config.json"
-  content = json.loads(path.read_text()) | {"target_modules": targets}
-  path.write_text(json.dumps(content))
-  read = convert.load_adapter(folder, tmp_path / "a")
-  assert read.lora.targets == wanted
-  np.testing.assert_array_equal(_logits(read), _logits(model))

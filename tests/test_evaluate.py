@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scca_jax import convert, data, lora, patterns, perplexity, tokenizer
+from scca_jax import (
+  adapters,
+  convert,
+  data,
+  lora,
+  patterns,
+  perplexity,
+  tokenizer,
+)
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
@@ -72,7 +80,7 @@ def files(tmp_path_factory):
   adapter = nnx.state(tuned, lora.LoraParam)
   nnx.update(tuned, jax.tree.map(lambda x: x + 0.3, adapter))
   schedule = (patterns.s2(2, 8), patterns.local(2, 8))
-  convert.save_adapter(
+  adapters.save_adapter(
     tuned,
     folder / "adapter",
     base_model=str(folder / "model"),
@@ -301,7 +309,7 @@ def test_rope_scaling_is_not_put_on_an_adapter(run_command, files, capsys):
 def test_an_adapter_without_its_pattern_cannot_be_run_with_it(
   run_command, files, tmp_path, capsys
 ):
-  convert.save_adapter(files.tuned, tmp_path / "adapter", base_model="model")
+  adapters.save_adapter(files.tuned, tmp_path / "adapter", base_model="model")
   status = run_command(
     "evaluate",
     f"--model={files.folder / 'model'}",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from scca_jax import assets, convert, lora, patterns, tokenizer
+from scca_jax import adapters, assets, convert, lora, patterns, tokenizer
 from scca_jax.rope import RopeScaling
 
 TOKENS = jnp.arange(3, 60, dtype=jnp.int32)[None, :]
@@ -38,7 +38,7 @@ def adapted(tmp_path_factory):
   model.norm.scale[...] = 1.1 * model.norm.scale[...]
   folder = tmp_path_factory.mktemp("export") / "adapter"
   schedule = (patterns.scca_fixed(8, 256),) * config.num_layers
-  convert.save_adapter(model, folder, base_model="tiny", patterns=schedule)
+  adapters.save_adapter(model, folder, base_model="tiny", patterns=schedule)
   return model, folder
 
 
@@ -112,7 +112,7 @@ def test_an_adapter_can_be_written_in_another_dtype(
     f"--output_dir={tmp_path / 'peft'}",
   )
   assert status == 0
-  assert convert.stored_dtype(tmp_path / "peft") == jnp.bfloat16
+  assert adapters.stored_dtype(tmp_path / "peft") == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

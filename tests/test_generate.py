@@ -6,7 +6,15 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from scca_jax import assets, convert, generation, lora, patterns, tokenizer
+from scca_jax import (
+  adapters,
+  assets,
+  convert,
+  generation,
+  lora,
+  patterns,
+  tokenizer,
+)
 
 PROMPT = "The ship had sailed from Boston in the month of May, and"
 
@@ -54,7 +62,7 @@ def test_the_training_pattern_can_be_asked_for(run_command, capsys, tmp_path):
     assets.MODEL, lora=lora.LoraConfig(rank=2), rngs=nnx.Rngs(0)
   )
   schedule = (patterns.dna(8, window=1, dilation=1),) * model.config.num_layers
-  convert.save_adapter(
+  adapters.save_adapter(
     model, tmp_path / "adapter", base_model="tiny", patterns=schedule
   )
   status = run_command(

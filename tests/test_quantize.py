@@ -11,7 +11,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from scca_jax import assets, convert, lora, patterns, quantize, training
+from scca_jax import (
+  adapters,
+  assets,
+  convert,
+  lora,
+  patterns,
+  quantize,
+  training,
+)
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 
@@ -174,8 +182,8 @@ def test_an_adapter_finds_the_weights_it_was_trained_on(tmp_path, method):
   logits = functools.partial(
     lambda m: np.asarray(m(tokens, patterns=dense)),
   )
-  convert.save_adapter(model, tmp_path, base_model=str(assets.MODEL))
-  again = convert.load_adapter(assets.MODEL, tmp_path)
+  adapters.save_adapter(model, tmp_path, base_model=str(assets.MODEL))
+  again = adapters.load_adapter(assets.MODEL, tmp_path)
   np.testing.assert_array_equal(logits(again), logits(model))
   kept = json.loads((tmp_path / "scca_config.json").read_text())
   assert kept["quantize"] == method

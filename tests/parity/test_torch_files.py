@@ -20,6 +20,7 @@ transformers = pytest.importorskip(
 peft = pytest.importorskip("peft", reason="parity needs the extra parity")
 
 from scca_jax import (  # noqa: E402
+  adapters,
   assets,
   convert,
   data,
@@ -294,7 +295,7 @@ def tuned(tmp_path_factory):
   change(model.norm.scale, 0.05)
   change(model.layers.input_layernorm.scale, 0.05)
   folder = tmp_path_factory.mktemp("tuned") / "adapter"
-  convert.save_adapter(model, folder, base_model=str(assets.MODEL))
+  adapters.save_adapter(model, folder, base_model=str(assets.MODEL))
   return model, folder
 
 
@@ -322,13 +323,13 @@ def test_an_adapter_of_ours_is_the_same_in_peft_and_back(tuned, tmp_path):
   embedding = theirs.base_model.model.model.embed_tokens
   assert head.weight.data_ptr() == embedding.weight.data_ptr()
   theirs.save_pretrained(tmp_path)
-  config = convert.load_adapter(assets.MODEL, tmp_path).config
+  config = adapters.load_adapter(assets.MODEL, tmp_path).config
   # PEFT does not know the rope scaling: it is the caller's.
   assert config.rope_scaling is None
   (tmp_path / "scca_config.json").write_bytes(
     (folder / "scca_config.json").read_bytes()
   )
-  back = convert.load_adapter(assets.MODEL, tmp_path)
+  back = adapters.load_adapter(assets.MODEL, tmp_path)
   assert back.config == model.config
   np.testing.assert_array_equal(_our_logits(back, tokens), ours)
 

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason=_WHY)
 pytest.importorskip("transformers", reason=_WHY)
 peft = pytest.importorskip("peft", reason=_WHY)
 
-from scca_jax import convert, lora, patterns, training  # noqa: E402
+from scca_jax import adapters, lora, patterns, training  # noqa: E402
 
 # PEFT asks transformers for what this version calls by another name.
 pytestmark = pytest.mark.filterwarnings(
@@ -137,7 +137,7 @@ def pair(request, tmp_path, random_llama):
       else:
         parameter.add_(0.05 * drawn)
   theirs.save_pretrained(tmp_path / "adapter")
-  ours = convert.load_adapter(tmp_path / "base", tmp_path / "adapter")
+  ours = adapters.load_adapter(tmp_path / "base", tmp_path / "adapter")
   assert ours.lora == expected
   return theirs.double(), ours
 

@@ -19,6 +19,7 @@ import torch_attention  # noqa: E402
 from experiments.shared import loop  # noqa: E402
 from experiments.shared.config import TrainingConfig  # noqa: E402
 from scca_jax import (  # noqa: E402
+  adapters,
   assets,
   convert,
   data,
@@ -160,7 +161,7 @@ def _train_theirs(adapter, tokens):
 def test_a_fine_tuning_run_has_the_losses_of_pytorch(tokens, tmp_path):
   model = _start()
   # Before training: the step takes the buffers of what it is given.
-  convert.save_adapter(
+  adapters.save_adapter(
     model, tmp_path / "adapter", base_model=str(assets.MODEL)
   )
   ours = _train_ours(model, tokens, tmp_path)

@@ -1,0 +1,368 @@
+"""Adapters to and from the files of PEFT.
+
+An adapter folder holds what PEFT writes, `adapter_config.json` and
+`adapter_model.safetensors`, and beside them `scca_config.json`, which PEFT does
+not read: the rope scaling, without which an adapter tuned with it is worth
+little, and the patterns it was tuned with.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+
+from scca_jax import atomic_file, convert, quantize
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
+from scca_jax.lora import TARGETS, LoraConfig
+from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.rope import RopeScaling
+from scca_jax.safetensors_file import SafetensorsFiles
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_OWN_CONFIG = "scca_config.json"
+_PREFIX = "base_model.model."
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+# One of the matrices that are quantised if any are.
+_A_KERNEL = ("layers", "self_attn", "q_proj", "kernel")
+
+
+def _is_saved_whole(path: tuple[str, ...], config: LoraConfig) -> bool:
+  """Whether an adapter's files hold the parameter as a trained copy."""
+  if path[0] in ("embed_tokens", "lm_head"):
+    return config.train_embeddings
+  return path[-1] == "scale" and config.train_norms
+
+
+# Writing.
+
+
+def _pattern_to_json(pattern: AttentionPattern) -> dict[str, Any]:
+  groups = pattern.head_groups()
+  return {
+    "boundary": pattern.boundary,
+    "causality": pattern.causality,
+    "head_groups": [
+      {**dataclasses.asdict(head), "heads": list(indices)}
+      for head, indices in groups.items()
+    ],
+  }
+
+
+def _pattern_from_json(content: dict[str, Any]) -> AttentionPattern:
+  heads: dict[int, HeadPattern] = {}
+  for group in content["head_groups"]:
+    fields = {name: value for name, value in group.items() if name != "heads"}
+    heads |= dict.fromkeys(group["heads"], HeadPattern(**fields))
+  return AttentionPattern(
+    tuple(heads[i] for i in range(len(heads))),
+    content["boundary"],
+    content["causality"],
+  )
+
+
+def _file_tensors(
+  path: tuple[str, ...], array: jax.Array, num_layers: int, dtype: Any
+) -> dict[str, jax.Array]:
+  """Returns a parameter as the files have it: one tensor per layer."""
+  names = convert.file_names(path, num_layers)
+  parts = array if path[0] == "layers" else array[None]
+  return {
+    _PREFIX + name: convert.file_tensor(path, part, dtype)
+    for name, part in zip(names, parts, strict=True)
+  }
+
+
+def save_adapter(
+  model: Llama,
+  folder: str | os.PathLike[str],
+  *,
+  base_model: str,
+  patterns: Sequence[AttentionPattern] | None = None,
+  dtype: Any = jnp.float32,
+) -> None:
+  """Writes a model's adapters, and what was trained with them, for PEFT.
+
+  Args:
+    model: A model with adapters.
+    folder: Where to; made if it is not there.
+    base_model: Name or path of the model they belong to.
+    patterns: Attention pattern of each layer in training, to be kept.
+    dtype: Dtype of the tensors.
+
+  Raises:
+    OSError: A file cannot be written.
+    ValueError: The model has no adapters, or one beyond the range of `dtype`.
+  """
+  folder = pathlib.Path(folder)
+  config, lora = model.config, model.lora
+  if lora is None:
+    raise ValueError("the model has no adapter to save.")
+  tensors: dict[str, jax.Array] = {}
+  saved_whole: list[str] = []
+  arrays = convert.parameters(model)
+  for path, array in arrays.items():
+    if not convert.is_adapter(path):
+      if not _is_saved_whole(path, lora):
+        continue
+      saved_whole.append(path[-2])
+    tensors |= _file_tensors(path, array, config.num_layers, dtype)
+  if config.tie_embeddings and lora.train_embeddings:
+    # PEFT keeps a tied head under both names.
+    tensors[_PREFIX + _HEAD] = tensors[_PREFIX + _EMBEDDING]
+  convert.write_tensors(folder / _WEIGHTS, tensors)
+  scaling = config.rope_scaling
+  layers = list(patterns) if patterns is not None else []
+  distinct = list(dict.fromkeys(layers))
+  atomic_file.write_json(
+    folder / _OWN_CONFIG,
+    {
+      "context_len": config.context_len,
+      # What the adapter makes up for.
+      "quantize": quantize.method_of(arrays[_A_KERNEL]),
+      "rope_scaling": None
+      if scaling is None
+      else {"kind": scaling.kind, **convert.rope_settings(scaling)},
+      "patterns": [_pattern_to_json(p) for p in distinct],
+      "pattern_of_layer": [distinct.index(p) for p in layers],
+    },
+  )
+  atomic_file.write_json(
+    folder / _CONFIG,
+    {
+      "peft_type": "LORA",
+      "task_type": "CAUSAL_LM",
+      "base_model_name_or_path": base_model,
+      "r": lora.rank,
+      "lora_alpha": lora.alpha,
+      "lora_dropout": lora.dropout,
+      "target_modules": list(lora.targets),
+      "use_rslora": lora.rslora,
+      "bias": "none",
+      "modules_to_save": sorted(set(saved_whole)) or None,
+      # Without it PEFT would give a tied head a copy of its own.
+      "ensure_weight_tying": config.tie_embeddings and lora.train_embeddings,
+      "inference_mode": True,
+    },
+  )
+
+
+# Reading.
+
+
+def stored_dtype(folder: str | os.PathLike[str]) -> np.dtype:
+  """Returns the dtype that an adapter's matrices are stored in.
+
+  Args:
+    folder: The adapter's folder.
+
+  Raises:
+    FileNotFoundError: The file of its tensors is missing.
+    ValueError: It is damaged, or holds no adapter.
+  """
+  tensors = SafetensorsFiles([pathlib.Path(folder) / _WEIGHTS])
+  for name in tensors:
+    if ".lora_A." in name:
+      return tensors[name]().dtype
+  raise ValueError(f"{folder} has no matrix of an adapter.")
+
+
+def _matching_targets(path: pathlib.Path, expression: str) -> list[str]:
+  """Returns the projections whose full names match, as PEFT finds them."""
+  if expression == "all-linear":
+    return list(TARGETS)
+  try:
+    found = [
+      name
+      for name in TARGETS
+      if re.fullmatch(
+        expression,
+        f"model.layers.0.{'mlp' if name in _MLP_TARGETS else 'self_attn'}"
+        f".{name}",
+      )
+    ]
+  except re.error as error:
+    raise ValueError(
+      f"{path}: target_modules={expression!r} is no regular expression"
+      f" ({error})."
+    ) from error
+  if not found:
+    raise ValueError(
+      f"{path}: target_modules={expression!r} matches none of"
+      f" {', '.join(TARGETS)}."
+    )
+  return found
+
+
+def _adapter_config(path: pathlib.Path) -> LoraConfig:
+  content = convert.read_json(path)
+  if content.get("peft_type") != "LORA":
+    raise ValueError(
+      f"{path}: peft_type={content.get('peft_type')!r} is not supported, only"
+      " 'LORA'."
+    )
+  for name in (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layers_to_transform",
+    "exclude_modules",
+    "target_parameters",
+    "trainable_token_indices",
+    "lora_bias",
+  ):
+    if content.get(name):
+      raise ValueError(f"{path}: {name} is not supported.")
+  if content.get("bias", "none") != "none":
+    raise ValueError(f"{path}: bias={content['bias']!r} is not supported.")
+  targets = content.get("target_modules")
+  if isinstance(targets, str):
+    targets = _matching_targets(path, targets)
+  if not isinstance(targets, list):
+    raise ValueError(
+      f"{path}: target_modules={targets!r} must be a list of names or a regular"
+      " expression."
+    )
+  whole = content.get("modules_to_save") or []
+  try:
+    return LoraConfig(
+      rank=content["r"],
+      alpha=float(content["lora_alpha"]),
+      dropout=float(content.get("lora_dropout", 0.0)),
+      # PEFT writes a set: in one order, equal adapters are equal.
+      targets=(
+        *(name for name in TARGETS if name in targets),
+        *(name for name in targets if name not in TARGETS),
+      ),
+      rslora=bool(content.get("use_rslora", False)),
+      train_embeddings=bool({"embed_tokens", "lm_head"} & set(whole)),
+      train_norms=any(name.endswith("norm") for name in whole),
+    )
+  except KeyError as error:
+    raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _own_config(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns what is kept beside PEFT's files; None where PEFT wrote them."""
+  path = folder / _OWN_CONFIG
+  return convert.read_json(path) if path.is_file() else None
+
+
+def load_patterns(
+  folder: str | os.PathLike[str],
+) -> tuple[AttentionPattern, ...] | None:
+  """Returns the pattern of each layer that an adapter was tuned with.
+
+  Args:
+    folder: The adapter's folder.
+
+  Returns:
+    One pattern per layer; None if the adapter does not say.
+
+  Raises:
+    ValueError: The file that says it is damaged.
+  """
+  folder = pathlib.Path(folder)
+  content = _own_config(folder) or {}
+  if not content.get("patterns"):
+    return None
+  try:
+    distinct = [_pattern_from_json(p) for p in content["patterns"]]
+    return tuple(distinct[i] for i in content["pattern_of_layer"])
+  except (KeyError, IndexError, TypeError, ValueError) as error:
+    raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}.") from error
+
+
+def _adapted_config(folder: pathlib.Path, base: LlamaConfig) -> LlamaConfig:
+  content = _own_config(folder)
+  if content is None:
+    return base
+  try:
+    scaling = content["rope_scaling"]
+    return dataclasses.replace(
+      base,
+      context_len=content["context_len"],
+      rope_scaling=None if scaling is None else RopeScaling(**scaling),
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}.") from error
+
+
+def load_adapter(
+  base_folder: str | os.PathLike[str],
+  folder: str | os.PathLike[str],
+  *,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = jnp.float32,
+) -> Llama:
+  """Returns a model with an adapter, its rope scaling and its context.
+
+  If the adapter was trained on quantised weights, it gets them.
+
+  Args:
+    base_folder: The model's folder.
+    folder: The adapter's, from `save_adapter` or from PEFT.
+    dtype: Dtype of the computation.
+    param_dtype: Dtype that frozen weights are held in.
+
+  Raises:
+    FileNotFoundError: A file is missing.
+    ValueError: A file is damaged, or does not fit the model; the message
+      names the tensor.
+  """
+  folder = pathlib.Path(folder)
+  lora = _adapter_config(folder / _CONFIG)
+  config = _adapted_config(folder, convert.load_config(base_folder))
+  tensors = SafetensorsFiles([folder / _WEIGHTS])
+  model = convert.load_model(
+    base_folder,
+    config=config,
+    lora=lora,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    quantize_by=(_own_config(folder) or {}).get("quantize"),
+  )
+  names, targets = {}, {}
+  for path, array in convert.parameters(model).items():
+    of_path = [
+      _PREFIX + name for name in convert.file_names(path, config.num_layers)
+    ]
+    # PEFT may train the embedding and not the head, or some of the norms.
+    if convert.is_adapter(path) or (
+      _is_saved_whole(path, lora) and of_path[0] in tensors
+    ):
+      names[path] = of_path
+      targets[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
+  read = convert.read_parameters(targets, names, tensors, folder)
+  used = {name for of_path in names.values() for name in of_path}
+  head, embedding = _PREFIX + _HEAD, _PREFIX + _EMBEDDING
+  if config.tie_embeddings and head in tensors:
+    if embedding not in tensors or not np.array_equal(
+      tensors[head](), tensors[embedding]()
+    ):
+      raise ValueError(
+        f"{folder}: {head} is not {embedding}, but the model's head is tied to"
+        " its embedding: tune it with ensure_weight_tying=True."
+      )
+    used.add(head)
+  for name in tensors:
+    if name not in used:
+      raise ValueError(
+        f"{folder} has a tensor that the model does not: {name}."
+      )
+  state = nnx.state(model, nnx.Param)
+  nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(read))
+  nnx.update(model, state)
+  return model
