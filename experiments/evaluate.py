@@ -22,7 +22,6 @@ from scca_jax import (
   adapters,
   assets,
   convert,
-  data,
   dispatch,
   patterns,
   perplexity,
@@ -30,6 +29,7 @@ from scca_jax import (
 )
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
+from scca_jax.token_file import TokenFile
 
 # The value of --pattern that means the adapter's own.
 _TRAINING = "training"
@@ -222,11 +222,11 @@ def _make_patterns(config: LlamaConfig, context_len: int) -> Any:
 
 def _open_tokens(
   folder: pathlib.Path, config: LlamaConfig, cache: pathlib.Path
-) -> tuple[data.TokenFile, int | None]:
+) -> tuple[TokenFile, int | None]:
   """Returns the corpus, and its BOS if a tokenizer was needed to make it."""
   path = pathlib.Path(_DATA.value or assets.BOOKS_TEST)
   if path.suffix == ".bin":
-    return data.TokenFile.open(path, vocab_size=config.vocab_size), None
+    return TokenFile.open(path, vocab_size=config.vocab_size), None
   words = tokenizer.load(_TOKENIZER.value or folder)
   tokens = resolve.open_tokens(path, words, cache)
   # Messages should name what the user gave, not the file in the cache.

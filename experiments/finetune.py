@@ -24,7 +24,6 @@ from scca_jax import (
   adapters,
   assets,
   convert,
-  data,
   dispatch,
   lora,
   memory,
@@ -32,6 +31,7 @@ from scca_jax import (
   sharding,
   tokenizer,
 )
+from scca_jax.batches import make_batches
 from scca_jax.llama_config import LlamaConfig
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -112,7 +112,7 @@ def main() -> None:
     run.data.test or assets.BOOKS_TEST, words, cache
   )
   shard_index, num_shards = sharding.data_shard(mesh, train.batch_size)
-  batches = data.batches(
+  batches = make_batches(
     train_tokens,
     seq_len=train.seq_len,
     batch_size=train.batch_size,

@@ -16,7 +16,9 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.shared import cli
-from scca_jax import data, tokenizer
+from scca_jax import tokenizer
+from scca_jax.documents import document_files, read_documents
+from scca_jax.token_file import write_token_file
 
 _INPUT = flags.DEFINE_string(
   "input",
@@ -61,7 +63,7 @@ _APPEND_EOS = flags.DEFINE_boolean(
 
 def _documents(source: str, action: str) -> Iterator[str]:
   """Yields the documents under a progress bar over the bytes of `source`."""
-  size = sum(f.stat().st_size for f in data.document_files(source))
+  size = sum(f.stat().st_size for f in document_files(source))
   with tqdm(
     total=size,
     desc=action,
@@ -70,7 +72,7 @@ def _documents(source: str, action: str) -> Iterator[str]:
     mininterval=0.5,
     disable=None,  # In a log it would be a line every half second.
   ) as bar:
-    yield from data.read_documents(
+    yield from read_documents(
       source, text_field=_TEXT_FIELD.value, on_read=bar.update
     )
 
@@ -102,13 +104,13 @@ def main() -> None:
     print(f"wrote {output.with_suffix('.model')}: {words.vocab_size} pieces")
   else:
     words = tokenizer.load(_TOKENIZER.value)
-  about = data.write_token_file(
+  about = write_token_file(
     _documents(source, "encoding"),
     words,
     output,
     add_bos=_ADD_BOS.value,
     append_eos=_APPEND_EOS.value,
-    sources=[file.name for file in data.document_files(source)],
+    sources=[file.name for file in document_files(source)],
   )
   print(
     f"wrote {output}: {about['documents']:,} documents,"

@@ -18,7 +18,8 @@ from flax import nnx
 
 from experiments.shared import cli, cluster, loop, resolve
 from experiments.shared.config import PretrainConfig, from_config_dict, to_json
-from scca_jax import convert, data, dispatch, lora, sharding, tokenizer
+from scca_jax import convert, dispatch, lora, sharding, tokenizer
+from scca_jax.batches import make_batches
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 
@@ -91,7 +92,7 @@ def main() -> None:
   if run.data.test is not None:
     test_tokens = resolve.open_tokens(run.data.test, words, cache)
   shard_index, num_shards = sharding.data_shard(mesh, train.batch_size)
-  batches = data.batches(
+  batches = make_batches(
     train_tokens,
     seq_len=train.seq_len,
     batch_size=train.batch_size,

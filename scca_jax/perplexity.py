@@ -30,8 +30,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from scca_jax import data, sharding
+from scca_jax import sharding
 from scca_jax.patterns import AttentionPattern, dense
+from scca_jax.token_file import TokenFile
 
 PROTOCOLS = ("longlora", "strided", "document")
 # Tokens between windows: fixed in LongLoRA's evaluation, so in its protocol.
@@ -341,7 +342,7 @@ def _read(
 
 
 def _find_windows(
-  tokens: data.TokenFile | np.ndarray,
+  tokens: TokenFile | np.ndarray,
   vocab_size: int,
   *,
   context_len: int,
@@ -355,7 +356,7 @@ def _find_windows(
   check_settings(protocol, context_len, num_windows=num_windows, stride=stride)
   name = "the corpus"
   add_bos = True
-  if isinstance(tokens, data.TokenFile):
+  if isinstance(tokens, TokenFile):
     name = tokens.name
     add_bos = not tokens.about.get("add_bos", False)
     if document_ends is None:
@@ -397,7 +398,7 @@ def _find_windows(
 
 
 def count_windows(
-  tokens: data.TokenFile | np.ndarray,
+  tokens: TokenFile | np.ndarray,
   *,
   vocab_size: int,
   context_len: int,
@@ -438,7 +439,7 @@ def count_windows(
 
 def perplexity(
   model: Any,
-  tokens: data.TokenFile | np.ndarray,
+  tokens: TokenFile | np.ndarray,
   *,
   context_len: int,
   protocol: str = "longlora",

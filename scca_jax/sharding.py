@@ -453,8 +453,9 @@ def data_shard(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
     batch_size: Sequences of a whole batch.
 
   Returns:
-    The part's number and the number of parts, for `data.batches`. Processes
-    whose devices hold pieces of the same sequences load the same part.
+    The part's number and the number of parts, for `batches.make_batches`.
+    Processes whose devices hold pieces of the same sequences load the same
+    part.
   """
   if mesh is None:
     return 0, 1

@@ -14,7 +14,6 @@ from flax import nnx
 from scca_jax import (
   adapters,
   convert,
-  data,
   lora,
   patterns,
   perplexity,
@@ -23,6 +22,7 @@ from scca_jax import (
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
+from scca_jax.token_file import TokenFile, write_token_file
 
 CONTEXT = 16
 WORDS = "the ship sailed over a grey sea and no one saw it come home".split()
@@ -42,7 +42,7 @@ def files(tmp_path_factory):
     encoding="utf8",
   )
   words = tokenizer.train(texts, 300, folder / "words.model")
-  data.write_token_file(texts, words, folder / "corpus.bin")
+  write_token_file(texts, words, folder / "corpus.bin")
   tokens = np.fromfile(folder / "corpus.bin", np.uint16)
   tokens.tofile(folder / "bare.bin")
   config = LlamaConfig(
@@ -93,7 +93,7 @@ def files(tmp_path_factory):
     tuned=tuned,
     schedule=schedule,
     bos_id=words.bos_id,
-    tokens=data.TokenFile.open(folder / "corpus.bin"),
+    tokens=TokenFile.open(folder / "corpus.bin"),
   )
 
 

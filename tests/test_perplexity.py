@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scca_jax import data, patterns, perplexity
+from scca_jax import patterns, perplexity
+from scca_jax.token_file import TokenFile
 
 VOCAB = 11
 BOS = 10
@@ -166,7 +167,7 @@ def test_document_scores_every_token_of_each_long_document(stride, with_bos):
       num_windows += count
   if with_bos:  # The token file has it already.
     documents = [np.append(np.uint16(BOS), d) for d in documents]
-  token_file = data.TokenFile(
+  token_file = TokenFile(
     tokens=np.concatenate(documents),
     document_ends=np.cumsum([len(d) for d in documents]),
     about={"add_bos": with_bos, "bos_id": BOS},

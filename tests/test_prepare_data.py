@@ -6,7 +6,8 @@ import lzma
 import numpy as np
 import pytest
 
-from scca_jax import data, tokenizer
+from scca_jax import tokenizer
+from scca_jax.token_file import TokenFile
 
 TEXTS = [
   "".join(f"{word} {n}\n" for n in range(60))
@@ -34,7 +35,7 @@ def books(tmp_path):
 
 
 def _documents(path, tokenizer_path):
-  token_file = data.TokenFile.open(path)
+  token_file = TokenFile.open(path)
   assert token_file.document_ends is not None
   parts = np.split(token_file.tokens, token_file.document_ends[:-1])
   loaded = tokenizer.load(tokenizer_path)
@@ -52,7 +53,7 @@ def test_the_token_file_holds_the_books(
     f"--output={output}",
   )
   assert _documents(output, words) == TEXTS
-  about = data.TokenFile.open(output).about
+  about = TokenFile.open(output).about
   assert about["sources"] == ["0.jsonl.xz", "1.txt"]
   assert about["text_bytes"] == len("".join(TEXTS))
   printed = capsys.readouterr()
@@ -81,7 +82,7 @@ def test_a_trained_tokenizer_is_kept_beside_the_tokens(
   for suffix in (".bin", ".model"):
     one, two = (tmp_path / f"{name}{suffix}" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
-  assert data.TokenFile.open(tmp_path / "one.bin").vocab_size == 290
+  assert TokenFile.open(tmp_path / "one.bin").vocab_size == 290
 
 
 def test_documents_get_their_ends_and_other_fields_are_read(
@@ -98,7 +99,7 @@ def test_documents_get_their_ends_and_other_fields_are_read(
   )
   loaded = tokenizer.load(words)
   document = [loaded.bos_id, *loaded.encode("b"), loaded.eos_id]
-  tokens = data.TokenFile.open(tmp_path / "books.bin").tokens
+  tokens = TokenFile.open(tmp_path / "books.bin").tokens
   assert tokens.tolist() == document * 2
 
 

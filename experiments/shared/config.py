@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from scca_jax import data, llama, perplexity, quantize
+from scca_jax import batches, llama, perplexity, quantize
 from scca_jax.lora import LoraConfig
 from scca_jax.sharding import MeshConfig
 from scca_jax.training import OptimizerConfig
@@ -89,9 +89,9 @@ class DataConfig:
   packing: str = "concatenate"
 
   def __post_init__(self):
-    if self.packing not in data.PACKINGS:
+    if self.packing not in batches.PACKINGS:
       raise ValueError(
-        f"data.packing must be one of {', '.join(data.PACKINGS)}, got"
+        f"data.packing must be one of {', '.join(batches.PACKINGS)}, got"
         f" {self.packing!r}."
       )
 

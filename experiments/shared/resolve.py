@@ -16,9 +16,11 @@ from experiments.shared.config import (
   PatternConfig,
   TrainingConfig,
 )
-from scca_jax import assets, data, patterns, perplexity, sharding
+from scca_jax import assets, patterns, perplexity, sharding
+from scca_jax.documents import read_documents
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
+from scca_jax.token_file import TokenFile, write_token_file
 from scca_jax.tokenizer import Tokenizer
 from scca_jax.training import StepConfig
 
@@ -28,7 +30,7 @@ _BLOCK = 1 << 20
 
 def open_tokens(
   path: str | pathlib.Path, tokenizer: Tokenizer, cache: pathlib.Path
-) -> data.TokenFile:
+) -> TokenFile:
   """Returns the tokens of a token file or of text.
 
   Args:
@@ -43,7 +45,7 @@ def open_tokens(
   """
   path = pathlib.Path(path)
   if path.suffix == ".bin":
-    return data.TokenFile.open(path, vocab_size=tokenizer.vocab_size)
+    return TokenFile.open(path, vocab_size=tokenizer.vocab_size)
   if not path.exists():
     raise FileNotFoundError(f"{path} is not there: name a file or folder.")
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
@@ -59,8 +61,8 @@ def open_tokens(
     if not target.exists():
       print(f"Tokenising {path.name}.", flush=True)
       target.parent.mkdir(parents=True, exist_ok=True)
-      data.write_token_file(data.read_documents(path), tokenizer, target)
-  return data.TokenFile.open(target, vocab_size=tokenizer.vocab_size)
+      write_token_file(read_documents(path), tokenizer, target)
+  return TokenFile.open(target, vocab_size=tokenizer.vocab_size)
 
 
 def make_patterns(
@@ -206,7 +208,7 @@ def extended(config: LlamaConfig, run: FinetuneConfig) -> LlamaConfig:
 
 
 def check_evaluation(
-  tokens: data.TokenFile,
+  tokens: TokenFile,
   context_lens: Iterable[int],
   config: EvaluationConfig,
   model: LlamaConfig,
@@ -231,7 +233,7 @@ def check_evaluation(
 
 def perplexities(
   model: Any,
-  tokens: data.TokenFile,
+  tokens: TokenFile,
   context_lens: Iterable[int],
   config: EvaluationConfig,
   *,

@@ -23,13 +23,13 @@ from scca_jax import (  # noqa: E402
   adapters,
   assets,
   convert,
-  data,
   generation,
   lora,
   patterns,
   perplexity,
   tokenizer,
 )
+from scca_jax.documents import read_documents  # noqa: E402
 from scca_jax.llama import Llama  # noqa: E402
 from scca_jax.llama_config import LlamaConfig  # noqa: E402
 from scca_jax.rope import RopeScaling  # noqa: E402
@@ -247,7 +247,7 @@ def test_smollm2_has_the_perplexity_that_transformers_gives_it():
 
   path = _smollm2()
   words = tokenizer.load(path)
-  text = next(iter(data.read_documents(assets.BOOKS_TEST)))[:20_000]
+  text = next(iter(read_documents(assets.BOOKS_TEST)))[:20_000]
   tokens = np.asarray(words.encode(text))
   theirs = real_weights.load(path)
   peers = transformers.AutoTokenizer.from_pretrained(

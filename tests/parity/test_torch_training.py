@@ -22,13 +22,15 @@ from scca_jax import (  # noqa: E402
   adapters,
   assets,
   convert,
-  data,
   lora,
   patterns,
   tokenizer,
   training,
 )
+from scca_jax.batches import make_batches  # noqa: E402
+from scca_jax.documents import read_documents  # noqa: E402
 from scca_jax.rope import RopeScaling  # noqa: E402
+from scca_jax.token_file import TokenFile, write_token_file  # noqa: E402
 
 # PEFT asks transformers for what this version calls by another name.
 pytestmark = pytest.mark.filterwarnings(
@@ -54,13 +56,13 @@ OPTIMIZER = training.OptimizerConfig(
 def tokens(tmp_path_factory):
   """The first of the embedded books."""
   path = tmp_path_factory.mktemp("tokens") / "book.bin"
-  books = itertools.islice(data.read_documents(assets.BOOKS_TUNE), 1)
-  data.write_token_file(books, tokenizer.load(assets.MODEL), path)
-  return data.TokenFile.open(path)
+  books = itertools.islice(read_documents(assets.BOOKS_TUNE), 1)
+  write_token_file(books, tokenizer.load(assets.MODEL), path)
+  return TokenFile.open(path)
 
 
 def _batches(tokens):
-  return data.batches(tokens, seq_len=SEQ_LEN, batch_size=BATCH_SIZE, seed=0)
+  return make_batches(tokens, seq_len=SEQ_LEN, batch_size=BATCH_SIZE, seed=0)
 
 
 def _start():

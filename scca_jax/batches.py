@@ -1,0 +1,307 @@
+"""Batches of windows of a token file.
+
+They come from Grain, in an order that depends only on the seed and the number
+of the batch, so that a run resumes exactly where it stopped.
+"""
+
+import bisect
+import functools
+import operator
+from typing import Any
+
+import grain
+import numpy as np
+
+from scca_jax.token_file import TokenFile
+
+PACKINGS = ("concatenate", "packed")
+# More epochs than any run needs. Grain's `repeat(None)` has `sys.maxsize`
+# windows, and overflows at batch size 1.
+_ENDLESS = 1 << 30
+
+
+class Batches:
+  """Batches of windows in a shuffled order, from any position on.
+
+  An iterator over dicts of arrays (see `make_batches`). Its position is a small
+  dict that JSON can hold.
+
+  Attributes:
+    windows_per_epoch: Number of windows that one pass over the corpus has.
+  """
+
+  def __init__(
+    self,
+    dataset: grain.MapDataset,
+    *,
+    windows_per_epoch: int,
+    settings: dict[str, Any],
+  ):
+    """Starts at the first batch.
+
+    Args:
+      dataset: Batches by number.
+      windows_per_epoch: See above.
+      settings: What the order depends on; a position is only good for equal
+        settings.
+    """
+    self.windows_per_epoch = windows_per_epoch
+    self._settings = settings
+    # Batches are copied from mapped memory: threads would gain nothing, and
+    # none are left to stop.
+    self._iterator = iter(
+      dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+      )
+    )
+
+  def __iter__(self) -> "Batches":
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    return next(self._iterator)
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the position: what `set_state` needs to go on from here."""
+    return {**self._iterator.get_state(), "settings": dict(self._settings)}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to the position that `get_state` gave, in this or another process.
+
+    Raises:
+      ValueError: It is a position in other data, or in another order.
+    """
+    saved = state.get("settings", {})
+    for name, value in self._settings.items():
+      if saved.get(name) != value:
+        raise ValueError(
+          f"cannot go on in the data: it was left with {name}="
+          f"{saved.get(name)!r}, and now {name}={value!r}."
+        )
+    try:
+      index = operator.index(state["next_index"])
+      self._iterator.set_state({"next_index": index})
+    except (KeyError, TypeError, IndexError) as error:
+      raise ValueError(
+        f"cannot go on in the data: no position {state.get('next_index')!r}."
+      ) from error
+
+
+def make_batches(
+  token_file: TokenFile,
+  *,
+  seq_len: int,
+  batch_size: int,
+  seed: int,
+  packing: str = "concatenate",
+  epochs: int | None = None,
+  shard_index: int = 0,
+  num_shards: int = 1,
+) -> Batches:
+  """Returns an iterator over batches of a corpus, shuffled every epoch.
+
+  A batch is a dict of arrays `[batch, seq]`: `tokens` int32; `targets` int32,
+  the token that follows each; `mask` float32, 0 where there is no target; and,
+  packed, `segment_ids` and `positions` int32.
+
+  "concatenate" (LongLoRA) cuts the whole corpus, document borders or not, in
+  windows of `seq_len` tokens that meet but do not overlap. The fewer than
+  `seq_len` tokens left over are divided between start and end by the seed.
+
+  "packed" cuts each document in windows of its own and fills windows with what
+  is shorter, the longest first, each where it leaves the least room. Segments
+  count from 1 in every window and positions from 0 in every segment; padding
+  is segment 0, token 0. Every token of the corpus is seen once an epoch, and
+  every one that is not the first of its document is a target once.
+
+  Args:
+    token_file: The corpus; packed, its document ends must be known.
+    seq_len: Length of a window, in tokens.
+    batch_size: Windows of a batch over all shards.
+    seed: Draws the order; equal seeds give equal batches.
+    packing: "concatenate" or "packed".
+    epochs: Passes over the corpus; None goes on for ever. Batches run across
+      the border of epochs. The last batch of all is filled up with windows
+      whose mask is 0.
+    shard_index: Which part of every batch to return, from 0.
+    num_shards: Number of equal parts that a batch is divided in, one for each
+      process of a run over several hosts.
+
+  Raises:
+    ValueError: A setting is out of range, the corpus is shorter than a
+      window, or document ends are wanted and not known.
+  """
+  if packing not in PACKINGS:
+    raise ValueError(
+      f"unknown packing {packing!r}: give one of {', '.join(PACKINGS)}."
+    )
+  if seq_len < 1 or batch_size < 1:
+    raise ValueError(
+      "seq_len and batch_size must be at least 1, got"
+      f" {seq_len} and {batch_size}."
+    )
+  if seed < 0:
+    raise ValueError(f"seed must not be negative, got {seed}.")
+  if epochs is not None and epochs < 1:
+    raise ValueError(
+      f"epochs must be at least 1, or None for no end, got {epochs}."
+    )
+  if num_shards < 1 or batch_size % num_shards:
+    raise ValueError(
+      f"batch_size={batch_size} is no multiple of num_shards={num_shards}."
+    )
+  if not 0 <= shard_index < num_shards:
+    raise ValueError(
+      f"shard_index={shard_index} is outside 0 to {num_shards - 1}."
+    )
+  if len(token_file) < seq_len + 1:
+    raise ValueError(
+      f"{token_file.name} has {len(token_file)} tokens, a window of"
+      f" seq_len={seq_len} and its last target take {seq_len + 1}: give more"
+      " text or a shorter seq_len."
+    )
+  if packing == "packed":
+    windows = _PackedWindows(token_file, seq_len)
+  else:
+    windows = _ConcatenatedWindows(token_file, seq_len, seed)
+  rows = batch_size // num_shards
+  dataset = (
+    grain.MapDataset.source(windows)
+    .seed(seed)
+    .shuffle()
+    .repeat(_ENDLESS if epochs is None else epochs)
+    .batch(
+      batch_size,
+      batch_fn=functools.partial(
+        grain.experimental.batch_and_pad, batch_size=batch_size
+      ),
+    )
+  )
+  if num_shards > 1:
+    first = shard_index * rows
+    dataset = dataset.map(
+      lambda batch: {k: v[first : first + rows] for k, v in batch.items()}
+    )
+  return Batches(
+    dataset,
+    windows_per_epoch=len(windows),
+    settings={
+      "tokens": len(token_file),
+      "sha256": token_file.about.get("sha256"),
+      "seq_len": seq_len,
+      "batch_size": batch_size,
+      "seed": seed,
+      "packing": packing,
+    },
+  )
+
+
+class _ConcatenatedWindows:
+  """Windows of a corpus that meet but do not overlap, by number."""
+
+  def __init__(self, token_file: TokenFile, seq_len: int, seed: int):
+    self._tokens = token_file.tokens
+    self._seq_len = seq_len
+    # The last token is a target only.
+    self._num_windows, rest = divmod(len(token_file) - 1, seq_len)
+    self._offset = int(np.random.default_rng(seed).integers(rest + 1))
+
+  def __len__(self) -> int:
+    return self._num_windows
+
+  def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+    start = self._offset + int(index) * self._seq_len
+    ids = self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+    return {
+      "tokens": ids[:-1],
+      "targets": ids[1:],
+      "mask": np.ones(self._seq_len, np.float32),
+    }
+
+
+class _PackedWindows:
+  """Windows filled with whole or cut documents, by number.
+
+  Which documents share a window follows from the document ends by arithmetic,
+  once, so that any window can be had without those before it. (Grain's own
+  packing works along an iterator and does not know how many windows it makes.)
+  """
+
+  def __init__(self, token_file: TokenFile, seq_len: int):
+    if token_file.document_ends is None:
+      raise ValueError(
+        f"packing='packed' needs the document ends of {token_file.name}: make"
+        " the token file with experiments.prepare_data, or take"
+        " packing='concatenate'."
+      )
+    self._tokens = token_file.tokens
+    self._ends = token_file.document_ends
+    self._seq_len = seq_len
+    self._windows = _best_fit(token_file.document_ends, seq_len)
+
+  def __len__(self) -> int:
+    return len(self._windows)
+
+  def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
+    names = ("tokens", "targets", "segment_ids", "positions")
+    window = {name: np.zeros(self._seq_len, np.int32) for name in names}
+    mask = np.zeros(self._seq_len, np.float32)
+    filled = 0
+    for segment, (start, stop, end) in enumerate(self._windows[int(index)], 1):
+      here = slice(filled, filled + stop - start)
+      # The last token of a document has no target.
+      followed = slice(filled, filled + min(stop, end - 1) - start)
+      window["tokens"][here] = self._tokens[start:stop]
+      window["segment_ids"][here] = segment
+      window["positions"][here] = np.arange(stop - start)
+      window["targets"][followed] = self._tokens[start + 1 : min(stop + 1, end)]
+      mask[followed] = 1
+      filled = here.stop
+    return {**window, "mask": mask}
+
+
+def _best_fit(
+  document_ends: np.ndarray, seq_len: int
+) -> list[list[tuple[int, int, int]]]:
+  """Returns which pieces of documents fill each window.
+
+  Args:
+    document_ends: `[documents]` offsets.
+    seq_len: Length of a window, in tokens.
+
+  Returns:
+    For each window its pieces (start, stop, end of the document), offsets in
+    tokens.
+  """
+  windows: list[list[tuple[int, int, int]]] = []
+  rests: list[tuple[int, int, int]] = []
+  start = 0
+  for end in document_ends.tolist():
+    while end - start >= seq_len:
+      windows.append([(start, start + seq_len, end)])
+      start += seq_len
+    if start < end:
+      rests.append((start, end, end))
+    start = end
+  rests.sort(key=lambda piece: piece[0] - piece[1])  # Stable: ties in order.
+  open_windows: dict[int, list[int]] = {}  # Room left -> windows, last first.
+  rooms: list[int] = []  # Its keys, sorted.
+  for piece in rests:
+    length = piece[1] - piece[0]
+    place = bisect.bisect_left(rooms, length)
+    if place == len(rooms):
+      number = len(windows)
+      windows.append([])
+      room = seq_len
+    else:
+      room = rooms[place]
+      number = open_windows[room].pop()
+      if not open_windows[room]:
+        del open_windows[room], rooms[place]
+    windows[number].append(piece)
+    room -= length
+    if room and room not in open_windows:
+      bisect.insort(rooms, room)
+    if room:
+      open_windows.setdefault(room, []).append(number)
+  return windows
