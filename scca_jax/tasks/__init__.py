@@ -1,0 +1,30 @@
+"""Evaluation tasks: is what stands far back in the context found again?
+
+A task is one file here and one line of `TASKS`. Its samples are made of
+embedded text, whatever the tokenizer and the length; nothing is downloaded.
+"""
+
+import difflib
+
+from scca_jax.tasks.passkey import Passkey
+from scca_jax.tasks.task import DEPTHS, Sample, Task
+
+__all__ = ["DEPTHS", "TASKS", "Sample", "Task", "get"]
+
+TASKS: dict[str, Task] = {task.name: task for task in (Passkey(),)}
+
+
+def get(name: str) -> Task:
+  """Returns the task of a name.
+
+  Raises:
+    ValueError: There is none of that name.
+  """
+  if name in TASKS:
+    return TASKS[name]
+  nearest = difflib.get_close_matches(name, TASKS, n=1)
+  meant = f"did you mean {nearest[0]}?" if nearest else "use one of"
+  raise ValueError(
+    f"unknown task {name!r}: {meant}"
+    + ("" if nearest else f" {', '.join(TASKS)}.")
+  )

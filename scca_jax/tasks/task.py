@@ -1,0 +1,116 @@
+"""What an evaluation task is: prompts with one right answer."""
+
+import abc
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from scca_jax.tasks import prompts
+from scca_jax.tokenizer import Tokenizer
+
+# Where needles lie: RULER's 40 depths, in percent of the haystack before them.
+DEPTHS = tuple(int(depth) for depth in np.linspace(0, 100, 40).round())
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A prompt and the answer to it.
+
+  Attributes:
+    prompt_ids: Token ids of the prompt, BOS included where prompts begin so.
+    answer_ids: Token ids of the answer, tokenised together with the prompt.
+    depth: How much of the context lies before what is asked for, from 0 to 1;
+      None where that is in several places.
+    references: The texts to be found in a generated answer.
+  """
+
+  prompt_ids: list[int]
+  answer_ids: list[int]
+  depth: float | None
+  references: tuple[str, ...] = ()
+
+
+class Task(abc.ABC):
+  """A source of samples; a new one only has to define `draw`.
+
+  Attributes:
+    name: The task's key in `scca_jax.tasks.TASKS`.
+    max_new_tokens: Most tokens that a model may generate for an answer.
+  """
+
+  name: str
+  max_new_tokens: int
+
+  @abc.abstractmethod
+  def draw(
+    self,
+    encoder: prompts.Encoder,
+    context_len: int,
+    depth: int,
+    rng: np.random.Generator,
+  ) -> Sample:
+    """Returns one sample.
+
+    Args:
+      encoder: Turns text into ids.
+      context_len: Most tokens of prompt and answer together.
+      depth: Where the needle goes, in percent. Forty samples in a row have
+        forty depths; a task without a needle passes over it.
+      rng: The only source of randomness.
+
+    Raises:
+      ValueError: The shortest prompt does not fit.
+    """
+
+  def samples(
+    self, tokenizer: Tokenizer, context_len: int, num_samples: int, seed: int
+  ) -> Iterator[Sample]:
+    """Returns an iterator over samples.
+
+    Sample `i` depends on the seed, the task, `context_len`, `i` and the
+    tokenizer, and on nothing else.
+
+    Args:
+      tokenizer: Makes the ids.
+      context_len: Length of prompt and answer, in tokens: exact, or at most one
+        sentence less where the prompt is made of whole sentences.
+      num_samples: How many samples.
+      seed: Draws other samples.
+
+    Raises:
+      ValueError: `num_samples` is below 1, or the shortest prompt does not fit.
+    """
+    if num_samples < 1:
+      raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    encoder = prompts.encoder(tokenizer)
+    depths = self._rng(seed, context_len, "depths").permutation(DEPTHS)
+
+    def sample(index: int) -> Sample:
+      return self.draw(
+        encoder,
+        context_len,
+        int(depths[index % len(depths)]),
+        self._rng(seed, context_len, index),
+      )
+
+    # The first one at once: what is wrong is said here, not in a later loop.
+    first = sample(0)
+    return itertools.chain([first], map(sample, range(1, num_samples)))
+
+  def match(self, text: str, references: Sequence[str]) -> float:
+    """Returns the share of the references found in a generated text.
+
+    RULER's `string_match_all` (arXiv 2404.06654): upper case counts as lower.
+    """
+    found = [reference.lower() in text.lower() for reference in references]
+    return sum(found) / len(found)
+
+  def _rng(
+    self, seed: int, context_len: int, what: int | str
+  ) -> np.random.Generator:
+    key = f"{self.name}/{context_len}/{seed}/{what}".encode()
+    number = int.from_bytes(hashlib.sha256(key).digest(), "little")
+    return np.random.Generator(np.random.PCG64(number))
