@@ -1,6 +1,25 @@
 """Shifted Cross Chunk Attention (arXiv 2312.07305) for JAX."""
 
+import jax
+
 from scca_jax import patterns, receptive_field
 from scca_jax.dispatch import attention
+from scca_jax.patterns import AttentionPattern, HeadPattern, Mixture
 
-__all__ = ["attention", "patterns", "receptive_field"]
+__all__ = [
+  "AttentionPattern",
+  "HeadPattern",
+  "Mixture",
+  "__version__",
+  "attention",
+  "patterns",
+  "receptive_field",
+]
+
+__version__ = "0.1.0"
+
+# Patterns have no arrays: `jit`, `checkpoint` and `vmap` take them as static
+# arguments. Whatever module of the package is imported first, this file runs
+# before it, so that `patterns` can do without jax.
+for _pattern in (AttentionPattern, HeadPattern, Mixture):
+  jax.tree_util.register_static(_pattern)

@@ -9,11 +9,16 @@ import jax.numpy as jnp
 from absl import logging
 
 from scca_jax import target
-from scca_jax.patterns import AttentionPattern
+from scca_jax.patterns import AttentionPattern, Mixture, members
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "triton", "mosaic")
 
-Patterns = AttentionPattern | tuple[AttentionPattern, ...]
+Patterns = (
+  AttentionPattern
+  | Mixture
+  | tuple[AttentionPattern, ...]
+  | list[AttentionPattern]
+)
 
 
 def _check_arrays(query: Any, key: Any, value: Any) -> None:
@@ -73,8 +78,8 @@ def _check_rest(
   for pattern in patterns:
     if not isinstance(pattern, AttentionPattern):
       raise ValueError(
-        "pattern must be an AttentionPattern or a tuple of them, got"
-        f" {pattern!r}."
+        "pattern must be an AttentionPattern, a Mixture or a sequence of"
+        f" AttentionPatterns, got {pattern!r}."
       )
     if pattern.num_heads != query.shape[2]:
       raise ValueError(
@@ -82,7 +87,7 @@ def _check_rest(
         f" {query.shape[2]}."
       )
   if not patterns:
-    raise ValueError("pattern is an empty tuple: give at least one.")
+    raise ValueError("pattern is an empty sequence: give at least one.")
   if segment_ids is not None:
     if segment_ids.shape != (key.shape[0], kv_len):
       raise ValueError(
@@ -285,7 +290,7 @@ def attention(
       implementation is unknown.
     NotImplementedError: The implementation asked for cannot serve the call.
   """
-  patterns = pattern if isinstance(pattern, tuple) else (pattern,)
+  patterns = members(pattern)
   check(query, key, value, patterns, segment_ids, query_offset)
   check_implementation(implementation)
   results = [

@@ -42,7 +42,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from scca_jax import dispatch, sharding
-from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.patterns import AttentionPattern, Boundary, HeadPattern
 
 # What a place without a head attends to: little.
 _IDLE = HeadPattern(window=1)
@@ -107,7 +107,7 @@ class _Part:
   starts: tuple[int, ...]
   length: int
   num_queries: int = 0
-  boundary: str = "drop"
+  boundary: Boundary = "drop"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -937,7 +937,7 @@ def attention(
     NotImplementedError: The implementation cannot serve a call, or a pattern
       that wraps round meets a length that cannot be divided.
   """
-  patterns = pattern if isinstance(pattern, tuple) else (pattern,)
+  patterns = dispatch.members(pattern)
   dispatch.check(query, key, value, patterns, segment_ids)
   results = [
     _run_one(

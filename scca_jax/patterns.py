@@ -19,23 +19,41 @@ not known to say is marked "own choice" below and is a parameter.
 
 import dataclasses
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-BOUNDARIES = ("drop", "local")
-CAUSALITIES = ("position", "slot")
+Boundary = Literal["drop", "local"]
+Causality = Literal["position", "slot"]
+BOUNDARIES: tuple[Boundary, ...] = get_args(Boundary)
+CAUSALITIES: tuple[Causality, ...] = get_args(Causality)
+# Positions and shifts are added as int32.
+_MAX_INT = 2**30
+# How many runs of equal heads a `repr` shows.
+_MAX_RUNS = 6
 
 
-def _check_int(name: str, value: Any, least: int | None) -> None:
+def _check_int(name: str, value: Any, least: int | None) -> int:
+  """Returns the value as an int of Python, if it is an integer in range."""
   try:
-    operator.index(value)
+    number = operator.index(value)
   except TypeError:
     raise ValueError(f"{name} must be an integer, got {value!r}.") from None
-  if isinstance(value, bool) or (least is not None and value < least):
+  if isinstance(value, bool):
+    raise ValueError(f"{name} must be an integer, got {value}.")
+  if least is not None and number < least:
     raise ValueError(f"{name} must be at least {least}, got {value}.")
+  if abs(number) > _MAX_INT:
+    raise ValueError(f"{name} must be at most 2**30 in size, got {value}.")
+  return number
+
+
+def _check_sizes(**sizes: Any) -> None:
+  for name, value in sizes.items():
+    _check_int(name, value, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,23 +81,44 @@ class HeadPattern:
   select: int | None = None
 
   def __post_init__(self):
-    _check_int("offset", self.offset, None)
-    _check_int("shift", self.shift, 0)
-    _check_int("dilation", self.dilation, 1)
-    if self.chunk_size is not None:
-      _check_int("chunk_size", self.chunk_size, 1)
-    elif self.offset:
+    for name, least in (
+      ("chunk_size", 1),
+      ("offset", None),
+      ("shift", 0),
+      ("dilation", 1),
+      ("window", 1),
+      ("select", 0),
+    ):
+      value = getattr(self, name)
+      if value is not None or name in ("offset", "shift", "dilation"):
+        object.__setattr__(self, name, _check_int(name, value, least))
+    if self.offset and self.chunk_size is None:
       raise ValueError(
         f"offset={self.offset} moves the borders of chunks: give a chunk_size."
       )
-    if self.window is not None:
-      _check_int("window", self.window, 1)
-    if self.select is not None:
-      _check_int("select", self.select, 0)
-      if self.select >= self.dilation:
-        raise ValueError(
-          f"select={self.select} must be below dilation={self.dilation}."
-        )
+    if self.select is not None and self.select >= self.dilation:
+      raise ValueError(
+        f"select={self.select} must be below dilation={self.dilation}."
+      )
+
+  def __repr__(self) -> str:
+    settings = (
+      f"{field.name}={getattr(self, field.name)!r}"
+      for field in dataclasses.fields(self)
+      if field.name in self.in_use()
+    )
+    return f"HeadPattern({', '.join(settings)})"
+
+  def in_use(self) -> frozenset[str]:
+    """Returns the names of the fields that differ from their defaults.
+
+    A back end refuses a head that uses a field it does not serve.
+    """
+    return frozenset(
+      field.name
+      for field in dataclasses.fields(self)
+      if getattr(self, field.name) != field.default
+    )
 
   def falls_back(self, queries: Any) -> Any:
     """Marks the queries that `boundary="local"` serves without the shift.
@@ -128,8 +167,8 @@ class HeadPattern:
     keys: Any,
     seq_len: int,
     *,
-    boundary: str = "drop",
-    causality: str = "position",
+    boundary: Boundary = "drop",
+    causality: Causality = "position",
   ) -> Any:
     """Marks the pairs of positions in which the query sees the key.
 
@@ -167,7 +206,11 @@ class HeadPattern:
     return (shifted(0) & falls_back) | (shifted(self.shift) & ~falls_back)
 
   def num_keys(
-    self, seq_len: int, *, boundary: str = "drop", causality: str = "position"
+    self,
+    seq_len: int,
+    *,
+    boundary: Boundary = "drop",
+    causality: Causality = "position",
   ) -> np.ndarray:
     """Returns how many keys each query sees, int64 `[seq]`, by arithmetic.
 
@@ -221,8 +264,8 @@ class AttentionPattern:
   """
 
   heads: tuple[HeadPattern, ...]
-  boundary: str = "drop"
-  causality: str = "position"
+  boundary: Boundary = "drop"
+  causality: Causality = "position"
 
   def __post_init__(self):
     object.__setattr__(self, "heads", tuple(self.heads))
@@ -239,6 +282,23 @@ class AttentionPattern:
         'boundary="local" has no meaning with causality="slot", which wraps'
         ' round: use boundary="drop".'
       )
+
+  def __repr__(self) -> str:
+    runs = [
+      (head, len(list(run))) for head, run in itertools.groupby(self.heads)
+    ]
+    shown = [
+      f"{count} x {head}" if count > 1 else f"{head}"
+      for head, count in runs[:_MAX_RUNS]
+    ]
+    if rest := sum(count for _, count in runs[_MAX_RUNS:]):
+      shown.append(f"{rest} more heads")
+    shown += [
+      f"{name}={getattr(self, name)!r}"
+      for name in ("boundary", "causality")
+      if getattr(self, name) != getattr(AttentionPattern, name)
+    ]
+    return f"AttentionPattern({', '.join(shown)})"
 
   @property
   def num_heads(self) -> int:
@@ -300,13 +360,13 @@ class AttentionPattern:
     `b num_kv_heads + a` had, so that a group meets different shifts.
 
     Raises:
-      ValueError: The heads cannot be divided in so many groups.
+      ValueError: The number of heads is not divisible by `num_kv_heads`.
     """
-    _check_int("num_kv_heads", num_kv_heads, 1)
+    _check_sizes(num_kv_heads=num_kv_heads)
     size, rest = divmod(self.num_heads, num_kv_heads)
     if rest:
       raise ValueError(
-        f"{self.num_heads} heads are no multiple of"
+        f"{self.num_heads} heads are not divisible by"
         f" num_kv_heads={num_kv_heads}."
       )
     heads = tuple(
@@ -317,63 +377,163 @@ class AttentionPattern:
     return dataclasses.replace(self, heads=heads)
 
 
-def _check_heads(num_heads: int) -> None:
-  _check_int("num_heads", num_heads, 1)
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Patterns of which every head attends by each (arXiv 2307.02486, LongNet).
+
+  The results are combined by their log-sum-exp, so that a pair that several
+  members show counts once for each.
+
+  Attributes:
+    members: The patterns, each for the same number of heads.
+  """
+
+  members: tuple[AttentionPattern, ...]
+
+  def __post_init__(self):
+    object.__setattr__(self, "members", tuple(self.members))
+    if not self.members:
+      raise ValueError("a mixture needs at least one pattern, got none.")
+    for member in self.members:
+      if not isinstance(member, AttentionPattern):
+        raise ValueError(
+          f"a mixture is made of AttentionPatterns, got {member!r}."
+        )
+    counts = [member.num_heads for member in self.members]
+    if len(set(counts)) > 1:
+      raise ValueError(
+        "the patterns of a mixture must have the same number of heads, got"
+        f" {', '.join(map(str, counts))}."
+      )
+
+  @property
+  def num_heads(self) -> int:
+    """Number of query heads."""
+    return self.members[0].num_heads
+
+  def num_pairs(self, seq_len: int) -> int:
+    """Returns the number of pairs seen, over all heads and members."""
+    return sum(member.num_pairs(seq_len) for member in self.members)
+
+  def interleaved(self, num_kv_heads: int) -> "Mixture":
+    """Returns the mixture with the heads of each member interleaved."""
+    return Mixture(
+      tuple(member.interleaved(num_kv_heads) for member in self.members)
+    )
 
 
-def dense(
-  num_heads: int, *, boundary: str = "drop", causality: str = "position"
-) -> AttentionPattern:
+def members(
+  pattern: AttentionPattern
+  | Mixture
+  | tuple[AttentionPattern, ...]
+  | list[AttentionPattern],
+) -> tuple[AttentionPattern, ...]:
+  """Returns the patterns whose results `scca_jax.attention` combines."""
+  if isinstance(pattern, Mixture):
+    return pattern.members
+  if isinstance(pattern, tuple | list):
+    return tuple(pattern)
+  return (pattern,)
+
+
+def mixture(*patterns: AttentionPattern) -> Mixture:
+  """Returns LongNet's mixture of patterns (arXiv 2307.02486).
+
+  Raises:
+    ValueError: There is no pattern, or they differ in their number of heads.
+  """
+  return Mixture(patterns)
+
+
+# The named patterns. A string may leave sizes out: those that `_named` lists
+# follow from the length then.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constructor:
+  """A named pattern and which of its arguments follow from the length.
+
+  Attributes:
+    make: Takes the number of heads and the arguments, by name.
+    sizes: Arguments that follow from the length where they are left out.
+    num_chunks: How many chunks the length is then cut into.
+  """
+
+  make: Callable[..., AttentionPattern]
+  sizes: tuple[str, ...]
+  num_chunks: int
+
+  @property
+  def arguments(self) -> tuple[str, ...]:
+    """Names of the arguments, without the number of heads."""
+    return tuple(inspect.signature(self.make).parameters)[1:]
+
+  def __call__(
+    self, num_heads: int, seq_len: int, settings: dict[str, Any]
+  ) -> AttentionPattern:
+    """Returns the pattern; `settings` are the arguments that were given."""
+    _check_sizes(seq_len=seq_len)
+    given = {name: x for name, x in settings.items() if x is not None}
+    chunk_size = given.get("chunk_size", max(1, seq_len // self.num_chunks))
+    _check_sizes(chunk_size=chunk_size)
+    num_chunks = -(-seq_len // chunk_size)
+    follow = {
+      "chunk_size": chunk_size,
+      "window": chunk_size,
+      "num_chunks": num_chunks,
+      "dilation": num_chunks,
+    }
+    return self.make(
+      num_heads, **({name: follow[name] for name in self.sizes} | given)
+    )
+
+
+_CONSTRUCTORS: dict[str, _Constructor] = {}
+
+
+def _named(*sizes: str, num_chunks: int = 4) -> Callable[..., Any]:
+  """Registers a constructor under its name; see `_Constructor`."""
+
+  def register(make: Callable[..., AttentionPattern]) -> Any:
+    _CONSTRUCTORS[make.__name__] = _Constructor(make, sizes, num_chunks)
+    return make
+
+  return register
+
+
+@_named()
+def dense(num_heads: int) -> AttentionPattern:
   """Returns full causal attention."""
-  _check_heads(num_heads)
-  return AttentionPattern((HeadPattern(),) * num_heads, boundary, causality)
+  _check_sizes(num_heads=num_heads)
+  return AttentionPattern((HeadPattern(),) * num_heads)
 
 
-def local(
-  num_heads: int,
-  chunk_size: int,
-  *,
-  boundary: str = "drop",
-  causality: str = "position",
-) -> AttentionPattern:
+@_named("chunk_size")
+def local(num_heads: int, chunk_size: int) -> AttentionPattern:
   """Returns attention within chunks, the baseline of the SCCA abstract."""
-  _check_heads(num_heads)
-  head = HeadPattern(chunk_size=chunk_size)
-  return AttentionPattern((head,) * num_heads, boundary, causality)
+  _check_sizes(num_heads=num_heads, chunk_size=chunk_size)
+  return AttentionPattern((HeadPattern(chunk_size=chunk_size),) * num_heads)
 
 
-def sliding(
-  num_heads: int,
-  window: int,
-  *,
-  boundary: str = "drop",
-  causality: str = "position",
-) -> AttentionPattern:
+@_named("window")
+def sliding(num_heads: int, window: int) -> AttentionPattern:
   """Returns attention to the `window` nearest keys (like Mistral's)."""
-  _check_heads(num_heads)
-  head = HeadPattern(window=window)
-  return AttentionPattern((head,) * num_heads, boundary, causality)
+  _check_sizes(num_heads=num_heads, window=window)
+  return AttentionPattern((HeadPattern(window=window),) * num_heads)
 
 
-def s2(
-  num_heads: int,
-  chunk_size: int,
-  *,
-  boundary: str = "drop",
-  causality: str = "position",
-) -> AttentionPattern:
+@_named("chunk_size")
+def s2(num_heads: int, chunk_size: int) -> AttentionPattern:
   """Returns LongLoRA's S2-Attn (arXiv 2309.12307).
 
   The first half of the heads has chunks, the second chunks whose borders are
   moved by half a chunk: queries move with their keys.
   """
-  _check_heads(num_heads)
+  _check_sizes(num_heads=num_heads, chunk_size=chunk_size)
   first = HeadPattern(chunk_size=chunk_size)
   second = HeadPattern(chunk_size=chunk_size, offset=chunk_size // 2)
   half = num_heads // 2
-  return AttentionPattern(
-    (first,) * half + (second,) * (num_heads - half), boundary, causality
-  )
+  return AttentionPattern((first,) * half + (second,) * (num_heads - half))
 
 
 def _fixed_heads(
@@ -387,13 +547,9 @@ def _fixed_heads(
   return (first,) * half + (second,) * (num_heads - half)
 
 
+@_named("chunk_size")
 def scca_fixed(
-  num_heads: int,
-  chunk_size: int,
-  shift: int | None = None,
-  *,
-  boundary: str = "drop",
-  causality: str = "position",
+  num_heads: int, chunk_size: int, shift: int | None = None
 ) -> AttentionPattern:
   """Returns SCCA fixed: half the heads read shifted keys (arXiv 2312.07305).
 
@@ -401,23 +557,14 @@ def scca_fixed(
     num_heads: Query heads; the first `num_heads // 2` are not shifted.
     chunk_size: Tokens.
     shift: Tokens; None takes half a chunk (own choice).
-    boundary: See `AttentionPattern`.
-    causality: See `AttentionPattern`.
   """
-  _check_heads(num_heads)
-  return AttentionPattern(
-    _fixed_heads(num_heads, chunk_size, shift), boundary, causality
-  )
+  _check_sizes(num_heads=num_heads, chunk_size=chunk_size)
+  return AttentionPattern(_fixed_heads(num_heads, chunk_size, shift))
 
 
+@_named("chunk_size", "num_chunks")
 def scca_flow(
-  num_heads: int,
-  chunk_size: int,
-  num_chunks: int,
-  rotate: int = 0,
-  *,
-  boundary: str = "drop",
-  causality: str = "position",
+  num_heads: int, chunk_size: int, num_chunks: int, rotate: int = 0
 ) -> AttentionPattern:
   """Returns SCCA flow: each head has a shift of its own (arXiv 2312.07305).
 
@@ -430,11 +577,10 @@ def scca_flow(
     chunk_size: Tokens.
     num_chunks: Chunks at the training length.
     rotate: Chunks added to every shift, for layers that differ.
-    boundary: See `AttentionPattern`.
-    causality: See `AttentionPattern`.
   """
-  _check_heads(num_heads)
-  _check_int("num_chunks", num_chunks, 1)
+  _check_sizes(
+    num_heads=num_heads, chunk_size=chunk_size, num_chunks=num_chunks
+  )
   _check_int("rotate", rotate, None)
   heads = tuple(
     HeadPattern(
@@ -443,50 +589,37 @@ def scca_flow(
     )
     for h in range(num_heads)
   )
-  return AttentionPattern(heads, boundary, causality)
+  return AttentionPattern(heads)
 
 
-def dilated(
-  num_heads: int,
-  chunk_size: int,
-  dilation: int,
-  *,
-  boundary: str = "drop",
-  causality: str = "position",
-) -> AttentionPattern:
+@_named("chunk_size", "dilation")
+def dilated(num_heads: int, chunk_size: int, dilation: int) -> AttentionPattern:
   """Returns LongNet's dilated attention, DA (arXiv 2307.02486).
 
   Head `h` serves only the queries and reads only the keys whose position in
-  the chunk (LongNet's segment) is `h` modulo the dilation. Mixtures of several
-  pairs of chunk size and dilation are tuples of patterns for `attention`.
+  the chunk (LongNet's segment) is `h` modulo the dilation. LongNet combines
+  several pairs of chunk size and dilation: see `mixture`.
   """
-  _check_heads(num_heads)
-  _check_int("dilation", dilation, 1)
+  _check_sizes(num_heads=num_heads, chunk_size=chunk_size, dilation=dilation)
   heads = tuple(
     HeadPattern(chunk_size=chunk_size, dilation=dilation, select=h % dilation)
     for h in range(num_heads)
   )
-  return AttentionPattern(heads, boundary, causality)
+  return AttentionPattern(heads)
 
 
-def dna(
-  num_heads: int,
-  window: int,
-  dilation: int,
-  *,
-  boundary: str = "drop",
-  causality: str = "position",
-) -> AttentionPattern:
+@_named("window", "dilation")
+def dna(num_heads: int, window: int, dilation: int) -> AttentionPattern:
   """Returns causal dilated neighbourhood attention, DNA (arXiv 2209.15001)."""
-  _check_heads(num_heads)
+  _check_sizes(num_heads=num_heads, window=window, dilation=dilation)
   head = HeadPattern(dilation=dilation, window=window)
-  return AttentionPattern((head,) * num_heads, boundary, causality)
+  return AttentionPattern((head,) * num_heads)
 
 
 def _sda_heads(
   num_heads: int, dilation: int, chunk_size: int | None, window: int | None
 ) -> tuple[HeadPattern, ...]:
-  _check_int("dilation", dilation, 1)
+  _check_sizes(dilation=dilation)
   return tuple(
     HeadPattern(
       chunk_size=chunk_size,
@@ -498,14 +631,12 @@ def _sda_heads(
   )
 
 
+@_named("dilation")
 def sda(
   num_heads: int,
   dilation: int,
   chunk_size: int | None = None,
   window: int | None = None,
-  *,
-  boundary: str = "drop",
-  causality: str = "position",
 ) -> AttentionPattern:
   """Returns Shifted Dilated Attention, SDA (arXiv 2312.07305).
 
@@ -513,49 +644,55 @@ def sda(
   see every earlier token if there are at least `dilation` of them, no chunks
   and no window. SDA-2 and SDA-4 are dilations 2 and 4 of the whole sequence.
   """
-  _check_heads(num_heads)
-  return AttentionPattern(
-    _sda_heads(num_heads, dilation, chunk_size, window), boundary, causality
-  )
+  _check_sizes(num_heads=num_heads)
+  return AttentionPattern(_sda_heads(num_heads, dilation, chunk_size, window))
 
 
+def _check_list(name: str, values: Any, kinds: Any) -> tuple[Any, ...]:
+  if not isinstance(values, tuple | list) or not all(
+    isinstance(x, kinds) and not isinstance(x, bool) for x in values
+  ):
+    raise ValueError(f"{name} must be a list of numbers, got {values!r}.")
+  return tuple(values)
+
+
+@_named("chunk_size")
 def longmixed(
   num_heads: int,
   chunk_size: int,
   dilations: Sequence[int] = (2, 4),
   split: Sequence[float] = (1 / 2, 1 / 4, 1 / 4),
-  *,
-  boundary: str = "drop",
-  causality: str = "position",
 ) -> AttentionPattern:
   """Returns LongMixed: SCCA fixed, SDA-2 and SDA-4 (arXiv 2312.07305).
 
   Args:
     num_heads: Query heads.
-    chunk_size: Of the SCCA fixed heads, in tokens.
-    dilations: Of the SDA head groups, which have no chunks.
+    chunk_size: Chunks of the SCCA fixed heads, in tokens.
+    dilations: One for each SDA head group; these have no chunks.
     split: Shares of the heads of SCCA fixed and of each SDA group (own
       choice); they sum to 1.
-    boundary: See `AttentionPattern`.
-    causality: See `AttentionPattern`.
 
   Raises:
     ValueError: There is not one share a head group, or they do not sum to 1.
   """
-  _check_heads(num_heads)
-  dilations, split = tuple(dilations), tuple(split)
-  if len(split) != len(dilations) + 1 or min(split) < 0:
+  _check_sizes(num_heads=num_heads, chunk_size=chunk_size)
+  dilations = _check_list("dilations", dilations, int)
+  split = _check_list("split", split, int | float)
+  if len(split) != len(dilations) + 1 or not min(split) >= 0:
     raise ValueError(
       f"split={split} must have one share for SCCA fixed and one for each of"
       f" dilations={dilations}."
     )
-  if abs(sum(split) - 1) > 1e-6:
+  if not abs(sum(split) - 1) <= 1e-6:
     raise ValueError(f"split={split} must sum to 1, got {sum(split)}.")
   cuts = [round(num_heads * float(c)) for c in np.cumsum(split)]
   heads = _fixed_heads(cuts[0], chunk_size, None)
   for dilation, start, stop in zip(dilations, cuts, cuts[1:], strict=False):
     heads += _sda_heads(stop - start, dilation, None, None)
-  return AttentionPattern(heads, boundary, causality)
+  return AttentionPattern(heads)
+
+
+NAMES = tuple(_CONSTRUCTORS)
 
 
 def mix(*patterns: AttentionPattern) -> AttentionPattern:
@@ -585,41 +722,30 @@ def schedule(
   make: Callable[[int], AttentionPattern], num_layers: int
 ) -> tuple[AttentionPattern, ...]:
   """Returns `make(layer)` for each layer, counted from 0."""
-  _check_int("num_layers", num_layers, 1)
+  _check_sizes(num_layers=num_layers)
   return tuple(make(layer) for layer in range(num_layers))
 
 
-_CONSTRUCTORS: dict[str, Callable[..., AttentionPattern]] = {
-  f.__name__: f
-  for f in (
-    dense,
-    local,
-    sliding,
-    s2,
-    scca_fixed,
-    scca_flow,
-    dilated,
-    dna,
-    sda,
-    longmixed,
-  )
-}
-NAMES = tuple(_CONSTRUCTORS)
-
-
 def make(
-  name: str, *, num_heads: int, seq_len: int, **settings: Any
+  name: str,
+  *,
+  num_heads: int,
+  seq_len: int,
+  boundary: Boundary = "drop",
+  causality: Causality = "position",
+  **settings: Any,
 ) -> AttentionPattern:
   """Returns the pattern of that name, for configs and commands.
 
-  What the constructor requires and `settings` lacks follows from the length:
-  `chunk_size` is a quarter of it, `window` a chunk, `num_chunks` and
-  `dilation` the number of chunks.
+  Sizes that `settings` lacks follow from the length: `chunk_size` is a quarter
+  of it, `window` a chunk, `num_chunks` and `dilation` the number of chunks.
 
   Args:
     name: A constructor of this module.
     num_heads: Query heads.
     seq_len: Length to train at, in tokens.
+    boundary: See `AttentionPattern`.
+    causality: See `AttentionPattern`.
     **settings: Arguments of the constructor.
 
   Raises:
@@ -629,32 +755,18 @@ def make(
     raise ValueError(
       f"unknown pattern {name!r}: use one of {', '.join(NAMES)}."
     )
-  _check_int("seq_len", seq_len, 1)
-  parameters = dict(inspect.signature(_CONSTRUCTORS[name]).parameters)
-  del parameters["num_heads"]
+  constructor = _CONSTRUCTORS[name]
   for setting in settings:
-    if setting not in parameters:
+    if setting not in constructor.arguments:
       raise ValueError(
         f"the pattern {name} has no setting {setting!r}: it has"
-        f" {', '.join(parameters)}."
+        f" {', '.join((*constructor.arguments, 'boundary', 'causality'))}."
       )
-  chunk_size = settings.get("chunk_size")
-  if chunk_size is None:
-    chunk_size = max(1, seq_len // 4)
-  _check_int("chunk_size", chunk_size, 1)
-  num_chunks = -(-seq_len // chunk_size)
-  defaults = {
-    "chunk_size": chunk_size,
-    "window": chunk_size,
-    "num_chunks": num_chunks,
-    "dilation": num_chunks,
-  }
-  required = {
-    setting: defaults[setting]
-    for setting, parameter in parameters.items()
-    if parameter.default is inspect.Parameter.empty
-  }
-  return _CONSTRUCTORS[name](num_heads, **(required | settings))
+  return dataclasses.replace(
+    constructor(num_heads, seq_len, settings),
+    boundary=boundary,
+    causality=causality,
+  )
 
 
 def make_schedule(
@@ -675,9 +787,9 @@ def make_schedule(
   """
 
   def of_layer(layer: int) -> AttentionPattern:
-    rotate = {"rotate": layer} if settings.get("rotate") == "layer" else {}
-    return make(
-      name, num_heads=num_heads, seq_len=seq_len, **(settings | rotate)
-    )
+    given = dict(settings)
+    if given.get("rotate") == "layer":
+      given["rotate"] = layer
+    return make(name, num_heads=num_heads, seq_len=seq_len, **given)
 
   return schedule(of_layer, num_layers)

@@ -1,5 +1,6 @@
 """Every implementation against `reference`, which is the definition."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -37,8 +38,14 @@ def _named(rule, seq_len):
     patterns.make(name, num_heads=4, seq_len=seq_len, **RULES[rule])
     for name in NAMED[rule]
   ]
-  made.append(patterns.sda(2, 3, chunk_size=seq_len // 3, **RULES[rule]))
-  made.append(patterns.sda(2, 2, window=seq_len // 5, **RULES[rule]))
+  made.append(
+    dataclasses.replace(
+      patterns.sda(2, 3, chunk_size=seq_len // 3), **RULES[rule]
+    )
+  )
+  made.append(
+    dataclasses.replace(patterns.sda(2, 2, window=seq_len // 5), **RULES[rule])
+  )
   return patterns.mix(*made)
 
 
@@ -266,8 +273,8 @@ def test_queries_without_keys_get_exactly_nothing(implementation):
 def test_decoding_has_its_outputs_and_gradients(implementation, rule):
   kv_len, seq_len = 600, 5
   pattern = patterns.mix(
-    patterns.longmixed(4, 150, **RULES[rule]),
-    patterns.s2(2, 150, **RULES[rule]),
+    dataclasses.replace(patterns.longmixed(4, 150), **RULES[rule]),
+    dataclasses.replace(patterns.s2(2, 150), **RULES[rule]),
   )
   for kv_heads in (1, 3):
     inputs = _inputs(pattern, seq_len, kv_heads=kv_heads, kv_len=kv_len)
@@ -277,7 +284,7 @@ def test_decoding_has_its_outputs_and_gradients(implementation, rule):
 
 @implementations
 def test_a_prompt_meets_a_longer_cache(implementation):
-  pattern = patterns.longmixed(4, 12, boundary="local")
+  pattern = dataclasses.replace(patterns.longmixed(4, 12), boundary="local")
   inputs = _inputs(pattern, 30, kv_len=50)
   _check(implementation, pattern, inputs, _segments(50))
 

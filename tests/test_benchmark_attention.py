@@ -203,7 +203,7 @@ def test_the_masks_of_flex_are_the_patterns(name):
   [
     ("flex", patterns.scca_fixed(4, 16)),
     ("sdpa", patterns.dense(4)),
-    ("longlora_s2", patterns.s2(4, 16, causality="slot")),
+    ("longlora_s2", dataclasses.replace(patterns.s2(4, 16), causality="slot")),
   ],
 )
 def test_peers_compute_what_they_are_named_for(name, pattern, kv_heads):

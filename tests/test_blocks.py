@@ -1,5 +1,7 @@
 """Which blocks meet: every tile against the mask, pair by pair."""
 
+import dataclasses
+
 import hypothesis
 import jax.numpy as jnp
 import numpy as np
@@ -140,9 +142,9 @@ def test_query_heads_of_a_key_head_are_one_group():
 def test_trimmed_tiles_keep_what_segments_let_see(inverse, boundary):
   seq_len, sizes = 700, BlockSizes(32, 16)
   pattern = patterns.mix(
-    patterns.dense(2, boundary=boundary),
-    patterns.scca_fixed(2, 300, boundary=boundary),
-    patterns.sda(2, 3, boundary=boundary),
+    dataclasses.replace(patterns.dense(2), boundary=boundary),
+    dataclasses.replace(patterns.scca_fixed(2, 300), boundary=boundary),
+    dataclasses.replace(patterns.sda(2, 3), boundary=boundary),
   )
   groups, _ = _groups(
     pattern,

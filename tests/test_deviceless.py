@@ -1,5 +1,6 @@
 """GPU kernels, compiled for GPUs that are not here."""
 
+import dataclasses
 import functools
 
 import jax
@@ -62,7 +63,10 @@ def _compile(
   ("pattern", "settings"),
   [
     (patterns.scca_fixed(4, 256), {}),
-    (patterns.longmixed(8, 256, boundary="local"), {"dtype": F16}),
+    (
+      dataclasses.replace(patterns.longmixed(8, 256), boundary="local"),
+      {"dtype": F16},
+    ),
     (patterns.dna(4, 40, 3), {"head_dim": 64, "segmented": True}),
   ],
   ids=["fixed", "longmixed float16", "dna segments"],

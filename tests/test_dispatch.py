@@ -1,5 +1,6 @@
 """`scca_jax.attention`: what it computes, and what it refuses."""
 
+import dataclasses
 import functools
 
 import jax
@@ -89,6 +90,52 @@ def test_patterns_combine_by_their_log_sum_exp(implementation):
   np.testing.assert_allclose(log_sum, expected[1], atol=2e-6)
 
 
+def test_a_mixture_may_be_a_tuple_or_a_list():
+  query, key, value = _inputs()
+  parts = (patterns.local(HEADS, 4), patterns.dna(HEADS, 3, 2))
+  results = [
+    _jitted(query, key, value, mixture, implementation="reference")
+    for mixture in (patterns.mixture(*parts), parts)
+  ]
+  results.append(
+    scca_jax.attention(
+      query,
+      key,
+      value,
+      list(parts),
+      implementation="reference",
+      return_lse=True,
+    )
+  )
+  for result in results[1:]:
+    for a, b in zip(result, results[0], strict=True):
+      np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  "pattern",
+  [
+    patterns.scca_fixed(HEADS, 4),
+    patterns.mixture(patterns.local(HEADS, 4), patterns.sda(HEADS, 2)),
+  ],
+  ids=["pattern", "mixture"],
+)
+def test_transformations_take_patterns_as_arguments(pattern):
+  query, key, value = _inputs()
+  expected = scca_jax.attention(query, key, value, pattern)
+  assert jax.tree.leaves(pattern) == []
+  for attend in (
+    jax.jit(scca_jax.attention),
+    jax.checkpoint(scca_jax.attention),
+  ):
+    np.testing.assert_allclose(
+      attend(query, key, value, pattern), expected, atol=2e-6
+    )
+  one_by_one = jax.vmap(scca_jax.attention, in_axes=(0, 0, 0, None))
+  output = one_by_one(*(x[:, None] for x in (query, key, value)), pattern)
+  np.testing.assert_allclose(output[:, 0], expected, atol=2e-6)
+
+
 @implementations
 def test_mixtures_that_serve_nobody_have_no_gradient(implementation):
   query, key, value = _inputs()
@@ -155,7 +202,7 @@ def test_no_gradient_comes_from_the_future(implementation, boundary):
 
 @implementations
 def test_slot_causality_leaks_as_it_is_known_to(implementation):
-  pattern = patterns.s2(HEADS, 4, causality="slot")
+  pattern = dataclasses.replace(patterns.s2(HEADS, 4), causality="slot")
   assert _leaks(pattern, implementation)
   assert not _leaks(patterns.s2(HEADS, 4), implementation)
 
@@ -165,7 +212,8 @@ def test_decoding_gives_the_rows_of_the_whole(implementation):
   query, key, value = _inputs()
   segment_ids = jnp.asarray([[1] * 5 + [2] * 6 + [0] * 2, [3] * SEQ_LEN])
   pattern = patterns.mix(
-    patterns.scca_fixed(2, 4), patterns.sda(2, 2, boundary="drop")
+    patterns.scca_fixed(2, 4),
+    patterns.sda(2, 2),
   )
 
   @jax.jit
@@ -209,7 +257,7 @@ def test_the_default_is_one_of_the_implementations():
     ({"query": jnp.zeros((3, 13, 4, 8))}, "batch"),
     ({"query": jnp.zeros((2, 13, 5, 8))}, "5 query heads.*2"),
     ({"pattern": patterns.dense(3)}, "3 heads"),
-    ({"pattern": ()}, "empty tuple"),
+    ({"pattern": ()}, "empty sequence"),
     ({"pattern": "dense"}, "'dense'"),
     ({"segment_ids": jnp.zeros((2, 12), jnp.int32)}, "segment_ids"),
     ({"segment_ids": jnp.zeros((2, 13))}, "float32"),

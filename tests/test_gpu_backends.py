@@ -9,6 +9,7 @@ the log-sum-exp, with float32; what is allowed is twice the error of a dense
 attention with products of the dtype.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -51,7 +52,7 @@ CASES = {
   ),
   "scca_flow": (patterns.scca_flow(32, 256, 8), 2048, 128, 32, BF16, {}),
   "flow, local": (
-    patterns.scca_flow(16, 256, 4, boundary="local"),
+    dataclasses.replace(patterns.scca_flow(16, 256, 4), boundary="local"),
     1000,
     64,
     4,
@@ -62,7 +63,7 @@ CASES = {
   "dna": (patterns.dna(4, 40, 3), 777, 128, 1, BF16, {}),
   "sda": (patterns.sda(8, 4), 1001, 64, 4, BF16, {}),
   "sda in chunks, local": (
-    patterns.sda(8, 4, chunk_size=100, boundary="local"),
+    dataclasses.replace(patterns.sda(8, 4, chunk_size=100), boundary="local"),
     999,
     128,
     8,
@@ -70,7 +71,7 @@ CASES = {
     {},
   ),
   "longmixed": (
-    patterns.longmixed(8, 256, boundary="local"),
+    dataclasses.replace(patterns.longmixed(8, 256), boundary="local"),
     1024,
     128,
     4,

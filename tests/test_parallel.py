@@ -1,5 +1,6 @@
 """Attention over a mesh against attention on one device."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -157,8 +158,8 @@ def test_patterns_are_mixed_by_their_log_sum_exp():
 
 def test_keys_that_wrap_round_are_exchanged_whole():
   pattern = patterns.mix(
-    patterns.scca_fixed(2, 16, causality="slot"),
-    patterns.s2(2, 16, causality="slot"),
+    dataclasses.replace(patterns.scca_fixed(2, 16), causality="slot"),
+    dataclasses.replace(patterns.s2(2, 16), causality="slot"),
   )
   _check(pattern, _mesh(sequence=4), kv_heads=2)
   inputs = _inputs(4, 63, 4)

@@ -1,5 +1,6 @@
 """The patterns against masks drawn by hand and the relation, pair by pair."""
 
+import dataclasses
 import math
 import time
 
@@ -139,7 +140,7 @@ def test_s2_moves_queries_with_their_keys():
 
 
 def test_slot_causality_leaks_at_the_wrap_as_drawn():
-  pattern = patterns.s2(2, 4, causality="slot")
+  pattern = dataclasses.replace(patterns.s2(2, 4), causality="slot")
   # Rolled by half a chunk, the last chunk joins the end and the start.
   np.testing.assert_array_equal(
     pattern.visible(8)[1],
@@ -163,9 +164,11 @@ def test_flow_is_as_drawn():
 
 
 def test_local_boundary_gives_the_start_its_own_chunk():
-  mask = patterns.scca_flow(2, 2, 2, boundary="local").visible(4)
+  mask = dataclasses.replace(
+    patterns.scca_flow(2, 2, 2), boundary="local"
+  ).visible(4)
   np.testing.assert_array_equal(mask[1], _drawn("x...", "xx..", "xx..", "xx.."))
-  mask = patterns.sda(2, 2, boundary="local").visible(3)
+  mask = dataclasses.replace(patterns.sda(2, 2), boundary="local").visible(3)
   np.testing.assert_array_equal(mask[1], _drawn("x..", "x..", ".x."))
 
 
@@ -237,7 +240,10 @@ def test_mix_joins_heads():
     ),
   )
   with pytest.raises(ValueError, match="boundary"):
-    patterns.mix(patterns.dense(1), patterns.dense(1, boundary="local"))
+    patterns.mix(
+      patterns.dense(1),
+      dataclasses.replace(patterns.dense(1), boundary="local"),
+    )
 
 
 def test_a_schedule_asks_for_each_layer():
@@ -267,6 +273,44 @@ def test_patterns_are_hashable_and_equal_by_value():
   assert patterns.scca_fixed(4, 8) == patterns.scca_fixed(4, 8, 4)
 
 
+def test_mixtures_count_shared_pairs_once_for_each_member():
+  pair = (patterns.local(2, 4), patterns.dilated(2, 8, 2))
+  mixture = patterns.mixture(*pair)
+  assert mixture.num_heads == 2
+  assert mixture.num_pairs(13) == sum(int(p.visible(13).sum()) for p in pair)
+  assert patterns.members(mixture) == patterns.members(list(pair)) == pair
+  assert patterns.members(pair[0]) == pair[:1]
+  spread = patterns.mixture(patterns.sda(4, 4), patterns.scca_fixed(4, 2))
+  assert spread.interleaved(2) == patterns.Mixture(
+    tuple(member.interleaved(2) for member in spread.members)
+  )
+  for members, said in (
+    ((), "at least one"),
+    ((patterns.dense(2), patterns.dense(3)), "2, 3"),
+    ((mixture,), "AttentionPatterns"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      patterns.mixture(*members)
+
+
+def test_heads_say_which_fields_they_use():
+  assert HeadPattern().in_use() == frozenset()
+  head = HeadPattern(chunk_size=4, shift=np.int64(2), offset=0)
+  assert head.in_use() == {"chunk_size", "shift"}
+  assert repr(head) == "HeadPattern(chunk_size=4, shift=2)"
+
+
+def test_a_repr_is_short():
+  assert repr(patterns.scca_fixed(32, 2048)) == (
+    "AttentionPattern(16 x HeadPattern(chunk_size=2048),"
+    " 16 x HeadPattern(chunk_size=2048, shift=1024))"
+  )
+  local = dataclasses.replace(patterns.dense(1), boundary="local")
+  assert repr(local) == "AttentionPattern(HeadPattern(), boundary='local')"
+  flow = repr(patterns.scca_flow(32, 2048, 32))
+  assert len(flow) < 300 and "26 more heads" in flow
+
+
 @pytest.mark.parametrize(
   ("settings_", "said"),
   [
@@ -277,6 +321,8 @@ def test_patterns_are_hashable_and_equal_by_value():
     ({"dilation": 0}, "dilation.*0"),
     ({"window": 0}, "window.*0"),
     ({"dilation": 2, "select": 2}, "select=2"),
+    ({"dilation": True}, "dilation.*True"),
+    ({"shift": 2**31}, "shift.*2147483648"),
   ],
 )
 def test_heads_that_cannot_be_are_refused(settings_, said):
@@ -289,10 +335,12 @@ def test_heads_that_cannot_be_are_refused(settings_, said):
   [
     (lambda: AttentionPattern(()), "at least one head"),
     (lambda: patterns.dense(0), "num_heads"),
-    (lambda: patterns.dense(1, boundary="wrap"), "wrap"),
-    (lambda: patterns.dense(1, causality="none"), "none"),
+    (lambda: dataclasses.replace(patterns.dense(1), boundary="wrap"), "wrap"),
+    (lambda: dataclasses.replace(patterns.dense(1), causality="none"), "none"),
     (
-      lambda: patterns.dense(1, boundary="local", causality="slot"),
+      lambda: dataclasses.replace(
+        patterns.dense(1), boundary="local", causality="slot"
+      ),
       "no meaning",
     ),
     (lambda: patterns.longmixed(4, 4, split=(1, 0)), "split"),

@@ -1,5 +1,6 @@
 """The Triton kernels, interpreted on a CPU, against the reference."""
 
+import dataclasses
 import functools
 
 import jax
@@ -108,8 +109,16 @@ def test_every_named_pattern_has_its_outputs_and_gradients(
     patterns.make(name, num_heads=4, seq_len=seq_len, boundary=boundary)
     for name in names
   ]
-  made.append(patterns.sda(2, 3, chunk_size=seq_len // 3, boundary=boundary))
-  made.append(patterns.sda(2, 2, window=seq_len // 5, boundary=boundary))
+  made.append(
+    dataclasses.replace(
+      patterns.sda(2, 3, chunk_size=seq_len // 3), boundary=boundary
+    )
+  )
+  made.append(
+    dataclasses.replace(
+      patterns.sda(2, 2, window=seq_len // 5), boundary=boundary
+    )
+  )
   # All in one: a compilation serves them all, key heads are shared by two.
   pattern = patterns.mix(*made)
   _check(

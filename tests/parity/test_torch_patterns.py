@@ -1,5 +1,6 @@
 """Every pattern against PyTorch code that rolls, folds and masks tensors."""
 
+import dataclasses
 import functools
 
 import jax
@@ -43,7 +44,9 @@ def _case(pattern, function, **settings):
 CASES = {
   "dense": _case(patterns.dense(8), written.dense),
   "s2 rolled": _case(
-    patterns.s2(8, 16, causality="slot"), written.s2_rolled, chunk_size=16
+    dataclasses.replace(patterns.s2(8, 16), causality="slot"),
+    written.s2_rolled,
+    chunk_size=16,
   ),
   "s2 split": _case(patterns.s2(8, 16), written.s2_split, chunk_size=16),
   "fixed": _case(patterns.scca_fixed(8, 16), written.scca_fixed, chunk_size=16),
@@ -60,14 +63,14 @@ CASES = {
     shift=48,
   ),
   "fixed local": _case(
-    patterns.scca_fixed(8, 8, 21, boundary="local"),
+    dataclasses.replace(patterns.scca_fixed(8, 8, 21), boundary="local"),
     written.scca_fixed,
     chunk_size=8,
     shift=21,
     boundary="local",
   ),
   "fixed slot": _case(
-    patterns.scca_fixed(8, 16, causality="slot"),
+    dataclasses.replace(patterns.scca_fixed(8, 16), causality="slot"),
     written.scca_fixed,
     chunk_size=16,
     causality="slot",
@@ -83,14 +86,14 @@ CASES = {
     rotate=3,
   ),
   "flow local": _case(
-    patterns.scca_flow(8, 8, 8, boundary="local"),
+    dataclasses.replace(patterns.scca_flow(8, 8, 8), boundary="local"),
     written.scca_flow,
     chunk_size=8,
     num_chunks=8,
     boundary="local",
   ),
   "flow slot": _case(
-    patterns.scca_flow(8, 8, 5, causality="slot"),
+    dataclasses.replace(patterns.scca_flow(8, 8, 5), causality="slot"),
     written.scca_flow,
     chunk_size=8,
     num_chunks=5,
@@ -99,13 +102,13 @@ CASES = {
   "sda 2": _case(patterns.sda(8, 2), written.sda, dilation=2),
   "sda 4": _case(patterns.sda(8, 4), written.sda, dilation=4),
   "sda local": _case(
-    patterns.sda(8, 4, boundary="local"),
+    dataclasses.replace(patterns.sda(8, 4), boundary="local"),
     written.sda,
     dilation=4,
     boundary="local",
   ),
   "sda slot": _case(
-    patterns.sda(8, 4, causality="slot"),
+    dataclasses.replace(patterns.sda(8, 4), causality="slot"),
     written.sda,
     dilation=4,
     causality="slot",
@@ -117,7 +120,7 @@ CASES = {
     patterns.sda(8, 4, chunk_size=10), written.sda, dilation=4, chunk_size=10
   ),
   "sda chunked local": _case(
-    patterns.sda(8, 4, chunk_size=2, boundary="local"),
+    dataclasses.replace(patterns.sda(8, 4, chunk_size=2), boundary="local"),
     written.sda,
     dilation=4,
     chunk_size=2,
@@ -145,13 +148,13 @@ CASES = {
     patterns.longmixed(8, 16), written.longmixed, chunk_size=16
   ),
   "longmixed local": _case(
-    patterns.longmixed(8, 16, boundary="local"),
+    dataclasses.replace(patterns.longmixed(8, 16), boundary="local"),
     written.longmixed,
     chunk_size=16,
     boundary="local",
   ),
   "longmixed slot": _case(
-    patterns.longmixed(8, 16, causality="slot"),
+    dataclasses.replace(patterns.longmixed(8, 16), causality="slot"),
     written.longmixed,
     chunk_size=16,
     causality="slot",
