@@ -22,7 +22,7 @@ import numpy as np
 import safetensors.flax
 from flax import nnx, traverse_util
 
-from scca_jax import atomic_file, gguf_file, quantize
+from scca_jax import atomic_file, gguf_file, gguf_tokenizer, quantize
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.lora import LoraConfig, init_lora_a
@@ -795,10 +795,10 @@ def copy_tokenizer(
   folder = pathlib.Path(folder)
   if _is_gguf(source):
     file = gguf_file.GgufFile(source)
-    name, content = file.tokenizer_file()
+    name, content = gguf_tokenizer.tokenizer_file(file)
     atomic_file.write(folder / name, content)
-    atomic_file.write(
-      folder / "tokenizer_config.json", file.tokenizer_settings()
+    atomic_file.write_json(
+      folder / "tokenizer_config.json", gguf_tokenizer.tokenizer_settings(file)
     )
     return
   for name in (*_TOKENIZER_FILES, *_TOKENIZER_SETTINGS):

@@ -1,11 +1,11 @@
-"""Models in GGUF files: sizes, weights and vocabulary from one file.
+"""Models in GGUF files: sizes and weights.
 
 The `gguf` library reads the file and dequantises; here are the names, and what
 llama.cpp changes when it writes a LLaMA: query and key rows are permuted to
 rotate neighbouring channels, and the rope scaling of Llama 3.1 is a tensor.
+`gguf_tokenizer` makes a tokenizer of the vocabulary.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from scca_jax import rope
 from scca_jax.llama_config import LlamaConfig
@@ -38,17 +36,6 @@ _NAMES = {
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _ROPE_FACTORS = "rope_freqs.weight"
-
-# How text is cut before byte pairs are merged, by the name that GGUF has for
-# it; the expressions are those of the models' own tokenizer.json.
-_LLAMA_3_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA_3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_PRE_TOKENIZERS = ("gpt-2", "smollm", *_LLAMA_3_NAMES)
-# Kinds of pieces: GGUF takes SentencePiece's numbers.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 
 def _hugging_face_name(name: str) -> str:
@@ -288,148 +275,18 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
 
   # The vocabulary.
 
-  def _vocabulary(self, name: str, default: Any = None) -> Any:
+  def vocabulary(self, name: str, default: Any = None) -> Any:
+    """Returns a field of the tokenizer's metadata, `default` if missing."""
     field = self._reader.get_field(f"tokenizer.ggml.{name}")
     return default if field is None else field.contents()
 
   def special_id(self, kind: str) -> int | None:
     """Returns the id of the "bos", "eos" or "unknown" token, or None."""
-    token = self._vocabulary(f"{kind}_token_id")
+    token = self.vocabulary(f"{kind}_token_id")
     return None if token is None else int(token)
 
   @property
   def adds_bos(self) -> bool:
     """Whether a prompt begins with BOS."""
-    default = self._vocabulary("model") == "llama"
-    return bool(self._vocabulary("add_bos_token", default))
-
-  def tokenizer_file(self) -> tuple[str, bytes]:
-    """Returns the tokenizer as the file that other tools read.
-
-    Returns:
-      The file's name, `tokenizer.model` (SentencePiece) or `tokenizer.json`
-      (byte pairs), and its content.
-
-    Raises:
-      ValueError: The vocabulary is missing, damaged or of another kind.
-    """
-    kind = self._vocabulary("model")
-    try:
-      if kind == "llama":
-        return "tokenizer.model", self._sentencepiece()
-      if kind == "gpt2":
-        return "tokenizer.json", self._byte_pairs()
-    except (TypeError, IndexError, UnicodeDecodeError) as error:
-      raise ValueError(
-        f"{self.path}: the vocabulary is damaged ({error}): copy it again."
-      ) from error
-    raise ValueError(
-      f"{self.path} has a tokenizer of the kind {kind!r}, only 'llama' and"
-      " 'gpt2' can be read: give --tokenizer=tokenizer.json."
-    )
-
-  def _pieces(self) -> tuple[list[str], list[int]]:
-    tokens = self._vocabulary("tokens")
-    kinds = self._vocabulary("token_type")
-    if not tokens:
-      raise ValueError(f"{self.path} has no vocabulary: give --tokenizer=FILE.")
-    kinds = [_NORMAL] * len(tokens) if kinds is None else kinds
-    if len(kinds) != len(tokens):
-      raise ValueError(
-        f"{self.path}: {len(tokens)} tokens have {len(kinds)} types: copy it"
-        " again."
-      )
-    return tokens, kinds
-
-  def _sentencepiece(self) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2
-
-    tokens, kinds = self._pieces()
-    scores = self._vocabulary("scores")
-    if scores is None or len(scores) != len(tokens):
-      raise ValueError(f"{self.path} lacks the scores of its vocabulary.")
-    model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
-    for token, kind, score in zip(tokens, kinds, scores, strict=True):
-      model.pieces.add(piece=token, type=kind, score=score)
-    trainer = model.trainer_spec
-    trainer.model_type = trainer.BPE
-    trainer.vocab_size = len(tokens)
-    trainer.byte_fallback = _BYTE in kinds
-    trainer.pad_id = -1
-    for name, field in (("unknown", "unk"), ("bos", "bos"), ("eos", "eos")):
-      token_id = self.special_id(name)
-      if token_id is None and name == "unknown" and _UNKNOWN in kinds:
-        token_id = list(kinds).index(_UNKNOWN)
-      setattr(trainer, f"{field}_id", -1 if token_id is None else token_id)
-      if token_id is not None:
-        # SentencePiece finds them by their names.
-        setattr(trainer, f"{field}_piece", tokens[token_id])
-    normalizer = model.normalizer_spec
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = bool(
-      self._vocabulary("add_space_prefix", True)
-    )
-    normalizer.remove_extra_whitespaces = bool(
-      self._vocabulary("remove_extra_whitespaces", False)
-    )
-    normalizer.escape_whitespaces = True
-    return model.SerializeToString()
-
-  def _byte_pairs(self) -> bytes:
-    tokens, kinds = self._pieces()
-    merges = self._vocabulary("merges")
-    if not merges:
-      raise ValueError(f"{self.path} lacks the merges of its vocabulary.")
-    name = self._vocabulary("pre", "")
-    if name not in _PRE_TOKENIZERS:
-      raise ValueError(
-        f"{self.path}: how {name!r} cuts text is not known, only how"
-        f" {', '.join(_PRE_TOKENIZERS)} do: give --tokenizer=tokenizer.json."
-      )
-    is_llama_3 = name in _LLAMA_3_NAMES
-    processor = tokenizers.Tokenizer(
-      models.BPE(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ", 1)) for merge in merges],
-        ignore_merges=is_llama_3,
-      )
-    )
-    prefix = bool(self._vocabulary("add_space_prefix", False))
-    steps: list[Any] = []
-    if name == "smollm":
-      steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if is_llama_3:
-      steps.append(
-        pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3_SPLIT), "isolated")
-      )
-    steps.append(
-      pre_tokenizers.ByteLevel(
-        add_prefix_space=prefix, use_regex=not is_llama_3
-      )
-    )
-    processor.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore
-    processor.decoder = decoders.ByteLevel()  # pyright: ignore
-    for of_kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-      added = [
-        tokenizers.AddedToken(token, special=special, normalized=False)
-        for token, kind in zip(tokens, kinds, strict=True)
-        if kind == of_kind
-      ]
-      if special:
-        processor.add_special_tokens(added)
-      else:
-        processor.add_tokens(added)
-    return processor.to_str().encode()
-
-  def tokenizer_settings(self) -> bytes:
-    """Returns the `tokenizer_config.json` that goes with the tokenizer."""
-    tokens, _ = self._pieces()
-    settings: dict[str, Any] = {
-      "add_bos_token": self.adds_bos,
-      "add_eos_token": False,
-    }
-    for kind in ("bos", "eos"):
-      token_id = self.special_id(kind)
-      if token_id is not None:
-        settings[f"{kind}_token"] = tokens[token_id]
-    return json.dumps(settings, indent=2).encode() + b"\n"
+    default = self.vocabulary("model") == "llama"
+    return bool(self.vocabulary("add_bos_token", default))

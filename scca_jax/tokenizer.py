@@ -22,7 +22,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from scca_jax import atomic_file, gguf_file
+from scca_jax import atomic_file, gguf_file, gguf_tokenizer
 
 _FILE_NAMES = ("tokenizer.model", "tokenizer.json")
 # Where Hugging Face folders say which tokens begin and end a text, and what
@@ -154,7 +154,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _load_gguf(path: pathlib.Path) -> Tokenizer:
   file = gguf_file.GgufFile(path)
-  name, content = file.tokenizer_file()
+  name, content = gguf_tokenizer.tokenizer_file(file)
   read = _load_sentencepiece if name.endswith(".model") else _load_hugging_face
   return dataclasses.replace(
     read(path, content),

@@ -1,0 +1,155 @@
+"""The vocabulary of a GGUF file as the tokenizer files that other tools read.
+
+`tokenizer_file` gives SentencePiece's `tokenizer.model` or a `tokenizer.json`
+of byte pairs; `tokenizer_settings` the `tokenizer_config.json` beside it.
+"""
+
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from scca_jax.gguf_file import GgufFile
+
+# How text is cut before byte pairs are merged, by the name that GGUF has for
+# it; the expressions are those of the models' own tokenizer.json.
+_LLAMA_3_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA_3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_PRE_TOKENIZERS = ("gpt-2", "smollm", *_LLAMA_3_NAMES)
+# Kinds of pieces: GGUF takes SentencePiece's numbers.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+
+def tokenizer_file(file: GgufFile) -> tuple[str, bytes]:
+  """Returns the tokenizer as the file that other tools read.
+
+  Returns:
+    The file's name, `tokenizer.model` (SentencePiece) or `tokenizer.json`
+    (byte pairs), and its content.
+
+  Raises:
+    ValueError: The vocabulary is missing, damaged or of another kind.
+  """
+  kind = file.vocabulary("model")
+  try:
+    if kind == "llama":
+      return "tokenizer.model", _sentencepiece(file)
+    if kind == "gpt2":
+      return "tokenizer.json", _byte_pairs(file)
+  except (TypeError, IndexError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f"{file.path}: the vocabulary is damaged ({error}): copy it again."
+    ) from error
+  raise ValueError(
+    f"{file.path} has a tokenizer of the kind {kind!r}, only 'llama' and"
+    " 'gpt2' can be read: give --tokenizer=tokenizer.json."
+  )
+
+
+def _pieces(file: GgufFile) -> tuple[list[str], list[int]]:
+  tokens = file.vocabulary("tokens")
+  kinds = file.vocabulary("token_type")
+  if not tokens:
+    raise ValueError(f"{file.path} has no vocabulary: give --tokenizer=FILE.")
+  kinds = [_NORMAL] * len(tokens) if kinds is None else kinds
+  if len(kinds) != len(tokens):
+    raise ValueError(
+      f"{file.path}: {len(tokens)} tokens have {len(kinds)} types: copy it"
+      " again."
+    )
+  return tokens, kinds
+
+
+def _sentencepiece(file: GgufFile) -> bytes:
+  from sentencepiece import sentencepiece_model_pb2
+
+  tokens, kinds = _pieces(file)
+  scores = file.vocabulary("scores")
+  if scores is None or len(scores) != len(tokens):
+    raise ValueError(f"{file.path} lacks the scores of its vocabulary.")
+  model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
+  for token, kind, score in zip(tokens, kinds, scores, strict=True):
+    model.pieces.add(piece=token, type=kind, score=score)
+  trainer = model.trainer_spec
+  trainer.model_type = trainer.BPE
+  trainer.vocab_size = len(tokens)
+  trainer.byte_fallback = _BYTE in kinds
+  trainer.pad_id = -1
+  for name, field in (("unknown", "unk"), ("bos", "bos"), ("eos", "eos")):
+    token_id = file.special_id(name)
+    if token_id is None and name == "unknown" and _UNKNOWN in kinds:
+      token_id = list(kinds).index(_UNKNOWN)
+    setattr(trainer, f"{field}_id", -1 if token_id is None else token_id)
+    if token_id is not None:
+      # SentencePiece finds them by their names.
+      setattr(trainer, f"{field}_piece", tokens[token_id])
+  normalizer = model.normalizer_spec
+  normalizer.name = "identity"
+  normalizer.add_dummy_prefix = bool(file.vocabulary("add_space_prefix", True))
+  normalizer.remove_extra_whitespaces = bool(
+    file.vocabulary("remove_extra_whitespaces", False)
+  )
+  normalizer.escape_whitespaces = True
+  return model.SerializeToString()
+
+
+def _byte_pairs(file: GgufFile) -> bytes:
+  tokens, kinds = _pieces(file)
+  merges = file.vocabulary("merges")
+  if not merges:
+    raise ValueError(f"{file.path} lacks the merges of its vocabulary.")
+  name = file.vocabulary("pre", "")
+  if name not in _PRE_TOKENIZERS:
+    raise ValueError(
+      f"{file.path}: how {name!r} cuts text is not known, only how"
+      f" {', '.join(_PRE_TOKENIZERS)} do: give --tokenizer=tokenizer.json."
+    )
+  is_llama_3 = name in _LLAMA_3_NAMES
+  processor = tokenizers.Tokenizer(
+    models.BPE(
+      vocab={token: i for i, token in enumerate(tokens)},
+      merges=[tuple(merge.split(" ", 1)) for merge in merges],
+      ignore_merges=is_llama_3,
+    )
+  )
+  prefix = bool(file.vocabulary("add_space_prefix", False))
+  steps: list[Any] = []
+  if name == "smollm":
+    steps.append(pre_tokenizers.Digits(individual_digits=True))
+  if is_llama_3:
+    steps.append(
+      pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3_SPLIT), "isolated")
+    )
+  steps.append(
+    pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not is_llama_3)
+  )
+  processor.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore
+  processor.decoder = decoders.ByteLevel()  # pyright: ignore
+  for of_kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    added = [
+      tokenizers.AddedToken(token, special=special, normalized=False)
+      for token, kind in zip(tokens, kinds, strict=True)
+      if kind == of_kind
+    ]
+    if special:
+      processor.add_special_tokens(added)
+    else:
+      processor.add_tokens(added)
+  return processor.to_str().encode()
+
+
+def tokenizer_settings(file: GgufFile) -> dict[str, Any]:
+  """Returns the `tokenizer_config.json` that goes with the tokenizer."""
+  tokens, _ = _pieces(file)
+  settings: dict[str, Any] = {
+    "add_bos_token": file.adds_bos,
+    "add_eos_token": False,
+  }
+  for kind in ("bos", "eos"):
+    token_id = file.special_id(kind)
+    if token_id is not None:
+      settings[f"{kind}_token"] = tokens[token_id]
+  return settings
