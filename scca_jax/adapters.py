@@ -20,7 +20,7 @@ from flax import nnx, traverse_util
 
 from scca_jax import atomic_file, convert, quantize
 from scca_jax.llama import Llama
-from scca_jax.llama_config import LlamaConfig
+from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import TARGETS, LoraConfig
 from scca_jax.patterns import AttentionPattern, HeadPattern
 from scca_jax.rope import RopeScaling
@@ -31,7 +31,6 @@ _WEIGHTS = "adapter_model.safetensors"
 _OWN_CONFIG = "scca_config.json"
 _PREFIX = "base_model.model."
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 # One of the matrices that are quantised if any are.
 _A_KERNEL = ("layers", "self_attn", "q_proj", "kernel")
 
@@ -183,12 +182,8 @@ def _matching_targets(path: pathlib.Path, expression: str) -> list[str]:
   try:
     found = [
       name
-      for name in TARGETS
-      if re.fullmatch(
-        expression,
-        f"model.layers.0.{'mlp' if name in _MLP_TARGETS else 'self_attn'}"
-        f".{name}",
-      )
+      for name, projection in PROJECTIONS.items()
+      if re.fullmatch(expression, f"model.layers.0.{projection.module}.{name}")
     ]
   except re.error as error:
     raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from scca_jax import rope
-from scca_jax.llama_config import LlamaConfig
+from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.rope import RopeScaling
 
 SUFFIX = ".gguf"
@@ -25,14 +25,8 @@ _NAMES = {
   "output_norm": "model.norm",
   "output": "lm_head",
   "attn_norm": "input_layernorm",
-  "attn_q": "self_attn.q_proj",
-  "attn_k": "self_attn.k_proj",
-  "attn_v": "self_attn.v_proj",
-  "attn_output": "self_attn.o_proj",
   "ffn_norm": "post_attention_layernorm",
-  "ffn_gate": "mlp.gate_proj",
-  "ffn_up": "mlp.up_proj",
-  "ffn_down": "mlp.down_proj",
+  **{p.gguf_name: f"{p.module}.{name}" for name, p in PROJECTIONS.items()},
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _ROPE_FACTORS = "rope_freqs.weight"

@@ -22,8 +22,9 @@ from jax.sharding import Mesh
 from scca_jax import parallel, rope, sharding
 from scca_jax.backends import blocks
 from scca_jax.dispatch import attention
-from scca_jax.llama_config import LlamaConfig
-from scca_jax.lora import TARGETS, Linear, LoraConfig
+from scca_jax.linear import Linear
+from scca_jax.llama_config import PROJECTIONS, LlamaConfig
+from scca_jax.lora import LoraConfig
 from scca_jax.patterns import AttentionPattern
 
 # What one layer attends by: a tuple is a mixture (see `scca_jax.attention`).
@@ -94,14 +95,11 @@ class _Making:
   dtype: Any
   param_dtype: Any
 
-  def linear(
-    self, name: str, num_inputs: int, num_outputs: int, rngs: nnx.Rngs
-  ) -> Linear:
-    """Returns a linear map, adapted if its name is a target."""
+  def projection(self, name: str, rngs: nnx.Rngs) -> Linear:
+    """Returns one of `PROJECTIONS`, adapted if its name is a target."""
     adapted = self.lora is not None and name in self.lora.targets
     return Linear(
-      num_inputs,
-      num_outputs,
+      *self.config.projection_shape(name),
       lora=self.lora if adapted else None,
       stddev=self.config.initializer_range,
       dtype=self.dtype,
@@ -120,15 +118,11 @@ class SelfAttention(nnx.Module):
   """Grouped-query attention with rotary positions."""
 
   def __init__(self, making: _Making, rngs: nnx.Rngs):
-    config = making.config
-    hidden = config.hidden_size
-    heads = config.num_heads * config.head_dim
-    kv_heads = config.num_kv_heads * config.head_dim
-    self.q_proj = making.linear("q_proj", hidden, heads, rngs)
-    self.k_proj = making.linear("k_proj", hidden, kv_heads, rngs)
-    self.v_proj = making.linear("v_proj", hidden, kv_heads, rngs)
-    self.o_proj = making.linear("o_proj", heads, hidden, rngs)
-    self.head_dim = config.head_dim
+    self.q_proj = making.projection("q_proj", rngs)
+    self.k_proj = making.projection("k_proj", rngs)
+    self.v_proj = making.projection("v_proj", rngs)
+    self.o_proj = making.projection("o_proj", rngs)
+    self.head_dim = making.config.head_dim
 
   def __call__(
     self,
@@ -170,11 +164,9 @@ class MLP(nnx.Module):
   """The SwiGLU feed-forward layer (arXiv 2002.05202)."""
 
   def __init__(self, making: _Making, rngs: nnx.Rngs):
-    hidden = making.config.hidden_size
-    inner = making.config.intermediate_size
-    self.gate_proj = making.linear("gate_proj", hidden, inner, rngs)
-    self.up_proj = making.linear("up_proj", hidden, inner, rngs)
-    self.down_proj = making.linear("down_proj", inner, hidden, rngs)
+    self.gate_proj = making.projection("gate_proj", rngs)
+    self.up_proj = making.projection("up_proj", rngs)
+    self.down_proj = making.projection("down_proj", rngs)
 
   def __call__(
     self, x: jax.Array, keys: Any, chunk_len: int | None = None
@@ -301,9 +293,9 @@ class _LayerCache:
 def _split(dropout_key: jax.Array | None) -> dict[str, jax.Array | None]:
   """Returns a key for each projection, or None for all."""
   if dropout_key is None:
-    return dict.fromkeys(TARGETS)
-  split = jax.random.split(dropout_key, len(TARGETS))
-  return dict(zip(TARGETS, split, strict=True))
+    return dict.fromkeys(PROJECTIONS)
+  split = jax.random.split(dropout_key, len(PROJECTIONS))
+  return dict(zip(PROJECTIONS, split, strict=True))
 
 
 class Layer(nnx.Module):

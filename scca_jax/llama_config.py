@@ -1,8 +1,39 @@
-"""Sizes and token ids of a Llama model, as its files state them."""
+"""Sizes of a Llama, and the table of the matrices of its layers."""
 
 import dataclasses
 
 from scca_jax.rope import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+  """One of the matrices of every layer.
+
+  Attributes:
+    module: The part of the layer that has it, "self_attn" or "mlp".
+    inputs: Logical axis of its inputs: "hidden", "heads", "kv_heads" or
+      "inner". `LlamaConfig.axis_size` gives their number, `sharding` the
+      devices that share them.
+    outputs: Logical axis of its outputs.
+    gguf_name: Its name in GGUF files.
+  """
+
+  module: str
+  inputs: str
+  outputs: str
+  gguf_name: str
+
+
+# By the name that Hugging Face, LoRA targets and the modules of `llama` share.
+PROJECTIONS = {
+  "q_proj": Projection("self_attn", "hidden", "heads", "attn_q"),
+  "k_proj": Projection("self_attn", "hidden", "kv_heads", "attn_k"),
+  "v_proj": Projection("self_attn", "hidden", "kv_heads", "attn_v"),
+  "o_proj": Projection("self_attn", "heads", "hidden", "attn_output"),
+  "gate_proj": Projection("mlp", "hidden", "inner", "ffn_gate"),
+  "up_proj": Projection("mlp", "hidden", "inner", "ffn_up"),
+  "down_proj": Projection("mlp", "inner", "hidden", "ffn_down"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,3 +116,17 @@ class LlamaConfig:
     if isinstance(self.eos_token_id, int):
       return (self.eos_token_id,)
     return self.eos_token_id
+
+  def axis_size(self, axis: str) -> int:
+    """Returns the size of a logical axis of `PROJECTIONS`, in channels."""
+    return {
+      "hidden": self.hidden_size,
+      "heads": self.num_heads * self.head_dim,
+      "kv_heads": self.num_kv_heads * self.head_dim,
+      "inner": self.intermediate_size,
+    }[axis]
+
+  def projection_shape(self, name: str) -> tuple[int, int]:
+    """Returns the numbers of inputs and outputs of a projection."""
+    projection = PROJECTIONS[name]
+    return self.axis_size(projection.inputs), self.axis_size(projection.outputs)

@@ -8,17 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from scca_jax import quantize
+from scca_jax.llama_config import PROJECTIONS
 
-TARGETS = (
-  "q_proj",
-  "k_proj",
-  "v_proj",
-  "o_proj",
-  "gate_proj",
-  "up_proj",
-  "down_proj",
-)
+TARGETS = tuple(PROJECTIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,87 +66,18 @@ class LoraParam(nnx.Param):
   """A matrix of an adapter."""
 
 
-def init_lora_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def init_lora_a(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Returns the first matrix of new adapters, as PEFT draws it.
 
   That is `kaiming_uniform` with `a = sqrt(5)`: uniform within the inverse
   square root of the number of inputs.
 
   Args:
-    key: Randomness.
+    rng: Randomness.
     shape: `[..., in, rank]`.
   """
   bound = shape[-2] ** -0.5
-  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-class Linear(nnx.Module):
-  """A linear map without bias, with a LoRA adapter if it has one.
-
-  Attributes:
-    kernel: `[in, out]` in `param_dtype`, or a quantised one.
-    lora_a: `[in, rank]`, float32, or None.
-    lora_b: `[rank, out]`, float32, 0 at first, or None.
-  """
-
-  def __init__(
-    self,
-    num_inputs: int,
-    num_outputs: int,
-    *,
-    lora: LoraConfig | None = None,
-    stddev: float,
-    dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
-    rngs: nnx.Rngs,
-  ):
-    """Draws the weights.
-
-    Args:
-      num_inputs: Channels of the input.
-      num_outputs: Channels of the output.
-      lora: The adapter; None has no arrays for it.
-      stddev: Standard deviation of the kernel at first.
-      dtype: Dtype of the computation.
-      param_dtype: Dtype that the kernel is held in.
-      rngs: Its stream `params` draws the weights. The kernel does not depend
-        on whether there is an adapter.
-    """
-    key = rngs.params()
-    self.kernel = nnx.Param(
-      stddev * jax.random.normal(key, (num_inputs, num_outputs), param_dtype)
-    )
-    self.dtype = jnp.dtype(dtype)
-    if lora is None:
-      self.scaling = self.dropout = 0.0
-      self.lora_a = self.lora_b = None
-    else:
-      self.scaling, self.dropout = lora.scaling, lora.dropout
-      self.lora_a = LoraParam(
-        init_lora_a(jax.random.fold_in(key, 1), (num_inputs, lora.rank))
-      )
-      self.lora_b = LoraParam(jnp.zeros((lora.rank, num_outputs), jnp.float32))
-
-  def __call__(
-    self, x: jax.Array, dropout_key: jax.Array | None = None
-  ) -> jax.Array:
-    """Returns `x W + scaling (dropout(x) A) B` in the compute dtype.
-
-    Args:
-      x: `[..., in]`.
-      dropout_key: Randomness of the dropout; None drops nothing.
-    """
-    x = x.astype(self.dtype)
-    y = x @ quantize.dequantized(self.kernel[...], self.dtype)
-    if self.lora_a is None or self.lora_b is None:
-      return y
-    if self.dropout > 0 and dropout_key is not None:
-      kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
-      x = jnp.where(kept, x / (1 - self.dropout), 0)
-    down = x @ self.lora_a[...].astype(self.dtype)
-    # The small matrix is scaled, not the product: that would be a pass over
-    # memory of its own, forward and backward.
-    return y + down @ (self.scaling * self.lora_b[...]).astype(self.dtype)
+  return jax.random.uniform(rng, shape, jnp.float32, -bound, bound)
 
 
 def trainable(config: LoraConfig | None) -> Any:

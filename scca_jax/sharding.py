@@ -31,6 +31,8 @@ from jax.sharding import (
   Sharding,
 )
 
+from scca_jax.llama_config import PROJECTIONS
+
 Tree = TypeVar("Tree")
 
 DATA, FSDP, TENSOR, SEQUENCE = AXES = ("data", "fsdp", "tensor", "sequence")
@@ -42,6 +44,7 @@ _RULES: dict[str, tuple[str, ...]] = {
   "batch": (DATA, FSDP),
   "seq": (SEQUENCE,),
   "heads": (TENSOR,),
+  "kv_heads": (TENSOR,),
   "inner": (TENSOR,),
   "vocab": (TENSOR,),
   "hidden": (FSDP,),
@@ -49,13 +52,7 @@ _RULES: dict[str, tuple[str, ...]] = {
 }
 # Logical axes of the inputs and outputs of each linear map.
 _MAPS = {
-  "q_proj": ("hidden", "heads"),
-  "k_proj": ("hidden", "heads"),
-  "v_proj": ("hidden", "heads"),
-  "o_proj": ("heads", "hidden"),
-  "gate_proj": ("hidden", "inner"),
-  "up_proj": ("hidden", "inner"),
-  "down_proj": ("inner", "hidden"),
+  **{name: (p.inputs, p.outputs) for name, p in PROJECTIONS.items()},
   "lm_head": ("hidden", "vocab"),
 }
 
@@ -233,11 +230,14 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 
 def logical_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
-  """Returns the logical axes of a parameter, the last ones it has.
+  """Returns the logical axes of a parameter's last dimensions.
 
-  It is known by the names in its path. What is derived from it, moments of the
-  optimiser and quantised values with their scales, has its name in the path
-  too.
+  A parameter is recognised by the names in its path. Whatever is derived from
+  it, such as moments of the optimiser or quantised values with their scales,
+  has those names in its path too.
+
+  Raises:
+    ValueError: The parameter is unknown.
   """
   names = _names(path)
   if "embedding" in names:
@@ -250,7 +250,12 @@ def logical_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
         return inputs, None
       if "lora_b" in names:
         return None, outputs
-  return ()
+  if "scale" in names:  # Norms are whole on every device.
+    return ()
+  raise ValueError(
+    f"the parameter {'.'.join(names)} has no logical axes: give it some in"
+    " scca_jax/sharding.py, or every device would hold all of it."
+  )
 
 
 def _spec(
@@ -282,7 +287,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: NamedSharding(
-      mesh, _spec(mesh, logical_axes(path), leaf.shape)
+      mesh, _spec(mesh, logical_axes(path) if leaf.ndim else (), leaf.shape)
     ),
     tree,
   )

@@ -41,7 +41,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(
   r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<shape>.*?) (?P<name>[a-z\-]+)\("
 )
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
   r"(?:calls|to_apply|body|condition|true_computation|false_computation)"
   r"=%?([\w.\-]+)"
@@ -92,8 +92,10 @@ def _received(kind: str, line: str, shape: str) -> tuple[float, float]:
   }[kind]
   sizes = {True: 0.0, False: 0.0}
   for dtype, dimensions in arrays:
+    if dtype not in _BYTES:
+      raise ValueError(f"unknown dtype {dtype} in a collective: {line.strip()}")
     numbers = math.prod(int(d) for d in dimensions.split(",") if d)
-    sizes[dtype in _FLOATS] += share * numbers * _BYTES.get(dtype, 0)
+    sizes[dtype in _FLOATS] += share * numbers * _BYTES[dtype]
   return sizes[True], sizes[False]
 
 

@@ -296,3 +296,10 @@ def test_quantised_weights_are_cut_like_others(method):
   kernel = frozen["layers"]["self_attn"]["q_proj"]["kernel"][...]
   values = kernel.qvalue
   assert values.addressable_shards[0].data.size == values.size // 4
+
+
+def test_an_unknown_parameter_is_refused():
+  mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2))
+  bias = {"layers": {"self_attn": {"q_proj": {"bias": jnp.zeros((2, 8))}}}}
+  with pytest.raises(ValueError, match=r"layers.self_attn.q_proj.bias"):
+    sharding.shardings(bias, mesh)

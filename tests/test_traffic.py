@@ -143,6 +143,12 @@ def test_a_program_is_read_by_the_turns_of_its_loops():
   }
 
 
+def test_an_unknown_dtype_is_refused():
+  program = PROGRAM.replace("%gather = f32[8]", "%gather = f8e4m3fn[8]")
+  with pytest.raises(ValueError, match="dtype f8e4m3fn.*%gather"):
+    traffic.moved_bytes(program)
+
+
 @pytest.mark.usefixtures("gpu_compiler")
 def test_programs_for_gpus_move_the_same_while_local_heads_are_computed():
   mesh = sharding.make_mesh(

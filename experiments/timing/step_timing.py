@@ -37,7 +37,7 @@ from scca_jax import (
   training,
 )
 from scca_jax.llama import Llama
-from scca_jax.llama_config import LlamaConfig
+from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.training import TrainState
 
@@ -166,25 +166,14 @@ def operations(
     `model`: what the mathematics asks for. `with_remat`: with each layer, but
     not the head, computed forward once more for the backward pass.
   """
-  hidden, inner = config.hidden_size, config.intermediate_size
-  heads = config.num_heads * config.head_dim
-  kv_heads = config.num_kv_heads * config.head_dim
-  shapes = {
-    "q_proj": (hidden, heads),
-    "k_proj": (hidden, kv_heads),
-    "v_proj": (hidden, kv_heads),
-    "o_proj": (heads, hidden),
-    "gate_proj": (hidden, inner),
-    "up_proj": (hidden, inner),
-    "down_proj": (inner, hidden),
-  }
+  shapes = {name: config.projection_shape(name) for name in PROJECTIONS}
   frozen = config.num_layers * sum(a * b for a, b in shapes.values())
   adapted = (
     config.num_layers
     * adapter.rank
     * sum(sum(shapes[name]) for name in adapter.targets)
   )
-  head = hidden * config.vocab_size
+  head = config.hidden_size * config.vocab_size
   attention = 4 * config.head_dim * num_pairs
   forward = 2 * num_tokens * (frozen + adapted) + attention
   trained = adapted + (head if adapter.train_embeddings else 0)

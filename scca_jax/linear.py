@@ -1,0 +1,79 @@
+"""The linear map that every matrix of the model is, adapted or not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from scca_jax import quantize
+from scca_jax.lora import LoraConfig, LoraParam, init_lora_a
+
+
+class Linear(nnx.Module):
+  """A linear map without bias, with a LoRA adapter if it has one.
+
+  Attributes:
+    kernel: `[in, out]` in `param_dtype`, or a quantised one.
+    lora_a: `[in, rank]`, float32, or None.
+    lora_b: `[rank, out]`, float32, 0 at first, or None.
+  """
+
+  def __init__(
+    self,
+    num_inputs: int,
+    num_outputs: int,
+    *,
+    lora: LoraConfig | None = None,
+    stddev: float,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    """Draws the weights.
+
+    Args:
+      num_inputs: Channels of the input.
+      num_outputs: Channels of the output.
+      lora: The adapter; None has no arrays for it.
+      stddev: Standard deviation of the kernel at first.
+      dtype: Dtype of the computation.
+      param_dtype: Dtype that the kernel is held in.
+      rngs: Its stream `params` draws the weights. The kernel does not depend
+        on whether there is an adapter.
+    """
+    rng = rngs.params()
+    self.kernel = nnx.Param(
+      stddev * jax.random.normal(rng, (num_inputs, num_outputs), param_dtype)
+    )
+    self.dtype = jnp.dtype(dtype)
+    if lora is None:
+      self.scaling = self.dropout = 0.0
+      self.lora_a = self.lora_b = None
+    else:
+      self.scaling, self.dropout = lora.scaling, lora.dropout
+      self.lora_a = LoraParam(
+        init_lora_a(jax.random.fold_in(rng, 1), (num_inputs, lora.rank))
+      )
+      self.lora_b = LoraParam(jnp.zeros((lora.rank, num_outputs), jnp.float32))
+
+  def __call__(
+    self, x: jax.Array, dropout_rng: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns `x W + scaling (dropout(x) A) B` in the compute dtype.
+
+    Args:
+      x: `[..., in]`.
+      dropout_rng: Randomness of the dropout; None drops nothing.
+    """
+    x = x.astype(self.dtype)
+    y = x @ quantize.dequantized(self.kernel[...], self.dtype)
+    if self.lora_a is None or self.lora_b is None:
+      return y
+    if self.dropout > 0 and dropout_rng is not None:
+      kept = jax.random.bernoulli(dropout_rng, 1 - self.dropout, x.shape)
+      x = jnp.where(kept, x / (1 - self.dropout), 0)
+    down = x @ self.lora_a[...].astype(self.dtype)
+    # The small matrix is scaled, not the product: that would be a pass over
+    # memory of its own, forward and backward.
+    return y + down @ (self.scaling * self.lora_b[...]).astype(self.dtype)
