@@ -355,3 +355,292 @@ def test_heads_that_cannot_be_are_refused(settings_, said):
 def test_patterns_that_cannot_be_are_refused(make, said):
   with pytest.raises(ValueError, match=said):
     make()
+
+
+# Patterns as strings.
+
+MODEL = {"num_heads": 8, "num_kv_heads": 4, "num_layers": 6, "seq_len": 64}
+
+
+def _parse(text, **change):
+  return patterns.parse(text, **(MODEL | change))
+
+
+@pytest.mark.parametrize(
+  ("text", "made"),
+  [
+    ("dense", patterns.dense(8)),
+    ("dense()", patterns.dense(8)),
+    (" scca_fixed\n", patterns.scca_fixed(8, 16)),
+    ("scca_fixed(shift=3)", patterns.scca_fixed(8, 16, 3)),
+    ("scca_flow(chunk_size=10)", patterns.scca_flow(8, 10, 7)),
+    ("scca_flow", patterns.scca_flow(8, 16, 4)),
+    ("sliding", patterns.sliding(8, 16)),
+    ("dna(window=3)", patterns.dna(8, 3, 4)),
+    ("dna(dilation=2)", patterns.dna(8, 16, 2)),
+    ("dilated(chunk_size=8)", patterns.dilated(8, 8, 8)),
+    ("sda", patterns.sda(8, 4)),
+    ("sda(window=5, chunk_size=None)", patterns.sda(8, 4, window=5)),
+    (
+      "longmixed(chunk_size=8, dilations=(2, 3), split=[.25, .25, .5])",
+      patterns.longmixed(8, 8, (2, 3), (0.25, 0.25, 0.5)),
+    ),
+    (
+      'scca_fixed(chunk_size=8, boundary="local")',
+      dataclasses.replace(patterns.scca_fixed(8, 8), boundary="local"),
+    ),
+    (
+      's2(causality="slot", interleaved=False)',
+      dataclasses.replace(patterns.s2(8, 16), causality="slot"),
+    ),
+    ("scca_fixed(interleaved=True)", patterns.scca_fixed(8, 16).interleaved(4)),
+    (
+      "uniform(chunk_size=8, offset=3, select=1, dilation=2)",
+      AttentionPattern(
+        (HeadPattern(chunk_size=8, offset=3, select=1, dilation=2),) * 8
+      ),
+    ),
+    (
+      "mix(local, sda(dilation=2), heads=(5, 3), interleaved=True)",
+      patterns.mix(patterns.local(5, 16), patterns.sda(3, 2)).interleaved(4),
+    ),
+    (
+      "mix(s2, mix(dense, s2, heads=(1, 3)), heads=[4, 4], boundary='local')",
+      dataclasses.replace(
+        patterns.mix(patterns.s2(4, 16), patterns.dense(1), patterns.s2(3, 16)),
+        boundary="local",
+      ),
+    ),
+    (
+      'mixture(dilated(chunk_size=4, dilation=1), dense(boundary="local"))',
+      patterns.mixture(
+        patterns.dilated(8, 4, 1),
+        dataclasses.replace(patterns.dense(8), boundary="local"),
+      ),
+    ),
+  ],
+)
+def test_a_string_describes_a_pattern(text, made):
+  assert _parse(text) == (made,) * 6
+
+
+def test_a_string_describes_layers():
+  local, sda, dense = patterns.local(8, 16), patterns.sda(8, 4), patterns.dense
+  assert _parse("layers(local, sda)") == (local, sda) * 3
+  assert _parse("layers(local, dense=(1, 5))") == (
+    *(local, dense(8), local, local, local, dense(8)),
+  )
+  assert _parse("layers(mixture(local, sda), dense, dense=3)")[2:4] == (
+    patterns.mixture(local, sda),
+    dense(8),
+  )
+  flows = [patterns.scca_flow(8, 16, 4, rotate=layer) for layer in range(6)]
+  assert _parse('scca_flow(rotate="layer")') == tuple(flows)
+  rotated = _parse(
+    'layers(mix(scca_flow(rotate="layer"), local, heads=(4, 4)), dense=0)'
+  )
+  assert rotated[0] == dense(8)
+  assert rotated[3].heads[:4] == patterns.scca_flow(4, 16, 4, 3).heads
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("scca_fixd", "unknown pattern 'scca_fixd': did you mean 'scca_fixed'"),
+    ("local(chunk_sise=3)", "did you mean 'chunk_size'.*boundary, causality"),
+    ("dense(window=3)", "dense has no argument 'window'"),
+    ("local(16)", "local takes arguments by name, got '16': write local"),
+    ("local(chunk_size='8')", "chunk_size must be an integer, got '8'"),
+    ("local(chunk_size=2.5)", "chunk_size must be an integer, got 2.5"),
+    ("local(chunk_size=True)", "chunk_size must be an integer, got True"),
+    ("local(chunk_size=-1)", "chunk_size must be at least 1, got -1"),
+    ("local(chunk_size=4 * 4)", r"chunk_size='4 \* 4' must be a number"),
+    ("local(chunk_size=print(1))", "chunk_size='print"),
+    ("local(chunk_size=n)", "chunk_size='n' must be a number"),
+    ("local(chunk_size=10**99)", "must be a number"),
+    (f"local(chunk_size=1{'0' * 40})", "at most 2"),
+    (f"local(chunk_size=1{'0' * 5000})", "cannot be read"),
+    ("local(chunk_size=1, chunk_size=2)", "'chunk_size' is given twice"),
+    ("local(**{'chunk_size': 2})", "name=value"),
+    ("local(*(2,))", "by name"),
+    ("local(boundary='wrap')", "unknown boundary 'wrap': use one of drop"),
+    ("local(boundary=[1])", r"unknown boundary \[1\]"),
+    ("local(boundary='local', causality='slot')", "no meaning"),
+    ("local(interleaved=1)", "interleaved must be True or False, got 1"),
+    ("scca_flow(rotate='layers')", "rotate must be an integer, got 'layers'"),
+    ("longmixed(dilations=4)", "dilations must be a list of numbers, got 4"),
+    ("longmixed(split='abc')", "split must be a list of numbers"),
+    ("longmixed(dilations=(2, 'a'))", "dilations must be a list of numbers"),
+    ("uniform(offset=2)", "give a chunk_size"),
+    ("uniform(slot=2)", "no argument 'slot'"),
+    ("mix(local, sda)", "each of its 2 patterns, 8 in all"),
+    ("mix(local, sda, heads=(4, 5))", r"8 in all: got heads=\(4, 5\)"),
+    ("mix(local, sda, heads=(0, 8))", "num_heads must be at least 1"),
+    ("mix(local, sda, heads=(-1, 9))", "heads must be at least 0"),
+    ("mix(local, mixture(sda, s2), heads=(4, 4))", "a mixture cannot be"),
+    ("mix(local, sda(boundary='local'), heads=(4, 4))", "differ in boundary"),
+    ("mix(s2(interleaved=True), sda, heads=(4, 4))", "mix.*interleaved=True"),
+    ("mixture(mixture(local))", "a mixture cannot be a part of mixture"),
+    ("mixture", "mixture needs patterns"),
+    ("layers(local, dense=(1, 6))", "dense=.1, 6. must be layers of 0 to 5"),
+    ("layers(local, dense='a')", "dense must be a list"),
+    ("", "cannot be read"),
+    ("local(", "cannot be read"),
+    ("local\nsda", "cannot be read"),
+    ("local\0", "cannot be read"),
+    ("local()()", r"'local\(\)\(\)' is not a pattern"),
+    ("os.system", "'os.system' is not a pattern"),
+    ("3", "'3' is not a pattern"),
+    ("lambda: local", "is not a pattern"),
+    (f"{'layers(' * 90}local{')' * 90}x", "cannot be read"),
+    (f"{'layers(' * 1000}local{')' * 1000}", "cannot be read"),
+    (f"local(chunk_size={'-' * 50000}1)", "pattern"),
+    (f"local(chunk_size={'1+' * 40000}1)", "pattern"),
+    ("x" * 10**6, "at most 100000 characters, got 1000000"),
+    (None, "must be a string, got None"),
+  ],
+)
+def test_a_string_that_is_not_a_pattern_gets_one_line(text, said):
+  with pytest.raises(ValueError, match=said) as error:
+    _parse(text)
+  assert "\n" not in str(error.value)
+  assert len(str(error.value)) < 400
+
+
+def test_strings_may_be_nested():
+  assert _parse(f"{'layers(' * 50}local{')' * 50}")[0] == patterns.local(8, 16)
+
+
+SHIFTED = [
+  "s2(chunk_size=8)",
+  "scca_fixed(chunk_size=8)",
+  "scca_fixed(chunk_size=8, shift=3)",
+  "scca_fixed(chunk_size=8, boundary='local')",
+  "scca_flow(chunk_size=8, num_chunks=5)",
+  "scca_flow(chunk_size=8, num_chunks=16, rotate=3)",
+  "scca_flow(chunk_size=8, num_chunks=11, rotate='layer')",
+  "dilated(chunk_size=8, dilation=4)",
+  "sda(dilation=4)",
+  "sda(dilation=4, chunk_size=8)",
+  "sda(dilation=4, window=3, causality='slot')",
+  "longmixed(chunk_size=8)",
+  "longmixed(chunk_size=8, dilations=(2, 4, 8), split=(0.5, 0.25, 0.125,"
+  " 0.125))",
+]
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "dense",
+    "local(chunk_size=8)",
+    "sliding(window=5)",
+    "dna(window=5, dilation=3)",
+    "uniform(chunk_size=8, offset=3)",
+    *SHIFTED,
+    *(f"{text[:-1]}, interleaved=True)" for text in SHIFTED),
+  ],
+)
+def test_a_constructor_comes_back_as_its_short_form(text):
+  assert patterns.text(_parse(text), num_kv_heads=4) == text
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "mix(local(chunk_size=8), sda(dilation=2), heads=(3, 5))",
+    "mixture(dilated(chunk_size=8, dilation=2), dense)",
+    "layers(local(chunk_size=8), scca_fixed(chunk_size=16))",
+    "layers(local(chunk_size=8), dense=(1, 5))",
+    "layers(scca_flow(chunk_size=8, num_chunks=8, rotate='layer'), dense=(2,))",
+  ],
+)
+def test_compound_forms_come_back(text):
+  assert patterns.text(_parse(text)) == text
+
+
+def test_one_pattern_is_every_layer():
+  assert patterns.text(patterns.local(2, 4)) == "local(chunk_size=4)"
+  assert patterns.text([patterns.local(2, 4)] * 3) == "local(chunk_size=4)"
+  with pytest.raises(ValueError, match="at least one layer"):
+    patterns.text(())
+
+
+def _round_trip(layers, num_kv_heads=1):
+  for known in (None, num_kv_heads):
+    text = patterns.text(layers, num_kv_heads=known)
+    assert (
+      patterns.parse(
+        text,
+        num_heads=layers[0].num_heads,
+        num_kv_heads=num_kv_heads,
+        num_layers=len(layers),
+        seq_len=77,
+      )
+      == layers
+    ), text
+
+
+@st.composite
+def drawn_layers(draw):
+  num_heads = draw(st.integers(1, 6))
+  modes = MODES if draw(st.booleans()) else st.just(("drop", "position"))
+  pattern = st.builds(
+    lambda heads, mode: AttentionPattern(tuple(heads), *mode),
+    st.lists(head_patterns(), min_size=num_heads, max_size=num_heads),
+    modes,
+  )
+  named = st.builds(
+    lambda name, n, mode: dataclasses.replace(
+      patterns.make(name, num_heads=num_heads, seq_len=n),
+      boundary=mode[0],
+      causality=mode[1],
+    ),
+    st.sampled_from(patterns.NAMES),
+    st.integers(1, 60),
+    modes,
+  )
+  single = pattern | named
+  kinds = single | st.builds(
+    lambda members: patterns.mixture(*members),
+    st.lists(single, min_size=1, max_size=3),
+  )
+  pool = draw(st.lists(kinds, min_size=1, max_size=3))
+  return tuple(draw(st.lists(st.sampled_from(pool), min_size=1, max_size=6)))
+
+
+@settings(deadline=None, max_examples=150)
+@given(drawn_layers())
+def test_text_is_the_inverse_of_parse(layers):
+  _round_trip(layers)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+  st.integers(1, 12),
+  st.integers(1, 20),
+  st.integers(1, 40),
+  st.integers(-5, 50),
+  st.booleans(),
+)
+def test_flow_is_always_recognised(num_heads, w, m, rotate, interleaved):
+  pattern = patterns.scca_flow(num_heads, w, m, rotate)
+  if interleaved:
+    pattern = pattern.interleaved(num_heads)
+  _round_trip((pattern,) * 2, num_heads)
+  assert patterns.text(pattern).split("(")[0] in (
+    "scca_flow",
+    "scca_fixed",
+    "local",
+  )
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text(max_size=30) | st.from_regex(r"(mix|layers)\(.{0,20}\)"))
+def test_no_string_breaks_the_parser(text):
+  try:
+    made = _parse(text)
+  except ValueError as error:
+    assert "\n" not in str(error)
+  else:
+    assert len(made) == MODEL["num_layers"]
