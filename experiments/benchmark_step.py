@@ -25,9 +25,9 @@ Contestants run one after another, by length, in the order of the table, each
 in a process of its own, so that its peak of memory is its own. Times are of
 single steps, after `--warmup` of them: median, least and most.
 
-* MFU is the share that the operations of the model (`step_timing.operations`:
-  without what is computed anew for the backward pass) have of the rate of a
-  matrix product, measured here after the steps.
+* MFU is the rate of the model's operations (`flops.step_flops`, without what
+  the backward pass recomputes), as a share of the rate of a matrix product,
+  measured here after the steps.
 * The roofline is the rate of a step that does those operations, and one more
   forward pass of the layers, at the rate of a matrix product.
 * Peak memory is that of the allocator of jax or PyTorch, beside the peak that
@@ -43,7 +43,14 @@ from absl import flags
 
 from experiments.shared import cli
 from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
-from experiments.timing import step_peers, step_timing
+from experiments.timing import (
+  flops,
+  peers,
+  plot,
+  process,
+  step_peers,
+  step_timing,
+)
 from experiments.timing.step_timing import Case
 from scca_jax import sharding
 
@@ -102,20 +109,6 @@ def _lengths(default: int) -> list[int]:
   return lengths
 
 
-def _choose_peers() -> list[str]:
-  """Returns the peers that can be timed here."""
-  for name in _PEERS.value:
-    if name not in step_peers.LABELS:
-      raise ValueError(
-        f"unknown peer {name!r}: use any of {', '.join(step_peers.LABELS)}."
-      )
-  problem = step_peers.problem() if _PEERS.value else None
-  if problem is not None:
-    print(f"{', '.join(_PEERS.value)} are left out: {problem}")
-    return []
-  return _PEERS.value
-
-
 def _measure(case: Case, peer: str | None) -> dict[str, Any]:
   """Returns the row of a contestant; of what cannot run, why."""
   row: dict[str, Any] = {
@@ -128,9 +121,9 @@ def _measure(case: Case, peer: str | None) -> dict[str, Any]:
   }
   try:
     if peer is None:
-      return row | step_timing.run_alone(step_timing.measure, case)
+      return row | process.run_alone(step_timing.measure, case)
     measure = functools.partial(step_peers.measure, peer)
-    return row | step_timing.run_alone(measure, case)
+    return row | process.run_alone(measure, case)
   except Exception as error:
     # These are of the input, if they are of this package.
     if peer is None and isinstance(
@@ -145,7 +138,7 @@ def _measure(case: Case, peer: str | None) -> dict[str, Any]:
 def _add_rates(row: dict[str, Any], case: Case, matmul: float | None) -> None:
   """Adds what follows from the time; `matmul` is the rate of a product."""
   num_tokens = row["batch_size"] * row["seq_len"]
-  work = step_timing.operations(
+  work = flops.step_flops(
     case.model, case.run.lora, row["num_pairs"], num_tokens
   )
   row["operations"] = work
@@ -249,37 +242,24 @@ def _title(row: dict[str, Any], run: FinetuneConfig) -> str:
 
 def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
   """Draws tokens a second and peak memory, a line a contestant."""
-  import matplotlib
+  rows = [row for row in rows if "median_ms" in row]
 
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
+  def lines(name: str, unit: int) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+      points = found.setdefault(_name(row), [])
+      if row[name] is not None:
+        points.append((row["seq_len"], row[name] / unit))
+    return found
 
-  lines: dict[str, list[dict[str, Any]]] = {}
-  for row in rows:
-    if "median_ms" in row:
-      label = _name(row)
-      lines.setdefault(label, []).append(row)
-  figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-  for name, axis, unit, label in (
-    ("tokens_per_second", axes[0], 1, "tokens a second"),
-    ("peak_bytes", axes[1], _GIB, "peak memory in GiB"),
-  ):
-    for line, of_line in lines.items():
-      points = sorted(
-        (row["seq_len"], row[name] / unit)
-        for row in of_line
-        if row[name] is not None
-      )
-      if points:
-        axis.plot(*zip(*points, strict=True), marker="o", label=line)
-    axis.set_xscale("log", base=2)
-    axis.set_ylim(bottom=0)
-    axis.set(xlabel="tokens of a sequence", ylabel=label)
-    axis.grid(alpha=0.3)
-  axes[0].legend(fontsize="small")
-  figure.suptitle(title)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  plot.draw(
+    path,
+    title,
+    [
+      plot.Panel(lines("tokens_per_second", 1), "tokens a second"),
+      plot.Panel(lines("peak_bytes", _GIB), "peak memory in GiB"),
+    ],
+  )
 
 
 def main() -> None:
@@ -315,7 +295,12 @@ def main() -> None:
     ]
     for seq_len in _lengths(run.training.seq_len)
   }
-  peers = _choose_peers()
+  chosen = peers.choose(
+    _PEERS.value,
+    step_peers.LABELS,
+    of_torch=step_peers.LABELS,
+    problem=step_peers.problem,
+  )
   rows: list[dict[str, Any]] = []
   title, matmul = "", None
 
@@ -334,7 +319,7 @@ def main() -> None:
   for seq_len, of_length in cases.items():
     contestants: list[tuple[Case, str | None]] = [(c, None) for c in of_length]
     if seq_len <= _MAX_PEER_LEN.value:
-      contestants += [(of_length[0], peer) for peer in peers]
+      contestants += [(of_length[0], peer) for peer in chosen]
     start = len(rows)
     for case, peer in contestants:
       row = _measure(case, peer)

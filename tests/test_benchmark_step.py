@@ -10,7 +10,7 @@ from experiments.shared.config import (
   PatternConfig,
   TrainingConfig,
 )
-from experiments.timing import step_timing
+from experiments.timing import flops, step_timing
 from scca_jax import lora, patterns, quantize
 from scca_jax.llama_config import LlamaConfig
 
@@ -107,10 +107,10 @@ def test_operations_are_those_of_arithmetic():
   # Forward and the gradients of all inputs; those of the adapters; attention's
   # four products of the backward pass.
   model = 2 * forward + 2 * 2 * 5 * 800 + 2 * 5 * 3 * adapter + 4 * 2 * 7
-  found = step_timing.operations(config, adapters, num_pairs=7, num_tokens=5)
+  found = flops.step_flops(config, adapters, num_pairs=7, num_tokens=5)
   assert found == {"model": model, "with_remat": model + forward}
   adapters = lora.LoraConfig(rank=2, targets=("q_proj", "down_proj"))
-  found = step_timing.operations(config, adapters, num_pairs=7, num_tokens=5)
+  found = flops.step_flops(config, adapters, num_pairs=7, num_tokens=5)
   assert found["model"] == model + 2 * 5 * 800
 
 

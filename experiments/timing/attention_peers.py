@@ -51,6 +51,16 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
+def s2_chunk_size(pattern: AttentionPattern, seq_len: int) -> int:
+  """Returns the chunks of LongLoRA's S2 beside a pattern, in tokens.
+
+  They are those of the pattern's first head, or else a quarter of the sequence,
+  as in LongLoRA.
+  """
+  own = pattern.heads[0].chunk_size
+  return own or max(1, seq_len // 4)
+
+
 # The mask of flex_attention. Its kernel evaluates the function at every pair of
 # a block that straddles a border: arithmetic costs little, numbers read from
 # tables cost more than the attention itself. So heads are gathered in runs

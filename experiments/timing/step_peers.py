@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments.timing import attention_peers
-from experiments.timing.step_timing import Case, check_loss, spread
+from experiments.timing import attention_peers, clock
+from experiments.timing.step_timing import Case, check_loss
 from scca_jax import convert
 
 # The peers by the names of the flag, with those that tables show.
@@ -43,9 +43,9 @@ def problem() -> str | None:
 
 
 def _chunk_size(case: Case) -> int:
-  """Returns the chunks of S2, a quarter of the sequence as in LongLoRA."""
+  """Returns the chunks of S2, in tokens."""
   seq_len = case.run.training.seq_len
-  size = case.run.pattern.chunk_size or max(1, seq_len // 4)
+  size = attention_peers.s2_chunk_size(case.schedule[0], seq_len)
   if seq_len % size:
     raise NotImplementedError(
       f"LongLoRA S2 needs a multiple of {size} tokens, not {seq_len}."
@@ -204,7 +204,7 @@ def measure(name: str, case: Case, device: str = "cuda") -> dict[str, Any]:
       times.append(time.perf_counter() - started)
   first, last = float(losses[0]), float(losses[-1])
   check_loss(first if math.isfinite(last) else last, LABELS[name])
-  return spread(times) | {
+  return clock.spread(times) | {
     "first_loss": first,
     "compile_seconds": None,
     "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,

@@ -1,30 +1,23 @@
 """One contestant of `benchmark_step`: the step of this package, timed.
 
-Each is measured in a process of its own (see `run_alone`): the peak of memory
-that jax reports is that of its process, and what PyTorch or jax keep for reuse
-is gone with theirs.
+Each is measured in a process of its own (see `process.run_alone`).
 """
 
-import concurrent.futures
 import dataclasses
 import math
-import multiprocessing
-import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from experiments.shared import loop, resolve
 from experiments.shared.config import FinetuneConfig, PatternConfig
+from experiments.timing import clock
 from scca_jax import (
   convert,
   lora,
@@ -37,8 +30,7 @@ from scca_jax import (
   training,
 )
 from scca_jax.llama import Llama
-from scca_jax.llama_config import PROJECTIONS, LlamaConfig
-from scca_jax.lora import LoraConfig
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.training import TrainState
 
 # Patterns whose chunks the configuration may set.
@@ -144,50 +136,6 @@ def make_case(
   _ = case.model, case.schedule
   resolve.check_mesh(run.mesh, case.run.training, case.base, case.schedule)
   return case
-
-
-def operations(
-  config: LlamaConfig, adapter: LoraConfig, num_pairs: int, num_tokens: int
-) -> dict[str, float]:
-  """Returns the floating-point operations of a step.
-
-  A product with `n` weights takes `2 n` a token, forward; the gradient of its
-  input as many; that of the weights as many where they are trained. Attention
-  takes two products of `2 head_dim` a seen pair forward, and four backward.
-  Lookups, norms and the optimiser count as nothing.
-
-  Args:
-    config: Sizes of the model.
-    adapter: What is trained.
-    num_pairs: Pairs that attention sees, over sequences, heads and layers.
-    num_tokens: Tokens.
-
-  Returns:
-    `model`: what the mathematics asks for. `with_remat`: with each layer, but
-    not the head, computed forward once more for the backward pass.
-  """
-  shapes = {name: config.projection_shape(name) for name in PROJECTIONS}
-  frozen = config.num_layers * sum(a * b for a, b in shapes.values())
-  adapted = (
-    config.num_layers
-    * adapter.rank
-    * sum(sum(shapes[name]) for name in adapter.targets)
-  )
-  head = config.hidden_size * config.vocab_size
-  attention = 4 * config.head_dim * num_pairs
-  forward = 2 * num_tokens * (frozen + adapted) + attention
-  trained = adapted + (head if adapter.train_embeddings else 0)
-  of_head = 2 * num_tokens * head
-  model = (
-    forward
-    + of_head
-    + 2 * num_tokens * (frozen + adapted + head + trained)
-    + 2 * attention
-  )
-  return {"model": float(model), "with_remat": float(model + forward)}
-
-
-# The step of this package.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,17 +266,6 @@ def moved_bytes(case: Case, compiled: Any) -> dict[str, Any]:
   return result
 
 
-def spread(seconds: list[float]) -> dict[str, Any]:
-  """Returns the median, least and most of what was timed, in milliseconds."""
-  times = [1e3 * s for s in seconds]
-  return {
-    "median_ms": statistics.median(times),
-    "least_ms": min(times),
-    "most_ms": max(times),
-    "all_ms": times,
-  }
-
-
 def check_loss(loss: float, who: str) -> float:
   """Returns the loss.
 
@@ -338,54 +275,6 @@ def check_loss(loss: float, who: str) -> float:
   if not math.isfinite(loss):
     raise ValueError(f"the loss of {who} is {loss}: its step is not timed.")
   return loss
-
-
-def _matmul_tflops(dtype: str) -> float:
-  """Returns the rate of one large square product here, in TFLOP/s."""
-  n, calls = (8192, 20) if jax.default_backend() == "gpu" else (1024, 2)
-  a, b = (
-    jax.random.normal(key, (n, n), jnp.float32).astype(dtype)
-    for key in jax.random.split(jax.random.key(1))
-  )
-  multiply = jax.jit(jnp.dot)
-  jax.block_until_ready(multiply(a, b))
-  rates = []
-  for _ in range(5):
-    started = time.perf_counter()
-    product = None
-    for _ in range(calls):
-      product = multiply(a, b)
-    jax.block_until_ready(product)
-    rates.append(2e-12 * calls * n**3 / (time.perf_counter() - started))
-  return statistics.median(rates)
-
-
-def _link_rate(mesh: Mesh) -> float:
-  """Returns the bytes a second that a device receives of its neighbour.
-
-  All devices of the mesh send at once, each to the next.
-  """
-  axes, n = mesh.axis_names, mesh.size
-  numbers, calls = (2**27, 20) if jax.default_backend() == "gpu" else (2**16, 2)
-  layout = NamedSharding(mesh, PartitionSpec(axes))
-  x = jax.jit(lambda: jnp.ones((n * numbers,)), out_shardings=layout)()
-  send = jax.jit(
-    jax.shard_map(
-      lambda x: lax.ppermute(x, axes, [(i, (i + 1) % n) for i in range(n)]),
-      mesh=mesh,
-      in_specs=layout.spec,
-      out_specs=layout.spec,
-    )
-  )
-  jax.block_until_ready(send(x))
-  rates = []
-  for _ in range(5):
-    started = time.perf_counter()
-    for _ in range(calls):
-      x = send(x)
-    jax.block_until_ready(x)
-    rates.append(calls * 4 * numbers / (time.perf_counter() - started))
-  return statistics.median(rates)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -422,7 +311,7 @@ def measure(case: Case) -> dict[str, Any]:
   num_pairs = train.batch_size * sum(
     pattern.num_pairs(train.seq_len) for pattern in case.schedule
   )
-  return spread(times) | {
+  return clock.spread(times) | {
     "first_loss": loss,
     "compile_seconds": compile_seconds,
     "peak_bytes": peak,
@@ -436,30 +325,6 @@ def measure(case: Case) -> dict[str, Any]:
       "jax": jax.__version__,
     },
     # Of the same process and heat.
-    "matmul_tflops": _matmul_tflops(train.dtype),
-    "link_bytes_per_second": None if mesh is None else _link_rate(mesh),
+    "matmul_tflops": clock.matmul_tflops(train.dtype),
+    "link_bytes_per_second": None if mesh is None else clock.link_rate(mesh),
   }
-
-
-# A process for each.
-
-
-def _start() -> None:
-  """Prepares a process, before jax takes memory in it."""
-  # Compiling is timed: nothing is to be found already compiled.
-  jax.config.update("jax_enable_compilation_cache", False)
-
-
-def run_alone(function: Callable[[Any], Any], case: Any) -> Any:
-  """Returns `function(case)`, computed in a process of its own.
-
-  Raises:
-    RuntimeError: The process ended without a result, for want of memory for
-      example. What the function raises is raised here as well.
-  """
-  # Memory is asked for as it is needed, so that the peak is what was needed.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  with concurrent.futures.ProcessPoolExecutor(
-    1, multiprocessing.get_context("spawn"), initializer=_start
-  ) as pool:
-    return pool.submit(function, case).result()

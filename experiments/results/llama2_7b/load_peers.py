@@ -1,4 +1,4 @@
-"""Peers of `benchmark_load`: what PyTorch's users load weights with.
+"""How PyTorch's users load weights, to be timed beside `load`.
 
 PyTorch is optional: it is imported where a peer loads.
 """
@@ -6,24 +6,24 @@ PyTorch is optional: it is imported where a peer loads.
 # Types are checked without PyTorch too.
 # pyright: reportMissingImports=false
 
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments.timing.load_timing import Job
 
-# By their names, as tables show them.
-LABELS = {"safetensors": "safetensors, torch", "transformers": "transformers"}
-
-
-def _safetensors(job: Job) -> Callable[[], Any]:
+def _safetensors(
+  files: Sequence[pathlib.Path], dtype: str
+) -> Callable[[], Any]:
   import safetensors.torch
   import torch
+
+  del dtype  # That of the files.
 
   torch.zeros(1, device="cuda")
 
   def load() -> Any:
     tensors = [
-      safetensors.torch.load_file(path, device="cuda") for path in job.files
+      safetensors.torch.load_file(path, device="cuda") for path in files
     ]
     torch.cuda.synchronize()
     return tensors
@@ -31,7 +31,9 @@ def _safetensors(job: Job) -> Callable[[], Any]:
   return load
 
 
-def _transformers(job: Job) -> Callable[[], Any]:
+def _transformers(
+  files: Sequence[pathlib.Path], dtype: str
+) -> Callable[[], Any]:
   import torch
   import transformers
 
@@ -40,7 +42,7 @@ def _transformers(job: Job) -> Callable[[], Any]:
 
   def load() -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(
-      job.model, dtype=getattr(torch, job.dtype), device_map="cuda"
+      files[0].parent, dtype=getattr(torch, dtype), device_map="cuda"
     )
     torch.cuda.synchronize()
     return model
@@ -48,4 +50,4 @@ def _transformers(job: Job) -> Callable[[], Any]:
   return load
 
 
-MAKERS = {"safetensors": _safetensors, "transformers": _transformers}
+LOADERS = {"safetensors, torch": _safetensors, "transformers": _transformers}

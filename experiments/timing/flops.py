@@ -1,0 +1,45 @@
+"""Floating-point operations of a training step, by arithmetic."""
+
+from scca_jax.llama_config import PROJECTIONS, LlamaConfig
+from scca_jax.lora import LoraConfig
+
+
+def step_flops(
+  config: LlamaConfig, adapter: LoraConfig, num_pairs: int, num_tokens: int
+) -> dict[str, float]:
+  """Returns the floating-point operations of a step.
+
+  A product with `n` weights takes `2 n` a token, forward; the gradient of its
+  input as many; that of the weights as many where they are trained. Attention
+  takes two products of `2 head_dim` a seen pair forward, and four backward.
+  Lookups, norms and the optimiser are not counted.
+
+  Args:
+    config: Sizes of the model.
+    adapter: Says what is trained.
+    num_pairs: Pairs that attention sees, over sequences, heads and layers.
+    num_tokens: Tokens of the step.
+
+  Returns:
+    `model`: what the mathematics asks for. `with_remat`: with each layer, but
+    not the head, computed forward once more for the backward pass.
+  """
+  shapes = {name: config.projection_shape(name) for name in PROJECTIONS}
+  frozen = config.num_layers * sum(a * b for a, b in shapes.values())
+  adapted = (
+    config.num_layers
+    * adapter.rank
+    * sum(sum(shapes[name]) for name in adapter.targets)
+  )
+  head = config.hidden_size * config.vocab_size
+  attention = 4 * config.head_dim * num_pairs
+  forward = 2 * num_tokens * (frozen + adapted) + attention
+  trained = adapted + (head if adapter.train_embeddings else 0)
+  head_forward = 2 * num_tokens * head
+  model = (
+    forward
+    + head_forward
+    + 2 * num_tokens * (frozen + adapted + head + trained)
+    + 2 * attention
+  )
+  return {"model": float(model), "with_remat": float(model + forward)}
