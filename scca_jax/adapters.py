@@ -2,8 +2,9 @@
 
 An adapter folder holds what PEFT writes, `adapter_config.json` and
 `adapter_model.safetensors`, and beside them `scca_config.json`, which PEFT does
-not read: the rope scaling, without which an adapter tuned with it is worth
-little, and the patterns it was tuned with.
+not read. It has the rope scaling, without which an adapter tuned with it is
+worth little, and the patterns it was tuned with, both as the string that
+commands take and as the list of heads that the string stands for.
 """
 
 import dataclasses
@@ -22,7 +23,13 @@ from scca_jax import atomic_file, convert, quantize
 from scca_jax.llama import Llama
 from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import TARGETS, LoraConfig
-from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.patterns import (
+  AttentionPattern,
+  HeadPattern,
+  Mixture,
+  parse,
+  text,
+)
 from scca_jax.rope import RopeScaling
 from scca_jax.safetensors_file import SafetensorsFiles
 
@@ -45,19 +52,26 @@ def _is_saved_whole(path: tuple[str, ...], config: LoraConfig) -> bool:
 # Writing.
 
 
-def _pattern_to_json(pattern: AttentionPattern) -> dict[str, Any]:
+def _pattern_to_json(pattern: AttentionPattern | Mixture) -> dict[str, Any]:
+  if isinstance(pattern, Mixture):
+    return {"mixture": [_pattern_to_json(p) for p in pattern.members]}
   groups = pattern.head_groups()
   return {
     "boundary": pattern.boundary,
     "causality": pattern.causality,
     "head_groups": [
-      {**dataclasses.asdict(head), "heads": list(indices)}
+      # Without the fields at their defaults, older versions can read it too.
+      {name: getattr(head, name) for name in sorted(head.in_use())}
+      | {"heads": list(indices)}
       for head, indices in groups.items()
     ],
   }
 
 
-def _pattern_from_json(content: dict[str, Any]) -> AttentionPattern:
+def _pattern_from_json(content: dict[str, Any]) -> AttentionPattern | Mixture:
+  if "mixture" in content:
+    members = [_pattern_from_json(member) for member in content["mixture"]]
+    return Mixture(tuple(members))  # pyright: ignore[reportArgumentType]
   heads: dict[int, HeadPattern] = {}
   for group in content["head_groups"]:
     fields = {name: value for name, value in group.items() if name != "heads"}
@@ -86,7 +100,7 @@ def save_adapter(
   folder: str | os.PathLike[str],
   *,
   base_model: str,
-  patterns: Sequence[AttentionPattern] | None = None,
+  patterns: Sequence[AttentionPattern | Mixture] | None = None,
   dtype: Any = jnp.float32,
 ) -> None:
   """Writes a model's adapters, and what was trained with them, for PEFT.
@@ -131,6 +145,10 @@ def save_adapter(
       "rope_scaling": None
       if scaling is None
       else {"kind": scaling.kind, **convert.rope_settings(scaling)},
+      "pattern": text(layers, num_kv_heads=config.num_kv_heads)
+      if layers
+      else None,
+      "num_kv_heads": config.num_kv_heads,
       "patterns": [_pattern_to_json(p) for p in distinct],
       "pattern_of_layer": [distinct.index(p) for p in layers],
     },
@@ -257,7 +275,7 @@ def _own_config(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def load_patterns(
   folder: str | os.PathLike[str],
-) -> tuple[AttentionPattern, ...] | None:
+) -> tuple[AttentionPattern | Mixture, ...] | None:
   """Returns the pattern of each layer that an adapter was tuned with.
 
   Args:
@@ -270,14 +288,34 @@ def load_patterns(
     ValueError: The file that says it is damaged.
   """
   folder = pathlib.Path(folder)
+  path = folder / _OWN_CONFIG
   content = _own_config(folder) or {}
-  if not content.get("patterns"):
+  string = content.get("pattern")
+  if not content.get("patterns") and string is None:
     return None
   try:
     distinct = [_pattern_from_json(p) for p in content["patterns"]]
-    return tuple(distinct[i] for i in content["pattern_of_layer"])
-  except (KeyError, IndexError, TypeError, ValueError) as error:
-    raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}.") from error
+    layers = tuple(distinct[i] for i in content["pattern_of_layer"])
+    # Adapters that older versions saved have no string.
+    if string is None:
+      return layers
+    read = parse(
+      string,
+      num_heads=layers[0].num_heads,
+      num_kv_heads=content["num_kv_heads"],
+      num_layers=len(layers),
+      seq_len=content["context_len"],
+    )
+  except KeyError as error:
+    raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
+  except (IndexError, TypeError, ValueError) as error:
+    raise ValueError(f"{path} is damaged: {error}") from error
+  if read != layers:
+    raise ValueError(
+      f"{path} contradicts itself: its pattern {string!r} is not the heads that"
+      " its patterns list. Copy the adapter again."
+    )
+  return layers
 
 
 def _adapted_config(folder: pathlib.Path, base: LlamaConfig) -> LlamaConfig:

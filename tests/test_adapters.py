@@ -256,3 +256,51 @@ def test_patterns_kept_as_lists_of_heads_are_read(tmp_path):
     (own, own, shifted, shifted), boundary="local"
   )
   assert adapters.load_patterns(tmp_path) == (dense, chunked, dense)
+
+
+@pytest.mark.parametrize(
+  "pattern",
+  [
+    "scca_flow(chunk_size=16, num_chunks=4, rotate='layer', interleaved=True)",
+    "layers(scca_fixed(chunk_size=8, boundary='local'), dense)",
+    "mixture(local(chunk_size=8), sda(dilation=4))",
+  ],
+)
+def test_patterns_are_kept_as_a_string_and_as_heads(folder, tmp_path, pattern):
+  layers = patterns.parse(
+    pattern, num_heads=4, num_kv_heads=2, num_layers=3, seq_len=64
+  )
+  model = _adapted(folder, LoraConfig(rank=2))
+  adapters.save_adapter(model, tmp_path, base_model="base", patterns=layers)
+  assert adapters.load_patterns(tmp_path) == layers
+  path = tmp_path / "scca_config.json"
+  content = json.loads(path.read_text())
+  assert content["pattern"] == pattern
+  # The list alone is enough; if both are there, they must agree.
+  del content["pattern"]
+  path.write_text(json.dumps(content))
+  assert adapters.load_patterns(tmp_path) == layers
+  path.write_text(json.dumps(content | {"pattern": "local(chunk_size=4)"}))
+  with pytest.raises(ValueError, match="contradicts itself.*chunk_size=4"):
+    adapters.load_patterns(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"pattern": "locl"}, "scca_config.json is damaged.*did you mean 'local'"),
+    ({"pattern": 3}, "scca_config.json is damaged.*must be a string, got 3"),
+    ({"patterns": []}, "scca_config.json is damaged"),
+    ({"pattern_of_layer": [0, 0, 9]}, "scca_config.json is damaged"),
+    ({"num_kv_heads": None}, "scca_config.json is damaged.*num_kv_heads"),
+  ],
+)
+def test_damaged_patterns_are_named(folder, tmp_path, change, said):
+  model = _adapted(folder, LoraConfig(rank=2))
+  layers = [patterns.local(4, 8)] * 3
+  adapters.save_adapter(model, tmp_path, base_model="base", patterns=layers)
+  path = tmp_path / "scca_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(ValueError, match=said) as error:
+    adapters.load_patterns(tmp_path)
+  assert "\n" not in str(error.value)
