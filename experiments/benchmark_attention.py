@@ -37,7 +37,7 @@ from experiments.timing import (
   tune,
 )
 from experiments.timing.attention_timing import DENSE, PARTS, PEERS, Case
-from scca_jax import dispatch, patterns
+from scca_jax import atomic_file, dispatch, patterns
 from scca_jax.backends import blocks
 
 _SEQ_LENS = flags.DEFINE_list("seq_lens", ["4096"], "Lengths to time.")
@@ -303,7 +303,7 @@ def main() -> None:
   if _PLOT.value is not None:
     _draw(rows, title, _PLOT.value)
   if _OUTPUT.value is not None:
-    cli.write_json(
+    atomic_file.write_json(
       _OUTPUT.value, facts | {"matmul_tflops": matmul, "rows": rows}
     )
     print(f"wrote {_OUTPUT.value}")

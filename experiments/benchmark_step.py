@@ -52,7 +52,7 @@ from experiments.timing import (
   step_timing,
 )
 from experiments.timing.step_timing import Case
-from scca_jax import sharding
+from scca_jax import atomic_file, sharding
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -314,7 +314,7 @@ def main() -> None:
         "config": to_json(run),
         "rows": rows,
       }
-      cli.write_json(_OUTPUT.value, content)
+      atomic_file.write_json(_OUTPUT.value, content)
 
   for seq_len, of_length in cases.items():
     contestants: list[tuple[Case, str | None]] = [(c, None) for c in of_length]

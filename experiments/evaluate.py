@@ -21,6 +21,7 @@ from experiments.shared import cli, resolve
 from scca_jax import (
   adapters,
   assets,
+  atomic_file,
   convert,
   dispatch,
   patterns,
@@ -332,7 +333,7 @@ def main() -> None:
   def by_length(field: str) -> dict[str, Any]:
     return {str(n): getattr(result, field) for n, result in results.items()}
 
-  cli.write_json(
+  atomic_file.write_json(
     _OUTPUT.value,
     {
       "model": name,

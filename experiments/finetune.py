@@ -23,6 +23,7 @@ from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
 from scca_jax import (
   adapters,
   assets,
+  atomic_file,
   convert,
   dispatch,
   lora,
@@ -207,7 +208,7 @@ def main() -> None:
   if not cluster.is_primary():
     return
   peak_bytes = memory.measured_bytes(jax.local_devices())
-  cli.write_json(
+  atomic_file.write_json(
     output_dir / "summary.json",
     {
       "pattern": run.pattern.name,

@@ -21,7 +21,7 @@ from absl import flags
 
 from experiments.shared import cli, resolve
 from experiments.shared.config import FinetuneConfig, from_config_dict
-from scca_jax import convert, deviceless, memory, sharding
+from scca_jax import atomic_file, convert, deviceless, memory, sharding
 
 _CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # Contexts that --search tries are multiples of it, in tokens.
@@ -183,7 +183,7 @@ def main() -> None:
   for kind, size in plan.moved_bytes.items():
     print(f"  receives   {size / 2**30:>7.2f} GiB of floats by {kind}")
   if _OUTPUT.value is not None:
-    cli.write_json(
+    atomic_file.write_json(
       _OUTPUT.value, dataclasses.asdict(plan) | {"fits": plan.fits}
     )
     print(f"wrote {_OUTPUT.value}")

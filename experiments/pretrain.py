@@ -18,7 +18,7 @@ from flax import nnx
 
 from experiments.shared import cli, cluster, loop, resolve
 from experiments.shared.config import PretrainConfig, from_config_dict, to_json
-from scca_jax import convert, dispatch, lora, sharding, tokenizer
+from scca_jax import atomic_file, convert, dispatch, lora, sharding, tokenizer
 from scca_jax.batches import make_batches
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
@@ -189,7 +189,7 @@ def main() -> None:
       )
   if not cluster.is_primary():
     return
-  cli.write_json(output_dir / "summary.json", summary)
+  atomic_file.write_json(output_dir / "summary.json", summary)
   print(f"model: {folder}\nsummary: {output_dir / 'summary.json'}")
 
 

@@ -1,5 +1,7 @@
 """Files are there whole or not at all, and failures name them."""
 
+import json
+
 import pytest
 
 from scca_jax import atomic_file
@@ -32,3 +34,13 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
     with pytest.raises(OSError, match=rf"cannot write {path}: "):
       atomic_file.write(path, b"new")
   assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+  file = tmp_path / "made" / "out.json"
+  atomic_file.write_json(file, {"a": [1, 2.5]})
+  assert json.loads(file.read_text()) == {"a": [1, 2.5]}
+  with pytest.raises(TypeError):
+    atomic_file.write_json(file, {"a": object()})
+  assert json.loads(file.read_text()) == {"a": [1, 2.5]}
+  assert [f.name for f in file.parent.iterdir()] == ["out.json"]

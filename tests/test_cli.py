@@ -1,6 +1,5 @@
 """How commands start and end: kept compilations, bad input in one line."""
 
-import json
 import os
 import subprocess
 import sys
@@ -74,16 +73,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
   flags.FLAGS.unparse_flags()
   with pytest.raises(KeyError, match="a bug"):
     cli.run(main)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-  file = tmp_path / "made" / "out.json"
-  cli.write_json(file, {"a": [1, 2.5]})
-  assert json.loads(file.read_text()) == {"a": [1, 2.5]}
-  with pytest.raises(TypeError):
-    cli.write_json(file, {"a": object()})
-  assert json.loads(file.read_text()) == {"a": [1, 2.5]}
-  assert [f.name for f in file.parent.iterdir()] == ["out.json"]
 
 
 COMMAND = """

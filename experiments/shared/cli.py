@@ -9,7 +9,6 @@ another, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
 import functools
-import json
 import os
 import pathlib
 import re
@@ -22,8 +21,6 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
-
-from scca_jax import atomic_file
 
 _TRACEBACK = flags.DEFINE_boolean(
   "traceback", False, "Show the Python traceback of an error in the input."
@@ -170,12 +167,3 @@ def run(main: Callable[[], None]) -> None:
       _fail(exhausted)
 
   app.run(guarded, flags_parser=_parse_flags)
-
-
-def write_json(path: str | pathlib.Path, value: Any) -> None:
-  """Writes `value` as indented JSON, all of it or nothing.
-
-  Raises:
-    OSError: It cannot be written; what stood there before still does.
-  """
-  atomic_file.write(path, json.dumps(value, indent=2).encode() + b"\n")

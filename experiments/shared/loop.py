@@ -27,9 +27,9 @@ import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments.shared import cli, cluster
+from experiments.shared import cluster
 from experiments.shared.config import TrainingConfig
-from scca_jax import checkpoint, sharding, training
+from scca_jax import atomic_file, checkpoint, sharding, training
 
 # Steps at the start that say nothing about speed: the first one compiles.
 _UNTIMED_STEPS = 2
@@ -253,7 +253,7 @@ def fit(
   """
   file = output_dir / "config.json"
   if settings is not None and cluster.is_primary() and not file.exists():
-    cli.write_json(file, settings)
+    atomic_file.write_json(file, settings)
   optimizer = training.make_optimizer(optimizer_config, config.steps)
   schedule = training.learning_rate_schedule(optimizer_config, config.steps)
   graphdef, params, frozen = nnx.split(model, trainable, ...)

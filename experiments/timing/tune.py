@@ -13,10 +13,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments.shared import cli
 from experiments.timing import attention_timing
 from experiments.timing.attention_timing import Case, Function, JaxRun
-from scca_jax import target
+from scca_jax import atomic_file, target
 from scca_jax.patterns import AttentionPattern
 
 
@@ -58,7 +57,7 @@ def _write(
   for name in names:
     inner = inner.setdefault(name, {})
   inner.update(sizes)
-  cli.write_json(path, table)
+  atomic_file.write_json(path, table)
 
 
 def tune(

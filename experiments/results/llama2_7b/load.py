@@ -28,9 +28,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.results.llama2_7b import load_peers
-from experiments.shared import cli
 from experiments.timing import attention_peers, process
-from scca_jax import assets, convert
+from scca_jax import assets, atomic_file, convert
 from scca_jax.llama import Llama
 
 
@@ -164,7 +163,7 @@ def main() -> None:
       rows.append(process.run_alone(functools.partial(measure, name), job))
       _print_row(rows[-1], num_bytes)
   if args.output is not None:
-    cli.write_json(
+    atomic_file.write_json(
       args.output, {"num_bytes": num_bytes, "dtype": job.dtype, "rows": rows}
     )
     print(f"wrote {args.output}")
