@@ -1,11 +1,13 @@
 """Evaluation tasks: what their prompts hold, checked in the decoded text."""
 
+import collections
 import re
 
 import pytest
 import tokenizers
 
 from scca_jax import assets, tasks, tokenizer
+from scca_jax.documents import read_documents
 
 _ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 _FILLER = (
@@ -86,23 +88,215 @@ def test_passkey_is_in_the_filler_at_its_depth(tiny):
     assert sizes[0] == int(sum(sizes) * sample.depth + 1e-9)
 
 
+_NEEDLE = re.compile(
+  r"One of the special magic (numbers|uuids) for ([\w-]+) is: ([\w-]+)\."
+)
+_SENTENCE_END = re.compile(r"""(?<!\b[A-Z])[.?!]["')]*\s""")
+_WORDS = r"[a-z]+-[a-z]+"
+_NUMBER = r"[1-9]\d{6}"
+_UUID = r"[\da-f]{8}-[\da-f]{4}-4[\da-f]{3}-[89ab][\da-f]{3}-[\da-f]{12}"
+
+
+def _needles(text):
+  """Returns the haystack and (key, value, place) of each needle in it."""
+  haystack = text[text.index("\n") + 1 : text.rindex("\n")]
+  found = list(_NEEDLE.finditer(haystack))
+  return haystack, [(m[2], m[3], m.start()) for m in found]
+
+
+def _asked(text):
+  """Returns the keys that the question names, which it does twice."""
+  keys = re.findall(r"magic \w+ for (.+?) mentioned in the provided", text)
+  assert len(keys) == 2 and keys[0] == keys[1]
+  assert text.endswith(("provided text is", "provided text are"))
+  return re.split(r", and |, ", keys[0])
+
+
+# RULER's table: needles, keys, keys asked for, kinds of keys and of values.
+_RULER = {
+  "niah_single_1": (1, 1, 1, _WORDS, _NUMBER),
+  "niah_single_2": (1, 1, 1, _WORDS, _NUMBER),
+  "niah_single_3": (1, 1, 1, _WORDS, _UUID),
+  "niah_multikey_1": (4, 4, 1, _WORDS, _NUMBER),
+  "niah_multikey_2": (None, None, 1, _WORDS, _NUMBER),
+  "niah_multikey_3": (None, None, 1, _UUID, _UUID),
+  "niah_multivalue": (4, 1, 1, _WORDS, _NUMBER),
+  "niah_multiquery": (4, 4, 4, _WORDS, _NUMBER),
+}
+
+
+@pytest.mark.parametrize("name", _RULER)
+def test_needles_are_those_of_ruler(tiny, name):
+  num_needles, num_keys, num_asked, key, value = _RULER[name]
+  for sample in _draw(name, tiny, 2500, 4):
+    text = _prompt(tiny, sample)
+    haystack, needles = _needles(text)
+    keys = {k for k, _, _ in needles}
+    asked = _asked(text)
+    assert len(asked) == num_asked and set(asked) <= keys
+    for its_key, its_value, _ in needles:
+      assert re.fullmatch(key, its_key) and re.fullmatch(value, its_value)
+    if num_needles is None:
+      # Nothing but needles, each with a key of its own.
+      assert re.sub(r"\n+", "", _NEEDLE.sub("", haystack)) == ""
+      assert len(keys) == len(needles) > 20
+    else:
+      assert (len(needles), len(keys)) == (num_needles, num_keys)
+    answers = [v for k in asked for its, v, _ in needles if its == k]
+    assert list(sample.references) == answers
+    answer = tiny.decode(sample.answer_ids).strip()
+    assert re.split(r", and |, ", answer) == answers
+    if len(answers) == 1:
+      assert text.startswith("A special magic")
+      place = next(at for k, _, at in needles if k == asked[0])
+      lines = haystack.split("\n")
+      if len(lines) > 1:
+        line = haystack[:place].count("\n")
+        assert line == int((len(lines) - 1) * sample.depth + 1e-9)
+      else:  # Depth counts sentences.
+        before, after = (
+          len(_SENTENCE_END.findall(_NEEDLE.sub("", part)))
+          for part in (haystack[:place], haystack[place:])
+        )
+        share = before / (before + after)
+        assert share == pytest.approx(sample.depth, abs=0.05)
+    else:
+      assert text.startswith("Some special magic") and sample.depth is None
+
+
+def test_needles_lie_at_forty_depths(tiny):
+  samples = _draw("niah_multikey_1", tiny, 1200, 40)
+  assert sorted(s.depth * 100 for s in samples) == pytest.approx(tasks.DEPTHS)
+  # RULER's: round(linspace(0, 100, 40)).
+  assert tasks.DEPTHS[:4] == (0, 3, 5, 8) and tasks.DEPTHS[-2:] == (97, 100)
+  assert len(set(tasks.DEPTHS)) == 40
+
+
+def test_haystacks_are_filler_or_test_books(tiny):
+  (sample,) = _draw("niah_single_1", tiny, 1000, 1)
+  haystack, _ = _needles(_prompt(tiny, sample))
+  *lines, last = [x for x in haystack.split("\n") if not _NEEDLE.match(x)]
+  assert set(lines) == {_FILLER} and _FILLER.startswith(last)
+
+  test = [" ".join(x.split()) for x in read_documents(assets.BOOKS_TEST)]
+  (sample,) = _draw("niah_single_2", tiny, 1000, 1)
+  haystack, _ = _needles(_prompt(tiny, sample))
+  before, after = re.split(rf" ?{_NEEDLE.pattern} ?", haystack)[::4]
+  assert any(f"{before} {after}".strip() in book for book in test)
+
+
+def test_variables_form_a_chain_of_four_hops(tiny):
+  for sample in _draw("vt", tiny, 1500, 5):
+    example, text = _prompt(tiny, sample).split("\n\nMemorize")
+    for part, letters in ((example, 3), (text, 5)):
+      first = re.findall(r"VAR (\w+) = (\d+)\n", part)
+      hops = re.findall(r"VAR (\w+) = VAR (\w+)\n", part)
+      assert len(first) == 1 and len(hops) == 4
+      names = [first[0][0]]
+      for name, source in hops:
+        assert source == names[-1]
+        names.append(name)
+      assert len(set(names)) == 5
+      assert all(re.fullmatch(f"[A-Z]{{{letters}}}", name) for name in names)
+      assert re.fullmatch(r"[1-9]\d{4}", first[0][1])
+      assert part.count(first[0][1]) == 3
+      noise = re.sub(r"VAR .*\n", "", part.split("\n\n")[1])
+      *lines, last, _ = noise.split("\n")
+      assert set(lines) == {_FILLER} and _FILLER.startswith(last)
+      if part is text:
+        assert list(sample.references) == names
+        assert tiny.decode(sample.answer_ids).split() == names
+        assert part.endswith("they are:")
+      else:
+        assert part.endswith(f"they are: {' '.join(names)}")
+        assert 300 < len(tiny.encode(part)) <= 500
+
+
+def _split_list(text):
+  """Returns the words of a numbered list, whose numbers count from 1."""
+  entries = re.findall(r"(\d+)\. ([a-z]+)", text)
+  assert " ".join(f"{n}. {w}" for n, w in entries) == text.strip()
+  assert [int(n) for n, _ in entries] == list(range(1, len(entries) + 1))
+  return [word for _, word in entries]
+
+
+@pytest.mark.parametrize(
+  "context_len, solved, repeats",
+  [(2000, (20, 3, 1), (6, 1)), (4096, (40, 10, 3), (30, 3))],
+)
+def test_ten_words_are_common(tiny, context_len, solved, repeats):
+  for sample in _draw("cwe", tiny, context_len, 3):
+    texts = _prompt(tiny, sample).split("Below is a numbered list")[1:]
+    assert len(texts) == 2
+    answers = [
+      texts[0].rpartition(":")[2],
+      tiny.decode(sample.answer_ids),
+    ]
+    for text, answer, (often, seldom) in zip(
+      texts, answers, (solved[1:], repeats), strict=True
+    ):
+      words = _split_list(text.split("\n")[1])
+      count = collections.Counter(words)
+      common = [w for w in dict.fromkeys(words) if count[w] == often]
+      assert _split_list(answer) == common and len(common) == 10
+      assert {count[w] for w in set(words) - set(common)} == {seldom}
+      if text is texts[0]:
+        assert len(count) == solved[0]
+      else:
+        assert list(sample.references) == common
+
+
+def test_three_coded_words_are_frequent(tiny):
+  for sample in _draw("fwe", tiny, 2000, 3):
+    text = _prompt(tiny, sample).split("coded words. ")[1].split("\n")[0]
+    (noise, dots), *others = collections.Counter(text.split()).most_common()
+    assert noise == "..."
+    assert all(re.fullmatch("[a-z]{6}", word) for word, _ in others)
+    assert len(others) < 2000 // 50
+    answer = re.split(r", and |, ", tiny.decode(sample.answer_ids).strip())
+    assert answer == list(sample.references) == [w for w, _ in others[:3]]
+    counts = [n for _, n in others]
+    assert counts[:4] == sorted(set(counts[:4]), reverse=True)
+    # Zipf's law with the exponent 2: counts go down as one over rank squared.
+    for rank, num in enumerate(counts[:5], start=2):
+      assert num == pytest.approx(counts[0] * 4 / rank**2, abs=1)
+    assert dots == pytest.approx(counts[0] * 4, rel=0.1)
+
+
+def test_a_segment_comes_twice_at_its_distance(tiny):
+  samples = _draw("copy", tiny, 1001, 40)
+  for sample in samples:
+    assert len(sample.answer_ids) == 120
+    ids = sample.prompt_ids + sample.answer_ids
+    assert len(ids) == 1001 and ids[0] == 1
+    assert ids[-128:] == ids[-128 - sample.distance :][:128]
+  found = {sample.distance for sample in samples}
+  assert found == {128, 256, 512, 1001 - 1 - 128}
+  assert {s.depth for s in samples if s.distance == max(found)} == {0}
+
+
 def test_ids_are_those_of_the_whole_text(words):
-  for name in tasks.TASKS:
+  for name in set(tasks.TASKS) - {"copy"}:  # Its segments begin anywhere.
     for sample in _draw(name, words, 3000, 2):
       text = _prompt(words, sample)
       answer = words.decode(sample.answer_ids).strip()
-      ids = words.encode(f"{text} {answer}")
       bos = [words.bos_id] * words.adds_bos
-      assert bos + ids == sample.prompt_ids + sample.answer_ids
-      assert bos + words.encode(text) == sample.prompt_ids
+      prompt, joint = words.encode_batch([text, f"{text} {answer}"])
+      assert bos + joint == sample.prompt_ids + sample.answer_ids
+      assert bos + prompt == sample.prompt_ids
 
 
 def test_samples_fill_the_context_to_the_sentence(words):
-  for context_len in (1000, 1001, 1002):
-    for sample in _draw("passkey", words, context_len, 5):
-      size = len(sample.prompt_ids) + len(sample.answer_ids)
-      longest = len(words.encode("There and back again.\n"))
-      assert context_len - longest <= size <= context_len
+  longest = len(words.encode("There and back again.\n"))
+  for name in ("passkey", "niah_single_1", "vt"):
+    for context_len in (2000, 2001, 2002):
+      for sample in _draw(name, words, context_len, 3):
+        size = len(sample.prompt_ids) + len(sample.answer_ids)
+        assert context_len - longest <= size <= context_len
+  for name in tasks.TASKS:
+    (sample,) = _draw(name, words, 3000, 1)
+    size = len(sample.prompt_ids) + len(sample.answer_ids)
+    assert 2500 < size <= 3000
 
 
 def test_samples_depend_on_their_number_alone(tiny):

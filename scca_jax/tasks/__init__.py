@@ -6,12 +6,26 @@ embedded text, whatever the tokenizer and the length; nothing is downloaded.
 
 import difflib
 
+from scca_jax.tasks import niah
+from scca_jax.tasks.copying import Copy
 from scca_jax.tasks.passkey import Passkey
 from scca_jax.tasks.task import DEPTHS, Sample, Task
+from scca_jax.tasks.variable_tracking import VariableTracking
+from scca_jax.tasks.word_extraction import CommonWords, FrequentWords
 
 __all__ = ["DEPTHS", "TASKS", "Sample", "Task", "get"]
 
-TASKS: dict[str, Task] = {task.name: task for task in (Passkey(),)}
+TASKS: dict[str, Task] = {
+  task.name: task
+  for task in (
+    Passkey(),
+    *niah.VARIANTS,
+    VariableTracking(),
+    CommonWords(),
+    FrequentWords(),
+    Copy(),
+  )
+}
 
 
 def get(name: str) -> Task:
@@ -23,8 +37,6 @@ def get(name: str) -> Task:
   if name in TASKS:
     return TASKS[name]
   nearest = difflib.get_close_matches(name, TASKS, n=1)
-  meant = f"did you mean {nearest[0]}?" if nearest else "use one of"
-  raise ValueError(
-    f"unknown task {name!r}: {meant}"
-    + ("" if nearest else f" {', '.join(TASKS)}.")
-  )
+  advice = f"did you mean {nearest[0]}?" if nearest else "use one of"
+  names = "" if nearest else f" {', '.join(TASKS)}."
+  raise ValueError(f"unknown task {name!r}: {advice}{names}")

@@ -40,13 +40,16 @@ class Passkey(Task):
       return prompts.Text(
         [
           _INSTRUCTION,
-          *haystacks.in_line(haystacks.filler(before)),
+          *haystacks.line(haystacks.filler(before)),
           needle,
-          *haystacks.in_line(haystacks.filler(after)),
+          *haystacks.line(haystacks.filler(after)),
           _QUESTION,
         ],
         f" {key}",
       )
 
-    text = prompts.fill(encoder, build, context_len, minimum=0, name=self.name)
-    return Sample(*encoder.encode(text), depth / 100, (key,))
+    num_sentences = prompts.most_units(
+      encoder, build, context_len, minimum=0, name=self.name
+    )
+    ids = encoder.encode(build(num_sentences))
+    return Sample(*ids, depth / 100, (key,))

@@ -178,15 +178,21 @@ def _after(part: str) -> str:
   return "A" if part[-1] == "\n" else " a"
 
 
-def fill(
+def listed(items: Sequence[str]) -> str:
+  """Returns `items` as a list in a sentence: a, b, and c."""
+  *others, last = items
+  return f"{', '.join(others)}, and {last}" if others else last
+
+
+def most_units(
   encoder: Encoder,
   build: Callable[[int], Text],
   context_len: int,
   *,
   minimum: int,
   name: str,
-) -> Text:
-  """Returns the longest text that fits a context.
+) -> int:
+  """Returns how many units make the longest text that fits a context.
 
   Args:
     encoder: Counts tokens.
@@ -222,4 +228,4 @@ def fill(
       low, low_size = guess, size
     else:
       high = guess
-  return build(low)
+  return low

@@ -25,12 +25,15 @@ class Sample:
     depth: How much of the context lies before what is asked for, from 0 to 1;
       None where that is in several places.
     references: The texts to be found in a generated answer.
+    distance: Tokens between what is asked for and the answer, in a task that is
+      scored by it.
   """
 
   prompt_ids: list[int]
   answer_ids: list[int]
   depth: float | None
   references: tuple[str, ...] = ()
+  distance: int | None = None
 
 
 class Task(abc.ABC):

@@ -1,0 +1,83 @@
+"""The loss on a segment that was there before, by how far back **[ours]**.
+
+A text is interrupted twice by the same segment of another text. What a model
+loses on the second, beyond the first few tokens that tell which segment it is,
+says whether it copies from that distance.
+"""
+
+import functools
+
+import numpy as np
+
+from scca_jax.tasks import haystacks, prompts
+from scca_jax.tasks.task import Sample, Task
+
+_SEGMENT_LEN = 128
+# Tokens of the second segment that are given.
+_NUM_GIVEN = 8
+
+
+class Copy(Task):
+  """A segment twice, 128, 256, 512, … tokens apart, or as far as there is room.
+
+  Its score is the loss; that all 120 tokens are the most likely ones is rare.
+  """
+
+  name = "copy"
+  max_new_tokens = _SEGMENT_LEN - _NUM_GIVEN
+
+  def draw(
+    self,
+    encoder: prompts.Encoder,
+    context_len: int,
+    depth: int,
+    rng: np.random.Generator,
+  ) -> Sample:
+    """Returns a sample; `depth` chooses among the distances."""
+    begin = len(encoder.bos)
+    farthest = context_len - begin - _SEGMENT_LEN
+    if farthest < _SEGMENT_LEN:
+      raise ValueError(
+        f"{self.name} needs a context_len of at least"
+        f" {begin + 2 * _SEGMENT_LEN:,} tokens, got {context_len:,}."
+      )
+    distances = [farthest]
+    while (near := _SEGMENT_LEN << len(distances) - 1) < farthest:
+      distances.insert(1, near)
+    distance = distances[depth * len(distances) // 101]
+    books = _books(encoder)
+    book, other = rng.permutation(len(books))[:2]
+    segment = _part(books[other], _SEGMENT_LEN, rng)
+    text = _part(books[book], farthest - _SEGMENT_LEN, rng)
+    place = farthest - distance
+    ids = [
+      *encoder.bos,
+      *text[:place],
+      *segment,
+      *text[place:],
+      *segment,
+    ]
+    num_answers = _SEGMENT_LEN - _NUM_GIVEN
+    return Sample(
+      ids[:-num_answers],
+      ids[-num_answers:],
+      place / max(farthest - _SEGMENT_LEN, 1),
+      (encoder.tokenizer.decode(ids[-num_answers:]),),
+      distance,
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _books(encoder: prompts.Encoder) -> list[np.ndarray]:
+  """Returns the ids of each test book."""
+  return [
+    np.asarray(ids, np.int32)
+    for ids in encoder.tokenizer.encode_batch(haystacks.books())
+  ]
+
+
+def _part(
+  ids: np.ndarray, num_tokens: int, rng: np.random.Generator
+) -> list[int]:
+  """Returns so many ids from a random place on, the start behind the end."""
+  return np.resize(np.roll(ids, -rng.integers(len(ids))), num_tokens).tolist()
