@@ -14,9 +14,19 @@ import importlib.util
 import runpy
 import sys
 
+import hypothesis
 import jax
 import pytest
 from absl import flags
+
+# The same examples every time, so that a change is to blame for what fails;
+# `--hypothesis-profile=long` draws ten times as many, new ones each time. A
+# test whose examples are expensive takes a share of `max_examples`.
+hypothesis.settings.register_profile(
+  "fast", max_examples=100, deadline=None, derandomize=True
+)
+hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
+hypothesis.settings.load_profile("fast")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -190,7 +190,9 @@ def _heads():
 
 
 @implementations
-@hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
+@hypothesis.settings(
+  max_examples=hypothesis.settings.default.max_examples // 25
+)
 @hypothesis.given(
   heads=st.lists(_heads(), min_size=3, max_size=3),
   rule=st.sampled_from(list(RULES)),

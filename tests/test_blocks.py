@@ -82,7 +82,7 @@ def _heads(draw):
   )
 
 
-@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=3 * hypothesis.settings.default.max_examples)
 @hypothesis.given(
   head=_heads(),
   boundary=st.sampled_from(patterns.BOUNDARIES),

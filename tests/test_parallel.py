@@ -186,7 +186,9 @@ def _heads():
   )
 
 
-@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
+@hypothesis.settings(
+  max_examples=hypothesis.settings.default.max_examples // 16
+)
 @hypothesis.given(
   heads=st.lists(_heads(), min_size=6, max_size=6),
   num_pieces=st.sampled_from([2, 4]),

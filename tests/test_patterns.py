@@ -75,7 +75,7 @@ MODES = st.sampled_from(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(
   st.lists(head_patterns(), min_size=1, max_size=4), MODES, st.integers(1, 14)
 )
@@ -98,7 +98,6 @@ def named_patterns(draw):
   )
 
 
-@settings(deadline=None, max_examples=100)
 @given(named_patterns())
 def test_no_query_of_a_named_pattern_sees_the_future(drawn):
   pattern, n = drawn
@@ -194,7 +193,6 @@ def test_flow_shifts_are_spread_and_rotate():
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6))
-@settings(deadline=None, max_examples=60)
 def test_heads_together_cover_every_earlier_token(num_heads, w, m):
   for n in (m * w, m * w - w + 1):
     together = patterns.scca_flow(num_heads, w, m).visible(n).any(0)
@@ -609,13 +607,11 @@ def drawn_layers(draw):
   return tuple(draw(st.lists(st.sampled_from(pool), min_size=1, max_size=6)))
 
 
-@settings(deadline=None, max_examples=150)
 @given(drawn_layers())
 def test_text_is_the_inverse_of_parse(layers):
   _round_trip(layers)
 
 
-@settings(deadline=None, max_examples=100)
 @given(
   st.integers(1, 12),
   st.integers(1, 20),
@@ -635,7 +631,6 @@ def test_flow_is_always_recognised(num_heads, w, m, rotate, interleaved):
   )
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.text(max_size=30) | st.from_regex(r"(mix|layers)\(.{0,20}\)"))
 def test_no_string_breaks_the_parser(text):
   try:
