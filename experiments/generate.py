@@ -22,6 +22,7 @@ from scca_jax import (
   atomic_file,
   convert,
   dispatch,
+  documents,
   generation,
   patterns,
   tokenizer,
@@ -102,6 +103,7 @@ def _check_flags() -> None:
         f"--{flag.name}=training needs the --adapter that was trained."
       )
   dispatch.check_implementation(_IMPLEMENTATION.value)
+  documents.check_text("--prompt", _PROMPT.value or "")
   for flag in (_MODEL, _ADAPTER, _TOKENIZER, _PROMPTS):
     if flag.value is not None and not pathlib.Path(flag.value).exists():
       raise FileNotFoundError(f"--{flag.name}={flag.value} is not there.")
@@ -112,32 +114,15 @@ def _check_flags() -> None:
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
-  """Returns the prompts of a file.
+  """Returns the prompts of a file, one a line; see `documents.read_documents`.
 
   Raises:
+    FileNotFoundError: There is no such file.
     ValueError: It is of another kind, damaged or empty.
   """
-  if path.suffix not in (".jsonl", ".txt") or path.is_dir():
-    raise ValueError(f"--prompts must be a .jsonl or .txt file, got {path}.")
-  try:
-    lines = path.read_text(encoding="utf-8").splitlines()
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is not UTF-8: {error}.") from error
-  prompts = []
-  for number, line in enumerate(lines, start=1):
-    if not line.strip():
-      continue
-    if path.suffix == ".txt":
-      prompts.append(line)
-      continue
-    try:
-      entry = json.loads(line)
-    except ValueError as error:
-      raise ValueError(f"{path}, line {number}: no JSON ({error}).") from error
-    text = entry.get("prompt") if isinstance(entry, dict) else None
-    if not isinstance(text, str):
-      raise ValueError(f"{path}, line {number} has no text in field 'prompt'.")
-    prompts.append(text)
+  prompts = list(
+    documents.read_documents(path, text_field="prompt", by_line=True)
+  )
   if not prompts:
     raise ValueError(f"{path} has no prompt.")
   return prompts

@@ -100,17 +100,21 @@ def read_documents(
   path: str | os.PathLike[str],
   *,
   text_field: str = "text",
+  by_line: bool = False,
   on_read: Callable[[int], object] | None = None,
 ) -> Iterator[str]:
   """Yields the text of every document of a file or folder.
 
   A `.txt` is one document, a line of a `.jsonl` another; blank lines of the
   latter are passed over. The text is kept as it is, line ends included; only a
-  byte order mark at the start of a file goes.
+  byte order mark at the start of a file goes. A line ends at LF or CRLF, not
+  at the other characters that Unicode counts as line breaks.
 
   Args:
     path: See `document_files`.
     text_field: Name of the field that holds the text, in `.jsonl`.
+    by_line: Makes each line of a `.txt` a document too, without its line end;
+      blank lines are passed over.
     on_read: Called with the number of stored bytes read since the last call.
 
   Raises:
@@ -119,15 +123,17 @@ def read_documents(
       lacks the field or is damaged. The message names file and line.
   """
   for file in document_files(path):
-    yield from _read_file(file, text_field, on_read)
+    yield from _read_file(file, text_field, by_line, on_read)
 
 
 def _read_file(
   path: pathlib.Path,
   text_field: str,
+  by_line: bool,
   on_read: Callable[[int], object] | None,
 ) -> Iterator[str]:
   kind, compression = _suffixes(path)
+  whole = kind == ".txt" and not by_line
   with open(path, "rb") as stored:
     # Some readers take nothing for a whole archive of nothing.
     if compression and not stored.peek(1):
@@ -140,13 +146,17 @@ def _read_file(
     elif compression == ".zst":
       stream = io.BufferedReader(_ZstdReader(stored), _BUFFER_BYTES)
     read = 0
-    for where, content in _pieces(path, stream, whole=kind == ".txt"):
+    for where, content in _pieces(path, stream, whole=whole):
       if on_read is not None:
         on_read(stored.tell() - read)
         read = stored.tell()
-      if kind == ".txt":
+      if whole:
         yield _decode(where, content)
-      elif content.strip():
+      elif not content.strip():
+        continue
+      elif kind == ".txt":
+        yield _decode(where, content.removesuffix(b"\n").removesuffix(b"\r"))
+      else:
         yield _json_text(where, content, text_field)
     if on_read is not None:
       on_read(stored.tell() - read)
@@ -206,11 +216,24 @@ def _json_text(where: str, content: bytes, text_field: str) -> str:
     raise ValueError(
       f"{where}: the field {text_field!r} is {type(text).__name__}, not text."
     )
+  check_text(where, text)
+  return text
+
+
+def check_text(name: str, text: str) -> None:
+  """Checks that a text can be encoded: JSON and flags can hold what cannot.
+
+  Args:
+    name: What the message calls it.
+    text: The text.
+
+  Raises:
+    ValueError: It has half a surrogate pair.
+  """
   try:
     text.encode()
   except UnicodeEncodeError as error:
     raise ValueError(
-      f"{where}: half a surrogate pair, U+{ord(text[error.start]):04X}, is no"
-      " character."
+      f"{name}: half a surrogate pair, U+{ord(text[error.start]):04X}, is not a"
+      " character: take it out."
     ) from error
-  return text

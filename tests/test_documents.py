@@ -104,6 +104,21 @@ def test_blank_lines_and_byte_order_marks_are_no_text(tmp_path):
   assert list(documents.read_documents(path)) == ["a"]
 
 
+def test_lines_may_be_documents(tmp_path):
+  # Only LF and CRLF end a line: str.splitlines() knows eight more.
+  lines = ["one\x0cpage", "", "two\u2028three\x85 ", "  \t", "four\rfive"]
+  path = tmp_path / "lines.txt"
+  for end in ("\n", "\r\n"):
+    path.write_bytes(b"\xef\xbb\xbf" + end.join(lines).encode())
+    found = list(documents.read_documents(path, by_line=True))
+    assert found == [lines[0], lines[2], lines[4]]
+  path = tmp_path / "lines.jsonl"
+  path.write_text(
+    json.dumps({"text": lines[2]}, ensure_ascii=False) + "\n", "utf-8"
+  )
+  assert list(documents.read_documents(path, by_line=True)) == [lines[2]]
+
+
 def test_the_text_may_be_in_another_field(tmp_path):
   path = tmp_path / "books.jsonl"
   path.write_text('{"content": "a", "text": "b"}')

@@ -89,6 +89,7 @@ def test_the_training_pattern_can_be_asked_for(run_command, capsys, tmp_path):
     (("--prompt=a", "--prompts=b.txt"), "--prompt=TEXT or --prompts=FILE"),
     (("--prompts=none.txt",), "none.txt"),
     (("--prompt=a", "--model=none"), "none"),
+    (("--prompt=a\udcff",), "--prompt: half a surrogate pair, U+DCFF"),
     (("--prompt=a", "--temperature=-1"), "temperature"),
     (("--prompt=a", "--top_p=2"), "top_p"),
     (("--prompt=a", "--max_new_tokens=0"), "max_new_tokens"),
@@ -107,11 +108,12 @@ def test_bad_flags_end_in_one_line(run_command, capsys, args, said):
 @pytest.mark.parametrize(
   ("name", "content", "said"),
   [
-    ("p.jsonl", b'{"text": "a"}\n', "line 1 has no text in field 'prompt'"),
-    ("p.jsonl", b"{\n", "line 1: no JSON"),
+    ("p.jsonl", b'{"text": "a"}\n', "line 1: no field 'prompt' (text)"),
+    ("p.jsonl", b"{\n", "line 1: not JSON"),
+    ("p.jsonl", b'{"prompt": "a\\ud800"}', "line 1: half a surrogate pair"),
     ("p.txt", b"\n \n", "no prompt"),
     ("p.txt", b"\xff\xfe", "not UTF-8"),
-    ("p.csv", b"a", ".jsonl or .txt"),
+    ("p.csv", b"a", ".txt or .jsonl"),
   ],
 )
 def test_bad_prompts_end_in_one_line(
