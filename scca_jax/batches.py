@@ -128,8 +128,9 @@ def make_batches(
       process of a run over several hosts.
 
   Raises:
-    ValueError: A setting is out of range, the corpus is shorter than a
-      window, or document ends are wanted and not known.
+    ValueError: A setting is out of range, the corpus is shorter than a window
+      of "concatenate", or for "packed" document ends are not known or there is
+      no target.
   """
   if packing not in PACKINGS:
     raise ValueError(
@@ -153,12 +154,6 @@ def make_batches(
   if not 0 <= shard_index < num_shards:
     raise ValueError(
       f"shard_index={shard_index} is outside 0 to {num_shards - 1}."
-    )
-  if len(token_file) < seq_len + 1:
-    raise ValueError(
-      f"{token_file.name} has {len(token_file)} tokens, a window of"
-      f" seq_len={seq_len} and its last target take {seq_len + 1}: give more"
-      " text or a shorter seq_len."
     )
   if packing == "packed":
     windows = _PackedWindows(token_file, seq_len)
@@ -200,6 +195,12 @@ class _ConcatenatedWindows:
   """Windows of a corpus that meet but do not overlap, by number."""
 
   def __init__(self, token_file: TokenFile, seq_len: int, seed: int):
+    if len(token_file) < seq_len + 1:
+      raise ValueError(
+        f"{token_file.name} has {len(token_file)} tokens, a window of"
+        f" seq_len={seq_len} and its last target take {seq_len + 1}: give more"
+        " text or a shorter seq_len."
+      )
     self._tokens = token_file.tokens
     self._seq_len = seq_len
     # The last token is a target only.
@@ -234,8 +235,12 @@ class _PackedWindows:
         " the token file with experiments.prepare_data, or take"
         " packing='concatenate'."
       )
+    if np.max(np.diff(token_file.document_ends, prepend=0)) < 2:
+      raise ValueError(
+        f"no document of {token_file.name} has two tokens: there is nothing to"
+        " predict."
+      )
     self._tokens = token_file.tokens
-    self._ends = token_file.document_ends
     self._seq_len = seq_len
     self._windows = _best_fit(token_file.document_ends, seq_len)
 

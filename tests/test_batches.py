@@ -233,6 +233,18 @@ def test_a_packed_window_by_hand():
   }
 
 
+def test_a_packed_corpus_may_be_shorter_than_a_window():
+  batch = next(
+    make_batches(
+      _corpus(3, 2), seq_len=8, batch_size=1, seed=0, packing="packed"
+    )
+  )
+  assert batch["tokens"].tolist() == [[1, 2, 3, 4, 5, 0, 0, 0]]
+  assert batch["targets"].tolist() == [[2, 3, 0, 5, 0, 0, 0, 0]]
+  assert batch["mask"].tolist() == [[1, 1, 0, 1, 0, 0, 0, 0]]
+  assert batch["segment_ids"].tolist() == [[1, 1, 1, 2, 2, 0, 0, 0]]
+
+
 @pytest.mark.parametrize("draw", range(8))
 def test_packed_windows_keep_documents_apart(draw):
   random = np.random.default_rng(draw)
@@ -299,6 +311,10 @@ def test_packed_windows_keep_documents_apart(draw):
     (
       {"token_file": _corpus(50, known=False), "packing": "packed"},
       "needs the document ends of the corpus",
+    ),
+    (
+      {"token_file": _corpus(1, 1, 1), "packing": "packed"},
+      "no document of the corpus has two tokens",
     ),
   ],
 )
