@@ -168,6 +168,9 @@ def _run_one(
     raise NotImplementedError(
       f"{name} does not work with jax {jax.__version__}: {error}."
     ) from error
+  pattern = args[3]
+  if name != "reference" and any(head.is_union for head in pattern.heads):
+    raise NotImplementedError(f"{name} does not serve own_chunk and sinks.")
   output, log_sum = module.attention(*args, **kwargs)
   if log_sum is None and needs_log_sum:
     raise NotImplementedError(f"{name} gives no log-sum-exp.")

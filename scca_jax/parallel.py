@@ -939,6 +939,10 @@ def attention(
   """
   patterns = dispatch.members(pattern)
   dispatch.check(query, key, value, patterns, segment_ids)
+  if any(head.is_union for one in patterns for head in one.heads):
+    raise NotImplementedError(
+      "attention over a mesh does not serve own_chunk and sinks."
+    )
   results = [
     _run_one(
       query,

@@ -11,6 +11,7 @@ and values are moved `s` tokens towards the end, so that slot `i` holds key
     0 <= (p - k - s) / r < window                 (if there is a window)
     p mod r == select                             (if the head selects queries)
 
+A union head also sees its own chunk, unshifted, or the first tokens, the sinks.
 Nothing wraps round: a slot without a key is empty. The names are those of SCCA
 (arXiv 2312.07305), LongLoRA (arXiv 2309.12307), LongNet (arXiv 2307.02486) and
 DiNAT (arXiv 2209.15001). The full text of the SCCA paper was not available;
@@ -76,6 +77,10 @@ class HeadPattern:
     window: How many of the nearest slots are kept; None keeps all.
     select: Only queries with `p mod dilation == select` are served, the others
       get 0 (LongNet); None serves all.
+    own_chunk: Whether the head also sees its own chunk, neither shifted nor
+      dilated (own choice).
+    sinks: The head also sees that many tokens at the start of the sequence, or
+      of the query's segment (own choice; arXiv 2309.17453 names them).
   """
 
   chunk_size: int | None = None
@@ -84,6 +89,8 @@ class HeadPattern:
   dilation: int = 1
   window: int | None = None
   select: int | None = None
+  own_chunk: bool = False
+  sinks: int = 0
 
   def __post_init__(self):
     for name, least in (
@@ -93,9 +100,10 @@ class HeadPattern:
       ("dilation", 1),
       ("window", 1),
       ("select", 0),
+      ("sinks", 0),
     ):
       value = getattr(self, name)
-      if value is not None or name in ("offset", "shift", "dilation"):
+      if value is not None or getattr(HeadPattern, name) is not None:
         object.__setattr__(self, name, _check_int(name, value, least))
     if self.offset and self.chunk_size is None:
       raise ValueError(
@@ -105,6 +113,22 @@ class HeadPattern:
       raise ValueError(
         f"select={self.select} must be below dilation={self.dilation}."
       )
+    if not isinstance(self.own_chunk, bool):
+      raise ValueError(
+        f"own_chunk must be True or False, got {self.own_chunk!r}."
+      )
+    if self.own_chunk and self.chunk_size is None:
+      raise ValueError("own_chunk=True needs chunks: give a chunk_size.")
+    if self.is_union and self.select is not None:
+      raise ValueError(
+        f"select={self.select} leaves queries out, and own_chunk or sinks would"
+        " serve them: use one or the other."
+      )
+
+  @property
+  def is_union(self) -> bool:
+    """Whether the head sees its own chunk or sinks beside its first part."""
+    return self.own_chunk or self.sinks > 0
 
   def __repr__(self) -> str:
     settings = (
@@ -174,6 +198,7 @@ class HeadPattern:
     *,
     boundary: Boundary = "drop",
     causality: Causality = "position",
+    starts: Any = 0,
   ) -> Any:
     """Marks the pairs of positions in which the query sees the key.
 
@@ -186,6 +211,9 @@ class HeadPattern:
       seq_len: Length of the sequence, which a cyclic roll depends on.
       boundary: See `AttentionPattern`.
       causality: See `AttentionPattern`.
+      starts: Where the segment of each key starts; it broadcasts with `keys`.
+        Sinks are counted from there. That segments do not see each other is
+        up to the caller.
 
     Returns:
       A boolean array of the broadcast shape.
@@ -205,10 +233,17 @@ class HeadPattern:
         keys <= queries,
       )
 
-    if boundary == "drop" or self.shift == 0:
-      return shifted(self.shift)
-    falls_back = self.falls_back(queries)
-    return (shifted(0) & falls_back) | (shifted(self.shift) & ~falls_back)
+    seen = shifted(self.shift)
+    if boundary == "local" and self.shift:
+      falls_back = self.falls_back(queries)
+      seen = (shifted(0) & falls_back) | (seen & ~falls_back)
+    if self.own_chunk:
+      seen = seen | HeadPattern(
+        chunk_size=self.chunk_size, offset=self.offset
+      ).seen(queries, keys, seq_len)
+    if self.sinks:
+      seen = seen | ((keys <= queries) & (keys - starts < self.sinks))
+    return seen
 
   def num_keys(
     self,
@@ -236,6 +271,7 @@ class HeadPattern:
         shift[self.falls_back(queries)] = 0
       # As slots: keys from 0 to the query itself.
       lowest, highest = shift, places + shift
+    start = np.zeros_like(places)
     if self.chunk_size is not None:
       start = (places - offset) // self.chunk_size * self.chunk_size + offset
       lowest = np.maximum(lowest, start)
@@ -243,13 +279,26 @@ class HeadPattern:
     if self.window is not None:
       lowest = np.maximum(lowest, places - (self.window - 1) * self.dilation)
       highest = np.minimum(highest, places)
-    # Slots of the query's residue in [lowest, highest].
-    counts = (highest - places) // self.dilation - (
-      lowest - 1 - places
-    ) // self.dilation
-    counts = np.maximum(counts, 0)
+
+    def count(first: Any, last: Any) -> np.ndarray:
+      """Counts the slots of the query's residue in [first, last]."""
+      counts = (last - places) // self.dilation
+      return np.maximum(counts - (first - 1 - places) // self.dilation, 0)
+
+    counts = count(lowest, highest)
     if self.select is not None:
       counts[queries % self.dilation != self.select] = 0
+    if not self.is_union:
+      return counts
+    # The two other parts are keys [first, query] and [0, last], which are
+    # counted, less what the first part has of them: as slots, shifted.
+    first = np.maximum(start, 0) if self.own_chunk else queries + 1
+    last = np.minimum(self.sinks - 1, queries)
+    for low, high in ((first, queries), (0, np.minimum(last, first - 1))):
+      counts += np.maximum(high - low + 1, 0)
+      counts -= count(
+        np.maximum(lowest, low + shift), np.minimum(highest, high + shift)
+      )
     return counts
 
 
@@ -287,6 +336,11 @@ class AttentionPattern:
         'boundary="local" has no meaning with causality="slot", which wraps'
         ' round: use boundary="drop".'
       )
+    if self.causality == "slot" and any(head.is_union for head in self.heads):
+      raise ValueError(
+        'causality="slot" masks rolled keys by slot, which own_chunk and sinks'
+        ' have none of: use causality="position".'
+      )
 
   def __repr__(self) -> str:
     runs = [
@@ -317,13 +371,16 @@ class AttentionPattern:
       groups[head] = (*groups.get(head, ()), index)
     return groups
 
-  def seen(self, queries: Any, keys: Any, seq_len: int) -> Any:
+  def seen(
+    self, queries: Any, keys: Any, seq_len: int, *, starts: Any = 0
+  ) -> Any:
     """Marks the pairs of positions in which the query sees the key.
 
     Args:
       queries: Positions, an integer array of numpy or jax (also traced).
       keys: Positions; it broadcasts with `queries`.
       seq_len: Length of the sequence, in tokens.
+      starts: Where the segment of each key starts; see `HeadPattern.seen`.
 
     Returns:
       A boolean array `[heads, *broadcast]`, of the library of the inputs.
@@ -335,11 +392,14 @@ class AttentionPattern:
         seq_len,
         boundary=self.boundary,
         causality=self.causality,
+        starts=starts,
       )
       for head in self.head_groups()
     }
     library = (queries - keys).__array_namespace__()
-    return library.stack([of_head[head] for head in self.heads])
+    return library.stack(
+      library.broadcast_arrays(*(of_head[head] for head in self.heads))
+    )
 
   def visible(self, seq_len: int) -> np.ndarray:
     """Returns the mask, numpy bool `[heads, query seq, key seq]`."""
@@ -569,7 +629,12 @@ def scca_fixed(
 
 @_named("chunk_size", "num_chunks")
 def scca_flow(
-  num_heads: int, chunk_size: int, num_chunks: int, rotate: int = 0
+  num_heads: int,
+  chunk_size: int,
+  num_chunks: int,
+  rotate: int = 0,
+  own_chunk: bool = False,
+  sinks: int = 0,
 ) -> AttentionPattern:
   """Returns SCCA flow: each head has a shift of its own (arXiv 2312.07305).
 
@@ -582,6 +647,8 @@ def scca_flow(
     chunk_size: Tokens.
     num_chunks: Chunks at the training length.
     rotate: Chunks added to every shift, for layers that differ.
+    own_chunk: Whether every head also sees its own chunk (own choice).
+    sinks: Tokens at the start that every head also sees (own choice).
   """
   _check_sizes(
     num_heads=num_heads, chunk_size=chunk_size, num_chunks=num_chunks
@@ -591,8 +658,45 @@ def scca_flow(
     HeadPattern(
       chunk_size=chunk_size,
       shift=(h * num_chunks // num_heads + rotate) % num_chunks * chunk_size,
+      own_chunk=own_chunk,
+      sinks=sinks,
     )
     for h in range(num_heads)
+  )
+  return AttentionPattern(heads)
+
+
+@_named("chunk_size", "num_chunks", num_chunks=8)
+def scca_near(
+  num_heads: int,
+  chunk_size: int,
+  num_chunks: int,
+  sinks: int = 0,
+  rotate: int = 0,
+) -> AttentionPattern:
+  """Returns heads that see their own chunk and one further back (own choice).
+
+  Head `h` also sees the chunk that is `1 + (h (num_chunks - 1) // num_heads +
+  rotate) mod (num_chunks - 1)` before its own. With at least `num_chunks - 1`
+  heads, and no more tokens than `num_chunks * chunk_size`, the heads together
+  see every earlier token.
+
+  Args:
+    num_heads: Query heads.
+    chunk_size: Tokens.
+    num_chunks: Chunks at the training length.
+    sinks: Tokens at the start that every head also sees.
+    rotate: Chunks added to every shift, for layers that differ.
+  """
+  _check_sizes(
+    num_heads=num_heads, chunk_size=chunk_size, num_chunks=num_chunks
+  )
+  far = scca_flow(
+    num_heads, chunk_size, max(num_chunks - 1, 1), rotate, True, sinks
+  )
+  heads = tuple(
+    dataclasses.replace(head, shift=head.shift + chunk_size)
+    for head in far.heads
   )
   return AttentionPattern(heads)
 
@@ -992,12 +1096,13 @@ def parse(
   The string is a name of this module, such as `scca_fixed`, or a call with
   arguments by name, such as `longmixed(chunk_size=2048, dilations=(2, 4, 8))`.
   Nothing but literals is evaluated. Sizes left out follow from `seq_len`:
-  `chunk_size` is a quarter of it, `window` a chunk, `num_chunks` and
-  `dilation` the number of chunks.
+  `chunk_size` is a quarter of it (in `scca_near` an eighth), `window` a chunk,
+  `num_chunks` and `dilation` the number of chunks.
 
   * Every form takes `boundary=` and `causality=`, which hold for the forms in
     it too, and `interleaved=True` (see `AttentionPattern`).
-  * `scca_flow` takes `rotate="layer"`: one chunk more in each layer.
+  * `scca_flow` and `scca_near` take `rotate="layer"`: one chunk more in each
+    layer.
   * `mix(A, B, heads=(4, 5))` gives the heads to several patterns in sequence.
   * `mixture(A, B)` lets every head attend by both (see `Mixture`).
   * `layers(A, B)` gives layer `l` pattern `l mod 2`; with `dense=(3, 11)`
@@ -1066,7 +1171,8 @@ def _flow_rotations(shifts: Sequence[int]) -> Iterator[tuple[int, int]]:
   spread = drops[0] if drops else shifts[-1] - shifts[0]
   few = max(heads - 1, 1)
   lowest = max(max(shifts) + 1, (spread - 1) * heads // few)
-  for num_chunks in range(lowest, (spread + 2) * heads // few + 2):
+  highest = max(lowest, (spread + 2) * heads // few + 1)
+  for num_chunks in range(lowest, highest + 1):
     yield num_chunks, shifts[0]
 
 
@@ -1096,6 +1202,17 @@ def _constructions(
       {"dilation": dilation, "chunk_size": chunk_size, "window": window},
     )
     shifts = [head.shift // chunk_size for head in heads]
+    sinks = last.sinks or None
+    for num_chunks, rotate in _flow_rotations([shift - 1 for shift in shifts]):
+      yield (
+        "scca_near",
+        {
+          "chunk_size": chunk_size,
+          "num_chunks": num_chunks + 1,
+          "sinks": sinks,
+          "rotate": rotate or None,
+        },
+      )
     for num_chunks, rotate in _flow_rotations(shifts):
       yield (
         "scca_flow",
@@ -1103,6 +1220,8 @@ def _constructions(
           "chunk_size": chunk_size,
           "num_chunks": num_chunks,
           "rotate": rotate or None,
+          "own_chunk": last.own_chunk or None,
+          "sinks": sinks,
         },
       )
   if first.chunk_size is not None:

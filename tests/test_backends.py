@@ -26,7 +26,7 @@ RULES = {
 }
 # Named patterns that each rule means something for.
 NAMED = {
-  "drop": patterns.NAMES,
+  "drop": tuple(name for name in patterns.NAMES if name != "scca_near"),
   "local": ("scca_fixed", "scca_flow", "sda", "longmixed"),
   "slot": ("dense", "s2", "scca_fixed", "scca_flow", "dna", "dilated"),
 }

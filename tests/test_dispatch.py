@@ -17,8 +17,18 @@ SEQ_LEN, HEADS = 13, 4
 NAMED = [
   patterns.make(name, num_heads=HEADS, seq_len=SEQ_LEN, boundary=boundary)
   for name in patterns.NAMES
+  if name != "scca_near"
   for boundary in patterns.BOUNDARIES
 ]
+UNION = patterns.mix(
+  patterns.scca_near(2, 4, 4, sinks=2),
+  patterns.AttentionPattern(
+    (
+      patterns.HeadPattern(chunk_size=4, shift=2, own_chunk=True),
+      patterns.HeadPattern(dilation=2, shift=1, window=2, sinks=3),
+    )
+  ),
+)
 # Those that run anywhere.
 EVERYWHERE = ("xla", "reference")
 implementations = pytest.mark.parametrize("implementation", EVERYWHERE)
@@ -180,6 +190,8 @@ def _leaks(pattern, implementation):
 @pytest.mark.parametrize("boundary", patterns.BOUNDARIES)
 def test_no_gradient_comes_from_the_future(implementation, boundary):
   heads = tuple(head for pattern in NAMED for head in pattern.heads)
+  if implementation == "reference":
+    heads += UNION.heads
   # Four heads at a time would be a compilation each: all at once.
   pattern = patterns.AttentionPattern(heads, boundary)
   query, key, value = _inputs(heads=len(heads), kv_heads=len(heads) // 2)
@@ -345,3 +357,37 @@ def test_implementations_that_lack_a_log_sum_exp_are_not_asked_for_one(
     ):
       with pytest.raises(NotImplementedError, match="no log-sum-exp"):
         call()
+
+
+def test_sinks_are_the_first_tokens_of_each_segment():
+  query, key, value = _inputs()
+  ids = np.array([[1] * 6 + [2] * 5 + [0] * 2, [3] * 4 + [1] * 9])
+  output, log_sum = _jitted(
+    query, key, value, UNION, segment_ids=ids, implementation="reference"
+  )
+  for row, bounds in enumerate(([0, 6, 11], [0, 4, 13])):
+    for first, last in zip(bounds, bounds[1:], strict=False):
+      seen = np.zeros((HEADS, SEQ_LEN, SEQ_LEN), bool)
+      for h, head in enumerate(UNION.heads):
+        for p in range(first, last):
+          for k in range(first, p + 1):
+            plain = dataclasses.replace(head, sinks=0).seen(
+              np.array(p), np.array(k), SEQ_LEN
+            )
+            seen[h, p, k] = plain or k - first < head.sinks
+      expected = _by_hand(
+        *(x[row : row + 1] for x in (query, key, value)), seen, 8**-0.5
+      )
+      span = slice(first, last)
+      for a, b in zip((output, log_sum), expected, strict=True):
+        np.testing.assert_allclose(a[row, span], b[0, span], atol=2e-6)
+  assert not np.any(output[0, 11:])
+
+
+@pytest.mark.parametrize("name", ["xla", "cudnn", "triton", "mosaic"])
+def test_back_ends_refuse_unions_that_they_do_not_serve(name):
+  query, key, value = _inputs()
+  gpu = target.Target("gpu", "a GPU", (9, 0), 132)
+  with target.compile_for(gpu):
+    with pytest.raises(NotImplementedError, match="own_chunk and sinks"):
+      scca_jax.attention(query, key, value, UNION, implementation=name)

@@ -95,6 +95,7 @@ def _named(boundary="drop", num_heads=4, seq_len=SEQ):
         **({"window": 7} if name in ("sliding", "dna") else {}),
       )
       for name in patterns.NAMES
+      if name != "scca_near"
     )
   )
 

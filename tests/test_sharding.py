@@ -49,6 +49,7 @@ PATTERN = patterns.mix(
       **({"dilation": 2} if name in ("sda", "dna", "dilated") else {}),
     )
     for name in patterns.NAMES
+    if name != "scca_near"
   )
 )
 

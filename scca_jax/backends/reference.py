@@ -9,6 +9,23 @@ import jax.numpy as jnp
 from scca_jax.patterns import AttentionPattern
 
 
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
+  """Returns the position at which each token's segment starts.
+
+  A segment is a run of equal ids.
+
+  Args:
+    segment_ids: Integers `[batch, seq]`.
+
+  Returns:
+    An int32 array `[batch, seq]`.
+  """
+  begins = segment_ids[:, 1:] != segment_ids[:, :-1]
+  places = jnp.where(begins, jnp.arange(1, segment_ids.shape[1]), 0)
+  places = jnp.pad(places.astype(jnp.int32), ((0, 0), (1, 0)))
+  return jax.lax.cummax(places, axis=1)
+
+
 def attention(
   query: jax.Array,
   key: jax.Array,
@@ -21,15 +38,24 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output and the log-sum-exp; see `scca_jax.attention`.
 
-  Memory and time grow with `seq * kv_seq`, whatever the pattern.
+  Memory and time grow with `seq * kv_seq`, whatever the pattern. Segments are
+  contiguous: one whose id appears again later starts again there, sinks too.
   """
   seq_len, kv_len = query.shape[1], key.shape[1]
   group_size = query.shape[2] // key.shape[2]
   key = jnp.repeat(key, group_size, axis=2)
   value = jnp.repeat(value, group_size, axis=2)
   queries = jnp.arange(seq_len) + query_offset
-  seen = pattern.seen(queries[:, None], jnp.arange(kv_len)[None, :], kv_len)
-  seen = seen[None]  # [1, heads, seq, kv_seq]
+  starts = jnp.zeros((1, kv_len), jnp.int32)
+  if segment_ids is not None and any(head.sinks for head in pattern.heads):
+    starts = segment_starts(segment_ids)
+  seen = pattern.seen(
+    queries[None, :, None],
+    jnp.arange(kv_len)[None, None, :],
+    kv_len,
+    starts=starts[:, None, :],
+  )
+  seen = seen.swapaxes(0, 1)  # [batch or 1, heads, seq, kv_seq]
   accumulator = jnp.promote_types(query.dtype, jnp.float32)
   if segment_ids is not None:
     of_query = jax.lax.dynamic_slice_in_dim(
