@@ -1,13 +1,20 @@
 """Evaluation tasks: what their prompts hold, checked in the decoded text."""
 
 import collections
+import dataclasses
+import functools
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
+from flax import nnx
 
-from scca_jax import assets, tasks, tokenizer
+from scca_jax import assets, convert, patterns, sharding, tasks, tokenizer
 from scca_jax.documents import read_documents
+from scca_jax.tasks import scoring
 
 _ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 _FILLER = (
@@ -289,8 +296,8 @@ def test_ids_are_those_of_the_whole_text(words):
 def test_samples_fill_the_context_to_the_sentence(words):
   longest = len(words.encode("There and back again.\n"))
   for name in ("passkey", "niah_single_1", "vt"):
-    for context_len in (2000, 2001, 2002):
-      for sample in _draw(name, words, context_len, 3):
+    for context_len in (2000, 2001):
+      for sample in _draw(name, words, context_len, 2):
         size = len(sample.prompt_ids) + len(sample.answer_ids)
         assert context_len - longest <= size <= context_len
   for name in tasks.TASKS:
@@ -336,3 +343,128 @@ def test_a_token_across_prompt_and_answer_is_refused(tmp_path):
   path.write_text(merged.to_str(), encoding="utf8")
   with pytest.raises(ValueError, match="in one token"):
     tasks.TASKS["passkey"].samples(tokenizer.load(path), 1000, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def model():
+  return convert.load_model(assets.MODEL)
+
+
+DENSE = patterns.dense(8)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _logits(state, tokens, graphdef):
+  return nnx.merge(graphdef, state)(tokens, patterns=DENSE)
+
+
+def _by_hand(model, sample, context_len):
+  """Returns the answer that greedy decoding gives, and the true one's loss.
+
+  The whole sequence is run for each new token.
+  """
+  graphdef, state = nnx.split(model)
+  num_prompt, size = len(sample.prompt_ids), len(sample.answer_ids)
+  ids = np.zeros((1, context_len), np.int32)
+  ids[0, :num_prompt] = sample.prompt_ids
+  for place in range(num_prompt, num_prompt + size):
+    logits = _logits(state, ids, graphdef)[0, place - 1]
+    ids[0, place] = int(jnp.argmax(logits))
+  greedy = ids[0, num_prompt : num_prompt + size].tolist()
+  ids[0, num_prompt : num_prompt + size] = sample.answer_ids
+  rows = _logits(state, ids, graphdef)[0, num_prompt - 1 :][:size]
+  rows = np.asarray(rows, np.float64)
+  rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
+  return greedy, -rows[np.arange(size), sample.answer_ids].mean()
+
+
+def test_scores_are_those_of_greedy_decoding(tiny, model):
+  context_len = 160
+  drawn = _draw("passkey", tiny, context_len, 5)
+  found = [_by_hand(model, sample, context_len) for sample in drawn]
+  # Two samples that are right, and one in which the last token is wrong.
+  for number, wrong in ((1, 0), (3, 0), (4, 1)):
+    answer = list(found[number][0])
+    answer[-1] = (answer[-1] + wrong) % model.config.vocab_size
+    drawn[number] = dataclasses.replace(drawn[number], answer_ids=answer)
+    found[number] = _by_hand(model, drawn[number], context_len)
+  right = [
+    greedy == sample.answer_ids
+    for (greedy, _), sample in zip(found, drawn, strict=True)
+  ]
+  assert right[1] and right[3] and not right[4]
+  # The last batch has a single sample.
+  score = tasks.score(model, drawn, context_len=context_len, batch_size=2)
+  assert score.accuracy == sum(right) / 5 and score.num_samples == 5
+  assert score.answer_loss == pytest.approx(
+    np.mean([loss for _, loss in found]), abs=1e-4
+  )
+  assert [entry["depth"] for entry in score.by_depth] == sorted(
+    sample.depth for sample in drawn
+  )
+  for entry in score.by_depth:
+    number = [sample.depth for sample in drawn].index(entry["depth"])
+    assert entry["accuracy"] == right[number] and entry["num_samples"] == 1
+    assert entry["answer_loss"] == pytest.approx(found[number][1], abs=1e-4)
+
+
+def test_scores_on_several_devices_are_those_of_one(tiny, model):
+  samples = _draw("passkey", tiny, 160, 4)
+  expected = tasks.score(model, samples, context_len=160, batch_size=2)
+  mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, sequence=2))
+  graphdef, state = nnx.split(model)
+  placed = nnx.merge(graphdef, sharding.place(state, mesh))
+  found = tasks.score(placed, samples, context_len=160, batch_size=2, mesh=mesh)
+  assert found.answer_loss == pytest.approx(expected.answer_loss, abs=1e-4)
+  assert found.by_depth == [
+    {**entry, "answer_loss": pytest.approx(entry["answer_loss"], abs=1e-4)}
+    for entry in expected.by_depth
+  ]
+
+
+@pytest.mark.parametrize(
+  "num_right, num_samples, interval",
+  # Newcombe, Statistics in Medicine 17 (1998), table I.
+  [
+    (81, 263, (0.2553, 0.3662)),
+    (15, 148, (0.0624, 0.1605)),
+    (0, 20, (0.0, 0.1611)),
+    (1, 29, (0.0061, 0.1718)),
+  ],
+)
+def test_interval_is_wilsons(num_right, num_samples, interval):
+  found = scoring.wilson_interval(num_right, num_samples)
+  assert found == pytest.approx(interval, abs=5e-5)
+
+
+def test_hash_tells_prompts_apart(tiny):
+  samples = _draw("passkey", tiny, 200, 3)
+  found = scoring.prompts_sha256(samples)
+  assert found == scoring.prompts_sha256(_draw("passkey", tiny, 200, 3))
+  assert found != scoring.prompts_sha256(samples[::-1])
+  moved = dataclasses.replace(
+    samples[0],
+    prompt_ids=samples[0].prompt_ids + samples[0].answer_ids[:1],
+    answer_ids=samples[0].answer_ids[1:],
+  )
+  assert found != scoring.prompts_sha256([moved, *samples[1:]])
+
+
+def test_samples_that_do_not_fit_the_model_are_refused(tiny, model):
+  (sample,) = _draw("passkey", tiny, 200, 1)
+  for samples, context_len, message in (
+    ([], 200, "no samples"),
+    ([sample], 100, "more than the context_len of 100"),
+    (
+      [dataclasses.replace(sample, answer_ids=[5000])],
+      200,
+      "ids outside the model's vocabulary of 4,096",
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      tasks.score(model, samples, context_len=context_len)
+
+
+def test_references_are_matched_as_in_ruler():
+  task = tasks.get("niah_multivalue")
+  assert task.match("It is 12, then ABC.", ("12", "abc", "7", "then")) == 0.75

@@ -9,11 +9,12 @@ import difflib
 from scca_jax.tasks import niah
 from scca_jax.tasks.copying import Copy
 from scca_jax.tasks.passkey import Passkey
+from scca_jax.tasks.scoring import Score, score
 from scca_jax.tasks.task import DEPTHS, Sample, Task
 from scca_jax.tasks.variable_tracking import VariableTracking
 from scca_jax.tasks.word_extraction import CommonWords, FrequentWords
 
-__all__ = ["DEPTHS", "TASKS", "Sample", "Task", "get"]
+__all__ = ["DEPTHS", "TASKS", "Sample", "Score", "Task", "get", "score"]
 
 TASKS: dict[str, Task] = {
   task.name: task
