@@ -510,6 +510,101 @@ def mixture(*patterns: AttentionPattern) -> Mixture:
   return Mixture(patterns)
 
 
+# Union heads as parts.
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One of the disjoint parts of the pairs that a pattern shows.
+
+  Attributes:
+    heads: Query heads of the pattern that have this part, in order.
+    pattern: What they see of it; without `own_chunk` and `sinks`.
+    before_chunk: Whether only keys before the query's own chunk count.
+    num_keys: Only the first `num_keys` keys count; None counts all.
+    hidden: Pairs that this pattern shows do not count; None hides none.
+  """
+
+  heads: tuple[int, ...]
+  pattern: AttentionPattern
+  before_chunk: bool = False
+  num_keys: int | None = None
+  hidden: AttentionPattern | None = None
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether `pattern` says all of it."""
+    return self == Part(self.heads, self.pattern)
+
+  def seen(self, queries: Any, keys: Any, seq_len: int) -> Any:
+    """Marks the pairs of the part; see `AttentionPattern.seen`."""
+    seen = self.pattern.seen(queries, keys, seq_len)
+    if self.num_keys is not None:
+      seen = seen & (keys < self.num_keys)
+    if self.hidden is not None:
+      seen = seen & ~self.hidden.seen(queries, keys, seq_len)
+    if self.before_chunk:
+      own = [
+        HeadPattern(chunk_size=head.chunk_size, offset=head.offset)
+        for head in self.pattern.heads
+      ]
+      seen = seen & ~AttentionPattern(tuple(own)).seen(queries, keys, seq_len)
+    return seen
+
+
+def union_parts(pattern: AttentionPattern) -> tuple[Part, ...]:
+  """Returns disjoint parts that together are the pairs a pattern shows.
+
+  A back end that serves no unions serves the parts, and combines them by their
+  log-sum-exp. They are: the first part of every head, or its own chunk where
+  that has all of it; the own chunks; and the sinks, less what the others show.
+  A shift of a chunk or more leaves the own chunk; of a smaller one only keys
+  before the chunk count. Sinks here are those of the sequence: segments have
+  others.
+
+  Args:
+    pattern: Any pattern; one without unions is its only part.
+  """
+  if not any(head.is_union for head in pattern.heads):
+    return (Part(tuple(range(pattern.num_heads)), pattern),)
+  # The heads that share a part, and what they see of it.
+  firsts: dict[tuple[Boundary, bool], dict[int, HeadPattern]] = {}
+  owns: dict[int, HeadPattern] = {}
+  sinks: dict[int, dict[int, HeadPattern]] = {}
+  for index, head in enumerate(pattern.heads):
+    first = dataclasses.replace(head, own_chunk=False, sinks=0)
+    boundary, overlaps = pattern.boundary, False
+    if head.own_chunk:
+      own = HeadPattern(chunk_size=head.chunk_size, offset=head.offset)
+      # Where the head falls back, its own chunk has what it sees.
+      boundary = "drop"
+      if head.shift:
+        owns[index] = own
+        overlaps = head.shift < (head.chunk_size or 0)
+      else:
+        first = own
+    firsts.setdefault((boundary, overlaps), {})[index] = first
+    if head.sinks:
+      others = dataclasses.replace(head, sinks=0)
+      sinks.setdefault(head.sinks, {})[index] = others
+  parts = [
+    Part(
+      tuple(of_head),
+      AttentionPattern(tuple(of_head.values()), boundary),
+      before_chunk=overlaps,
+    )
+    for (boundary, overlaps), of_head in firsts.items()
+  ]
+  if owns:
+    parts.append(Part(tuple(owns), AttentionPattern(tuple(owns.values()))))
+  for count, of_head in sinks.items():
+    others = AttentionPattern(tuple(of_head.values()), pattern.boundary)
+    parts.append(
+      Part(tuple(of_head), dense(len(of_head)), num_keys=count, hidden=others)
+    )
+  return tuple(parts)
+
+
 # The named patterns. A string may leave sizes out: those that `_named` lists
 # follow from the length then.
 

@@ -122,6 +122,36 @@ def test_masks_of_unions_follow_the_relation(heads, boundary, n):
   assert pattern.num_pairs(n) == expected.sum()
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+  st.lists(head_patterns() | head_patterns(union=True), min_size=1, max_size=4),
+  st.sampled_from(["drop", "local"]),
+  st.integers(1, 20),
+)
+def test_parts_are_disjoint_and_together_the_union(heads, boundary, n):
+  pattern = AttentionPattern(tuple(heads), boundary)
+  positions = np.arange(n)
+  count = np.zeros((pattern.num_heads, n, n), int)
+  for part in patterns.union_parts(pattern):
+    assert not any(head.is_union for head in part.pattern.heads)
+    seen = part.seen(positions[:, None], positions, n)
+    np.add.at(count, list(part.heads), seen)
+    if part.is_plain:
+      np.testing.assert_array_equal(seen, part.pattern.visible(n))
+  np.testing.assert_array_equal(count, pattern.visible(n))
+
+
+def test_near_is_two_plain_parts_and_its_sinks():
+  pattern = patterns.scca_near(4, 8, 4, sinks=2)
+  far, own, sinks = patterns.union_parts(pattern)
+  assert far.is_plain and own.is_plain and not sinks.is_plain
+  assert [head.shift for head in far.pattern.heads] == [8, 8, 16, 24]
+  assert own.pattern == patterns.local(4, 8)
+  assert sinks.num_keys == 2
+  plain = patterns.longmixed(4, 8)
+  assert patterns.union_parts(plain) == (patterns.Part((0, 1, 2, 3), plain),)
+
+
 @settings(deadline=None, max_examples=50)
 @given(head_patterns(union=True), st.lists(st.integers(1, 6), min_size=1))
 def test_sinks_are_those_of_the_segment(head, lengths):
