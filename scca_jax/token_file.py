@@ -1,8 +1,8 @@
 """Token files: the ids of a corpus, and what is known of them.
 
 A token file is the flat array of the ids of a corpus, document after document
-(`.bin`, uint16 or uint32), as LongLoRA's PG19 and Proof-pile files are. A JSON
-file of the same name beside it says what the ids are:
+(`.bin`, little-endian integers), as LongLoRA's PG19 and Proof-pile files are.
+A JSON file of the same name beside it says what the ids are:
 
     {"tokenizer": {"name", "sha256", "vocab_size"}, "bos_id", "eos_id",
      "add_bos", "append_eos", "dtype", "documents", "tokens", "text_bytes",
@@ -10,7 +10,9 @@ file of the same name beside it says what the ids are:
 
 `sha256` is that of the bytes of the `.bin`; `document_ends` holds, for every
 document, the offset behind its last token. Without the JSON the ids are
-uint16; a JSON written by hand needs only `dtype`.
+uint16; a JSON written by hand needs only `dtype`, which may be any of `DTYPES`.
+A file that looks like another width or byte order, or holds more than ids, is
+refused with the name of what it looks like.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ import hashlib
 import json
 import os
 import pathlib
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +29,71 @@ import numpy as np
 from scca_jax import atomic_file
 from scca_jax.tokenizer import Tokenizer
 
+# Of ids, by their names in the JSON.
+DTYPES = {
+  "uint8": np.dtype("u1"),
+  "uint16": np.dtype("<u2"),
+  "int32": np.dtype("<i4"),
+  "uint32": np.dtype("<u4"),
+  "int64": np.dtype("<i8"),
+}
+# What ids may be mistaken for others: the widest first, as int64 also looks
+# like uint32.
+_ENCODINGS = {
+  "int64": np.dtype("<i8"),
+  "big-endian int64": np.dtype(">i8"),
+  "uint32": np.dtype("<u4"),
+  "big-endian uint32": np.dtype(">u4"),
+  "uint16": np.dtype("<u2"),
+  "big-endian uint16": np.dtype(">u2"),
+  "uint8": np.dtype("u1"),
+}
+# By the bytes that they begin with.
+_CONTAINERS = {
+  b"\x93NUMPY": (
+    "a .npy file",
+    "write its ids alone, numpy.load(FILE).tofile('corpus.bin')",
+  ),
+  b"PK\x03\x04": ("a zip archive (.npz, .pt)", "write its ids alone"),
+  b"\x89HDF\r\n": ("an HDF5 file", "write its ids alone"),
+  b"PAR1": ("a Parquet file", "write its ids alone"),
+  b"ARROW1\0": ("an Arrow file", "write its ids alone"),
+  b"\x80\x04\x95": ("a pickled object", "write its ids alone"),
+  b"\x80\x05\x95": ("a pickled object", "write its ids alone"),
+  b"MMIDIDX\0": ("the index of a Megatron corpus", "give the .bin beside it"),
+  b"\x1f\x8b\x08": ("compressed with gzip", "decompress it"),
+  b"\xfd7zXZ\0": ("compressed with xz", "decompress it"),
+  b"\x28\xb5\x2f\xfd": ("compressed with zstd", "decompress it"),
+}
+# llm.c and modded-nanogpt put 256 int32 in front: a number, a version and the
+# count of ids, which are uint16 or uint32.
+_LLM_C = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
+_LLM_C_HEADER = 1024
+# No vocabulary is larger, and none of bytes has more special tokens.
+_MAX_VOCAB_SIZE = 1 << 20
+_MAX_BYTE_VOCAB_SIZE = 512
+# Bytes that are looked at in each of three places, and the fewest to judge by.
+_SAMPLE = 1 << 15
+_MIN_SAMPLE = 128
+# Types of what the JSON may say, and their names in messages.
+_FIELDS = {
+  "bos_id": int,
+  "eos_id": int,
+  "add_bos": bool,
+  "append_eos": bool,
+  "documents": int,
+  "tokens": int,
+  "text_bytes": int,
+  "sha256": str,
+  "sources": list,
+  "document_ends": list,
+}
+_KINDS = {
+  int: "an integer",
+  bool: "true or false",
+  str: "a string",
+  list: "a list",
+}
 # Documents are encoded together until they have so many characters: enough to
 # keep all cores busy, and little to hold.
 _BATCH_CHARACTERS = 1 << 23
@@ -140,7 +208,7 @@ class TokenFile:
   """The ids of a corpus and what is known of them.
 
   Attributes:
-    tokens: `[tokens]` ids, uint16 or uint32; of a file, mapped and not read.
+    tokens: `[tokens]` integer ids; of a file, mapped and not read.
     document_ends: `[documents]` int64 offset behind each document's last
       token; None where it is not known.
     vocab_size: Vocabulary of the tokenizer that made the ids, or None.
@@ -153,6 +221,14 @@ class TokenFile:
   vocab_size: int | None = None
   name: str = "the corpus"
   about: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+  def __post_init__(self):
+    ends = self.document_ends
+    if ends is not None and not rises_to(ends, len(self.tokens)):
+      raise ValueError(
+        f"the document ends of {self.name} do not rise to its"
+        f" {len(self.tokens):,} tokens."
+      )
 
   def __len__(self) -> int:
     return len(self.tokens)
@@ -173,41 +249,48 @@ class TokenFile:
 
     Raises:
       FileNotFoundError: The file is not there.
-      ValueError: It is empty, cut short, not what its JSON says, or has ids
-        beyond `vocab_size`; or the JSON is damaged.
+      ValueError: It is empty, cut short, not bare ids of the dtype that its
+        JSON says, or has ids outside the vocabulary; or the JSON is damaged or
+        contradicts the file.
     """
     path = pathlib.Path(path)
     if not path.is_file():
       raise FileNotFoundError(f"there is no token file {path}.")
     about = _read_about(_json_path(path))
-    dtype = np.dtype("<u4" if about.get("dtype") == "uint32" else "<u2")
+    dtype = DTYPES[about.get("dtype", "uint16")]
     size = path.stat().st_size
     if size == 0:
       raise ValueError(f"the token file {path} is empty.")
+    _refuse_containers(path)
     num_tokens, rest = divmod(size, dtype.itemsize)
     if rest:
       raise ValueError(
-        f"the token file {path} has {size} bytes, no multiple of"
+        f"the token file {path} has {size} bytes, which is not divisible by"
         f" {dtype.itemsize}: it is cut short or not {dtype.name}."
       )
-    expected = about.get("tokens", num_tokens)
-    if num_tokens != expected:
+    if about.get("tokens", num_tokens) != num_tokens:
       raise ValueError(
         f"the token file {path} has {num_tokens} tokens, its JSON says"
-        f" {expected}: it is cut short or was not written with it."
+        f" {about['tokens']}: it is cut short or was not written with it."
       )
     tokens = np.memmap(path, dtype, "r")
-    if not about:
-      _refuse_wide(path, tokens)
-    if vocab_size is not None:
-      _check_ids(path, tokens, vocab_size)
-    made_with = about.get("tokenizer")
+    made_with = _vocab_size(about)
+    _refuse_wider(path, tokens, vocab_size or made_with or _MAX_VOCAB_SIZE)
+    if not about and vocab_size is not None and vocab_size > 1 << 16:
+      raise ValueError(
+        f"the token file {path} has no JSON, so its ids are uint16, which"
+        f" cannot hold those of a vocabulary of {vocab_size:,}: say what they"
+        " are in"
+        f' {_json_path(path).name} beside it, {{"dtype": "uint32"}}.'
+      )
+    bounds = [size for size in (vocab_size, made_with) if size is not None]
+    if bounds:
+      _check_vocabulary(path, tokens, min(bounds))
+    _check_digest(path, about)
     return cls(
       tokens=tokens,
       document_ends=_document_ends(path, about, num_tokens),
-      vocab_size=made_with.get("vocab_size")
-      if isinstance(made_with, dict)
-      else None,
+      vocab_size=made_with,
       name=str(path),
       about=about,
     )
@@ -219,56 +302,207 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
     about = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return {}
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f"{path} is damaged ({error}): prepare the token file again."
     ) from error
-  if not isinstance(about, dict) or about.get("dtype") not in (
-    "uint16",
-    "uint32",
-  ):
+  if not isinstance(about, dict) or about.get("dtype") not in list(DTYPES):
     raise ValueError(
-      f'{path} describes no token file: it needs "dtype", uint16 or uint32.'
+      f'{path} describes no token file: it needs "dtype", one of'
+      f" {', '.join(DTYPES)}."
+    )
+  # What is null is as if it were not there.
+  about = {name: value for name, value in about.items() if value is not None}
+  known = {name: about[name] for name in _FIELDS if name in about}
+  made_with = _vocab_size(about)
+  if made_with is not None:
+    known["the tokenizer's vocab_size"] = made_with
+  for name, value in known.items():
+    kind = _FIELDS.get(name, int)
+    if type(value) is not kind:
+      raise ValueError(
+        f"{path}: {name} must be {_KINDS[kind]}, got {reprlib.repr(value)}:"
+        " prepare the token file again."
+      )
+  ends = about.get("document_ends", ())
+  if about.get("documents", len(ends)) != len(ends) and ends:
+    raise ValueError(
+      f"{path} says documents={about['documents']}, and gives"
+      f" {len(ends)} document_ends: prepare the token file again."
     )
   return about
 
 
-def _refuse_wide(path: pathlib.Path, tokens: np.ndarray) -> None:
-  """Refuses uint32 read as uint16: every other number would be 0."""
-  head = tokens[:4096]
-  if len(head) >= 64 and not head[1::2].any() and head[::2].any():
-    raise ValueError(
-      f"the token file {path} looks like uint32: say so in"
-      f' {_json_path(path).name} beside it, {{"dtype": "uint32"}}.'
-    )
-
-
-def _check_ids(path: pathlib.Path, tokens: np.ndarray, vocab_size: int) -> None:
-  for start in range(0, len(tokens), _CHECKED_IDS):
-    block = tokens[start : start + _CHECKED_IDS]
-    if block.max() >= vocab_size:
-      place = start + int(np.argmax(block >= vocab_size))
-      raise ValueError(
-        f"the token file {path} has the id {tokens[place]} at position"
-        f" {place}, beyond the vocabulary of {vocab_size}: it was made with"
-        " another tokenizer."
-      )
+def _vocab_size(about: dict[str, Any]) -> Any:
+  """Returns the vocabulary that the JSON gives its tokenizer, or None."""
+  tokenizer = about.get("tokenizer")
+  # Written by hand, it may be a name.
+  return tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
 
 
 def _document_ends(
   path: pathlib.Path, about: dict[str, Any], num_tokens: int
 ) -> np.ndarray | None:
-  if "document_ends" not in about:
+  ends = about.get("document_ends")
+  if ends is None:
     return None
-  try:
-    ends = np.asarray(about["document_ends"], np.int64)
-    sound = ends.ndim == 1 and len(ends) > 0 and ends[-1] == num_tokens
-    sound = sound and ends[0] > 0 and bool(np.all(np.diff(ends) > 0))
-  except (TypeError, ValueError, OverflowError):
-    sound = False
-  if not sound:
+  if not all(type(end) is int for end in ends) or not rises_to(
+    np.asarray(ends, object), num_tokens
+  ):
     raise ValueError(
       f"the document ends in {_json_path(path)} do not rise to {num_tokens}:"
       " prepare the token file again."
     )
-  return ends
+  return np.asarray(ends, np.int64)
+
+
+def rises_to(document_ends: np.ndarray, num_tokens: int) -> bool:
+  """Returns whether the ends of documents rise to the end of the corpus."""
+  return (
+    document_ends.ndim == 1
+    and len(document_ends) > 0
+    and bool(np.all(np.diff(document_ends, prepend=0) > 0))
+    and document_ends[-1] == num_tokens
+  )
+
+
+def _check_digest(path: pathlib.Path, about: dict[str, Any]) -> None:
+  expected = about.get("sha256")
+  if expected is None:
+    return
+  with path.open("rb") as file:
+    found = hashlib.file_digest(file, "sha256").hexdigest()
+  if found != expected:
+    raise ValueError(
+      f"the token file {path} is not the one that its JSON describes: their"
+      " sha256 differ. Prepare it again, or remove the JSON."
+    )
+
+
+# What a file holds.
+
+
+def _refuse_containers(path: pathlib.Path) -> None:
+  """Refuses files that hold more, or other things, than bare ids."""
+  with path.open("rb") as file:
+    head = file.read(_LLM_C_HEADER)
+  for magic, (kind, remedy) in _CONTAINERS.items():
+    if head.startswith(magic):
+      raise ValueError(f"the token file {path} is {kind}: {remedy}.")
+  if len(head) == _LLM_C_HEADER:
+    number, _, count = (int(x) for x in np.frombuffer(head, "<i4")[:3])
+    dtype = _LLM_C.get(number)
+    if dtype is not None and path.stat().st_size == (
+      _LLM_C_HEADER + count * dtype.itemsize
+    ):
+      raise ValueError(
+        f"the token file {path} has the header of llm.c in front of its"
+        f" {dtype.name}: take it off, numpy.fromfile(FILE, '{dtype.name}',"
+        f" offset={_LLM_C_HEADER}).tofile('corpus.bin')."
+      )
+  text = bytes(range(32, 127)) + b"\t\n\r"
+  if len(head) >= _MIN_SAMPLE and not head.translate(None, text):
+    raise ValueError(
+      f"the token file {path} is text: make ids of it with"
+      " experiments.prepare_data."
+    )
+
+
+def _samples(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
+  """Returns some of the values that a file holds if they are of `dtype`.
+
+  They are from its start, middle and end.
+  """
+  values = np.memmap(path, dtype, "r")
+  count = _SAMPLE // dtype.itemsize
+  starts = {0, max(len(values) - count, 0) // 2, max(len(values) - count, 0)}
+  return np.concatenate([values[i : i + count] for i in sorted(starts)])
+
+
+def _remedy(path: pathlib.Path, encoding: str) -> str:
+  if encoding in DTYPES:
+    return (
+      f'say so in {_json_path(path).name} beside it, {{"dtype": "{encoding}"}}'
+    )
+  code = _ENCODINGS[encoding].str
+  return (
+    f"swap its bytes, numpy.fromfile(FILE, '{code}')"
+    f".astype('{code.replace('>', '<')}').tofile('corpus.bin')"
+  )
+
+
+def _refuse_wider(
+  path: pathlib.Path, tokens: np.ndarray, vocab_size: int
+) -> None:
+  """Refuses ids that are read in halves or quarters.
+
+  Halves of ids hold little but zeros in every second place; narrow ids taken
+  together make numbers beyond any vocabulary. Bytes may be anything.
+  """
+  if tokens.dtype.itemsize == 1:
+    return
+  size = path.stat().st_size
+  bound = max(vocab_size, 1 << 16)
+  for encoding, dtype in _ENCODINGS.items():
+    if dtype.itemsize <= tokens.dtype.itemsize or size % dtype.itemsize:
+      continue
+    values = _samples(path, dtype)
+    if (
+      values.nbytes >= _MIN_SAMPLE
+      and np.all((values >= 0) & (values < bound))
+      and np.count_nonzero(values) > len(values) // 2
+    ):
+      raise ValueError(
+        f"the token file {path} looks like {encoding}, not"
+        f" {tokens.dtype.name}: {_remedy(path, encoding)}."
+      )
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, name: str) -> None:
+  """Checks that ids are those of a vocabulary.
+
+  Args:
+    tokens: Integers, `[tokens]`.
+    vocab_size: Ids must be below it.
+    name: What messages call the tokens.
+
+  Raises:
+    ValueError: An id is outside; the message names the first one.
+  """
+  for start in range(0, len(tokens), _CHECKED_IDS):
+    block = tokens[start : start + _CHECKED_IDS]
+    outside = (block < 0) | (block >= vocab_size)
+    if outside.any():
+      place = start + int(np.argmax(outside))
+      raise ValueError(
+        f"{name} has the id {tokens[place]} at position {place:,}, outside the"
+        f" vocabulary of {vocab_size:,}: it was made with another tokenizer."
+      )
+
+
+def _check_vocabulary(
+  path: pathlib.Path, tokens: np.ndarray, vocab_size: int
+) -> None:
+  """Checks ids, and says what those outside the vocabulary look like."""
+  try:
+    check_ids(tokens, vocab_size, f"the token file {path}")
+  except ValueError as error:
+    found = _samples(path, tokens.dtype)
+    most_outside = np.mean((found < 0) | (found >= vocab_size)) > 0.5
+    for encoding, dtype in _ENCODINGS.items():
+      if path.stat().st_size % dtype.itemsize or not (
+        (dtype.itemsize == tokens.itemsize and dtype.str.startswith(">"))
+        or (dtype.itemsize < tokens.itemsize and most_outside)
+      ):
+        continue
+      # Bytes are within any vocabulary but a small one.
+      if dtype.itemsize == 1 and vocab_size > _MAX_BYTE_VOCAB_SIZE:
+        continue
+      values = _samples(path, dtype)
+      if values.nbytes >= _MIN_SAMPLE and np.all(
+        (values >= 0) & (values < vocab_size)
+      ):
+        raise ValueError(
+          f"{error} It looks like {encoding}: {_remedy(path, encoding)}."
+        ) from None
+    raise

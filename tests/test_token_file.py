@@ -2,12 +2,17 @@
 
 import contextlib
 import dataclasses
+import gzip
 import hashlib
+import io
 import json
+import lzma
+import pickle
 import resource
 
 import numpy as np
 import pytest
+import zstandard
 
 from scca_jax import token_file
 from scca_jax.token_file import TokenFile, write_token_file
@@ -200,19 +205,29 @@ def _ids(*values, dtype="<u2"):
   ("content", "about", "message"),
   [
     (b"", None, r"test\.bin is empty"),
-    (b"abc", None, r"has 3 bytes, no multiple of 2: it is cut short"),
-    (b"abcdef", {"dtype": "uint32"}, r"has 6 bytes, no multiple of 4"),
+    (
+      b"abc",
+      None,
+      r"has 3 bytes, which is not divisible by 2: it is cut short",
+    ),
+    (
+      b"abcdef",
+      {"dtype": "uint32"},
+      r"has 6 bytes, which is not divisible by 4",
+    ),
     (_ids(1, 2), {"tokens": 3}, "has 2 tokens, its JSON says 3: it is cut"),
-    (_ids(1, 2, 10, 3, 99), None, "the id 10 at position 2, beyond .* of 10"),
+    (_ids(1, 2, 10, 3, 99), None, "the id 10 at position 2, outside .* of 10"),
     (
       _ids(*range(1, 65), dtype="<u4"),
       None,
-      "looks like uint32: say so in test",
+      "looks like uint32, not uint16: say so in test",
     ),
     (_ids(1, 2), "{", r"test\.json is damaged"),
     (_ids(1, 2), b"\xff", r"test\.json is damaged"),
     (_ids(1, 2), "[]", r"test\.json describes no token file"),
-    (_ids(1, 2), {"dtype": "int32"}, r"test\.json describes no token file"),
+    (_ids(1, 2), {"dtype": [1]}, r"test\.json describes no token file"),
+    (_ids(1, 2), "[" * 100_000, r"test\.json is damaged"),
+    (_ids(1, 2), {"dtype": "float32"}, r"test\.json describes no token file"),
     *(
       (_ids(1, 2, 3), {"document_ends": ends}, "do not rise to 3")
       for ends in (
@@ -221,12 +236,35 @@ def _ids(*values, dtype="<u2"):
         [2, 2, 3],
         [0, 3],
         [2, 1, 3],
-        "3",
-        None,
-        3,
         [[3]],
+        [1.0, 3.0],
+        [True, 3],
+        ["1", 3],
+        [1, None, 3],
+        [1, 1 << 70],
       )
     ),
+    (_ids(1, 2), {"document_ends": "2"}, "document_ends must be a list, got"),
+    (_ids(1, 2), {"tokens": "2"}, "tokens must be an integer, got '2'"),
+    (_ids(1, 2), {"tokens": 2.0}, "tokens must be an integer, got 2.0"),
+    (_ids(1, 2), {"add_bos": "no"}, "add_bos must be true or false, got 'no'"),
+    (_ids(1, 2), {"bos_id": [1]}, r"bos_id must be an integer, got \[1\]"),
+    (
+      _ids(1, 2),
+      {"tokenizer": {"vocab_size": "9"}},
+      "the tokenizer's vocab_size must be an integer, got '9'",
+    ),
+    (
+      _ids(1, 2),
+      {"tokenizer": {"vocab_size": 2}},
+      "the id 2 at position 1, outside the vocabulary of 2",
+    ),
+    (
+      _ids(1, 2),
+      {"documents": 2, "document_ends": [2]},
+      "says documents=2, and gives 1 document_ends",
+    ),
+    (_ids(1, 2), {"sha256": "0" * 64}, "their sha256 differ"),
   ],
 )
 def test_a_bad_token_file_is_refused(tmp_path, content, about, message):
@@ -256,3 +294,141 @@ def test_a_missing_token_file_is_named(tmp_path):
   for path in (tmp_path / "absent.bin", tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no token file {path}"):
       TokenFile.open(path)
+
+
+def test_null_in_the_json_is_the_default(tmp_path):
+  np.array([5, 7], "<u2").tofile(tmp_path / "test.bin")
+  names = (
+    *("tokenizer", "bos_id", "eos_id", "add_bos", "append_eos", "documents"),
+    *("tokens", "text_bytes", "sha256", "sources", "document_ends"),
+  )
+  about = {"dtype": "uint16"} | dict.fromkeys(names)
+  for nothing in (about, about | {"tokenizer": {"vocab_size": None}}):
+    (tmp_path / "test.json").write_text(json.dumps(nothing))
+    corpus = TokenFile.open(tmp_path / "test.bin", vocab_size=8)
+    assert corpus.tokens.tolist() == [5, 7]
+    assert corpus.document_ends is None
+    assert corpus.vocab_size is None
+
+
+# Ids as text has them: a few are frequent, and most of a vocabulary is rare.
+RANKS = np.random.default_rng(0).zipf(1.1, 30_000)
+
+
+def _text_like(vocab_size, count=6000):
+  ids = RANKS[vocab_size > RANKS][:count] - 1
+  assert len(ids) == count
+  return ids
+
+
+@pytest.mark.parametrize("vocab_size", [32_000, 50_257, 128_256])
+@pytest.mark.parametrize("dtype", token_file.DTYPES)
+def test_ids_of_every_width_are_read(tmp_path, dtype, vocab_size):
+  size = min(vocab_size, np.iinfo(dtype).max)
+  ids = _text_like(size, 3000)
+  path = tmp_path / "test.bin"
+  ids.astype(dtype).tofile(path)
+  (tmp_path / "test.json").write_text(json.dumps({"dtype": dtype}))
+  read = TokenFile.open(path, vocab_size=vocab_size).tokens
+  np.testing.assert_array_equal(read, ids)
+
+
+# What ids are, what the JSON says they are, and whether that can be told from
+# the ids alone or only by a vocabulary. Large ids may be right without one, and
+# bytes may be anything.
+_CONFUSED = [
+  *(
+    (stored, said, known)
+    for stored in ("<i8", ">i8")
+    for said in ("uint16", "uint32", "int32")
+    for known in (True, False)
+  ),
+  *(
+    (stored, "uint16", known)
+    for stored in ("<u4", ">u4")
+    for known in (True, False)
+  ),
+  *(
+    (stored, said, True)
+    for stored in ("<u2", "<u4", ">i8")
+    for said in ("int64",)
+  ),
+  *(
+    (stored, said, True)
+    for stored in ("<u2", ">u4")
+    for said in ("uint32", "int32")
+  ),
+  (">u2", "uint16", True),
+]
+_NAMES = {"u2": "uint16", "u4": "uint32", "i8": "int64"}
+
+
+@pytest.mark.parametrize("vocab_size", [32_000, 50_257, 128_256])
+@pytest.mark.parametrize(("stored", "said", "known"), _CONFUSED)
+def test_another_width_or_byte_order_is_named(
+  tmp_path, stored, said, known, vocab_size
+):
+  # uint16 cannot hold the ids of the largest vocabulary.
+  vocab_size = min(vocab_size, 65_000) if stored[1:] == "u2" else vocab_size
+  path = tmp_path / "test.bin"
+  _text_like(vocab_size).astype(stored).tofile(path)
+  (tmp_path / "test.json").write_text(json.dumps({"dtype": said}))
+  name = _NAMES[stored[1:]]
+  swapped = stored[0] == ">"
+  with pytest.raises(ValueError) as error:
+    TokenFile.open(path, vocab_size=vocab_size if known else None)
+  line = str(error.value)
+  assert f"looks like {'big-endian ' if swapped else ''}{name}" in line
+  advice = f"'{stored}').astype('<{stored[1:]}')" if swapped else name
+  assert advice in line and "\n" not in line
+
+
+def _saved(save, *args, **kwargs):
+  file = io.BytesIO()
+  save(file, *args, **kwargs)
+  return file.getvalue()
+
+
+_SOME = np.arange(1, 301, dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+  ("content", "said"),
+  [
+    (_saved(np.save, _SOME), r"is a \.npy file: .*numpy.load\(FILE\).tofile"),
+    (_saved(np.savez, _SOME), "is a zip archive"),
+    (_saved(np.savetxt, _SOME, "%d"), "is text: make ids of it"),
+    (pickle.dumps(_SOME), "is a pickled object"),
+    (gzip.compress(_SOME.tobytes()), "is compressed with gzip: decompress it"),
+    (lzma.compress(_SOME.tobytes()), "is compressed with xz: decompress it"),
+    (zstandard.compress(_SOME.tobytes()), "is compressed with zstd"),
+    # As llm.c's dev/data/data_common.py writes them.
+    (
+      np.array([20240520, 1, 300] + [0] * 253, "<i4").tobytes()
+      + _SOME.tobytes(),
+      r"has the header of llm.c .* numpy.fromfile\(FILE, 'uint16', offset=1024",
+    ),
+    (
+      np.array([20240801, 7, 300] + [0] * 253, "<i4").tobytes()
+      + _SOME.astype("<u4").tobytes(),
+      r"has the header of llm.c .* numpy.fromfile\(FILE, 'uint32', offset=1024",
+    ),
+  ],
+)
+def test_what_is_not_bare_ids_is_named(tmp_path, content, said):
+  (tmp_path / "test.bin").write_bytes(content)
+  with pytest.raises(ValueError, match=said):
+    TokenFile.open(tmp_path / "test.bin", vocab_size=65_536)
+
+
+def test_document_ends_must_fit_the_tokens():
+  with pytest.raises(ValueError, match="ends of the corpus do not rise to its"):
+    TokenFile(tokens=np.arange(5), document_ends=np.array([2, 4]))
+
+
+def test_uint16_is_not_assumed_of_a_large_vocabulary(tmp_path):
+  np.array([5, 7], "<u2").tofile(tmp_path / "test.bin")
+  with pytest.raises(ValueError, match="cannot hold .* of 128,256: say what"):
+    TokenFile.open(tmp_path / "test.bin", vocab_size=128_256)
+  (tmp_path / "test.json").write_text('{"dtype": "uint16"}')
+  assert len(TokenFile.open(tmp_path / "test.bin", vocab_size=128_256)) == 2
