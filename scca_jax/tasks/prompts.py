@@ -27,6 +27,7 @@ _SEAMS = (
   " 1048576.\n",
   "VAR ABC =",
   " VAR XYZ\n\n",
+  "Below is a list.\n",
   "1.",
   " word",
   " 20.",
@@ -110,6 +111,11 @@ class Encoder:
       + sum([len(known[part]) for part in middle])
       + sum(len(ids) for ids in self._ends[last, text.answer])
     )
+
+  def sizes(self, parts: Sequence[str]) -> list[int]:
+    """Returns how many tokens each part has between others."""
+    self._learn(parts)
+    return [len(self._known[part]) for part in parts]
 
   def _learn_all(self, text: Text) -> bool:
     """Tokenises the new parts of a text; False if they must not be joined."""

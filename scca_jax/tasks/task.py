@@ -78,8 +78,8 @@ class Task(abc.ABC):
 
     Args:
       tokenizer: Makes the ids.
-      context_len: Length of prompt and answer, in tokens: exact, or at most one
-        sentence less where the prompt is made of whole sentences.
+      context_len: Length of prompt and answer, in tokens. Samples have exactly
+        this, or less by what a sentence, line or word more would take.
       num_samples: How many samples.
       seed: Draws other samples.
 

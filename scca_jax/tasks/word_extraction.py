@@ -15,6 +15,8 @@ from scca_jax.tasks.task import Sample, Task
 _NUM_COMMON = 10
 # Context from which RULER's lists repeat words more often, in tokens.
 _LONG = 4096
+# Words not in the list from which longer ones are taken to fill the context.
+_NUM_EXCHANGED = 100
 _WORD_LEN = 6
 _EXPONENT = 2.0
 _ZETA = np.pi**2 / 6  # The sum over ranks of rank ** -2.
@@ -49,11 +51,11 @@ class CommonWords(Task):
     solved = _list(
       words[:num_solved], solved_repeats, rng.random(num_solved * 10)
     )
-    words = words[num_solved:]
+    del words[:num_solved]
     order = rng.random(repeats[0] * _NUM_COMMON + repeats[1] * len(words))
     front = [*solved.parts, f"{solved.answer}\n"]
 
-    def build(num_words):
+    def build(num_words, words=words):
       if num_words > len(words):
         raise ValueError(
           f"{self.name} has words for lists of {len(words):,}, too few for a"
@@ -66,10 +68,37 @@ class CommonWords(Task):
       encoder, build, context_len, minimum=_NUM_COMMON + 1, name=self.name
     )
     text = build(num_words)
-    references = tuple(
-      sorted(words[:_NUM_COMMON], key=text.answer.split().index)
-    )
+    spare = (context_len - encoder.count(text)) // repeats[1]
+    longer = build(num_words, _lengthened(encoder, words, num_words, spare))
+    if encoder.count(longer) <= context_len:
+      text = longer
+    references = tuple(text.answer.split()[1::2])
     return Sample(*encoder.encode(text), None, references)
+
+
+def _lengthened(
+  encoder: prompts.Encoder, words: list[str], num_used: int, spare: int
+) -> list[str]:
+  """Returns words of which those in use have up to `spare` more tokens.
+
+  Uncommon words are exchanged for others that are not used.
+  """
+  words = words[: num_used + _NUM_EXCHANGED]
+  sizes = encoder.sizes([f" {word}" for word in words])
+  for place in reversed(range(_NUM_COMMON, num_used)):
+    longer = [
+      other
+      for other in range(num_used, len(words))
+      if sizes[place] < sizes[other] <= sizes[place] + spare
+    ]
+    if longer:
+      other = max(longer, key=sizes.__getitem__)
+      spare -= sizes[other] - sizes[place]
+      words[place], words[other] = words[other], words[place]
+      sizes[place], sizes[other] = sizes[other], sizes[place]
+    if spare == 0:
+      break
+  return words
 
 
 def _list(
