@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from scca_jax import atomic_file, convert, quantize
+from scca_jax import atomic_file, convert, json_file, quantize
 from scca_jax.llama import Llama
 from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import TARGETS, LoraConfig
@@ -30,7 +31,6 @@ from scca_jax.patterns import (
   parse,
   text,
 )
-from scca_jax.rope import RopeScaling
 from scca_jax.safetensors_file import SafetensorsFiles
 
 _CONFIG = "adapter_config.json"
@@ -217,7 +217,7 @@ def _matching_targets(path: pathlib.Path, expression: str) -> list[str]:
 
 
 def _adapter_config(path: pathlib.Path) -> LoraConfig:
-  content = convert.read_json(path)
+  content = json_file.read(path)
   if content.get("peft_type") != "LORA":
     raise ValueError(
       f"{path}: peft_type={content.get('peft_type')!r} is not supported, only"
@@ -234,43 +234,44 @@ def _adapter_config(path: pathlib.Path) -> LoraConfig:
     "trainable_token_indices",
     "lora_bias",
   ):
-    if content.get(name):
+    value = content.get(name)
+    # Layer 0 is a choice of layers, too.
+    if value or type(value) is int:
       raise ValueError(f"{path}: {name} is not supported.")
   if content.get("bias", "none") != "none":
     raise ValueError(f"{path}: bias={content['bias']!r} is not supported.")
-  targets = content.get("target_modules")
+  # What PEFT takes for a Llama.
+  targets = content.get("target_modules", ["q_proj", "v_proj"])
   if isinstance(targets, str):
     targets = _matching_targets(path, targets)
-  if not isinstance(targets, list):
-    raise ValueError(
-      f"{path}: target_modules={targets!r} must be a list of names or a regular"
-      " expression."
-    )
-  whole = content.get("modules_to_save") or []
   try:
+    targets = json_file.strings("target_modules", targets)
+    whole = json_file.strings(
+      "modules_to_save", content.get("modules_to_save", [])
+    )
     return LoraConfig(
-      rank=content["r"],
-      alpha=float(content["lora_alpha"]),
-      dropout=float(content.get("lora_dropout", 0.0)),
+      rank=json_file.integer("r", content["r"]),
+      alpha=json_file.number("lora_alpha", content["lora_alpha"]),
+      dropout=json_file.number("lora_dropout", content.get("lora_dropout", 0)),
       # PEFT writes a set: in one order, equal adapters are equal.
       targets=(
         *(name for name in TARGETS if name in targets),
         *(name for name in targets if name not in TARGETS),
       ),
-      rslora=bool(content.get("use_rslora", False)),
+      rslora=json_file.boolean("use_rslora", content.get("use_rslora", False)),
       train_embeddings=bool({"embed_tokens", "lm_head"} & set(whole)),
       train_norms=any(name.endswith("norm") for name in whole),
     )
   except KeyError as error:
     raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
-  except (TypeError, ValueError) as error:
+  except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
 
 
 def _own_config(folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns what is kept beside PEFT's files; None where PEFT wrote them."""
   path = folder / _OWN_CONFIG
-  return convert.read_json(path) if path.is_file() else None
+  return json_file.read(path) if path.is_file() else None
 
 
 def load_patterns(
@@ -323,14 +324,23 @@ def _adapted_config(folder: pathlib.Path, base: LlamaConfig) -> LlamaConfig:
   if content is None:
     return base
   try:
-    scaling = content["rope_scaling"]
+    context_len = json_file.integer("context_len", content["context_len"])
+    scaling = content.get("rope_scaling")
+    if isinstance(scaling, dict):
+      scaling = convert.rope_from_settings(scaling.pop("kind", None), scaling)
+    elif scaling is not None:
+      raise ValueError(
+        f"rope_scaling={reprlib.repr(scaling)} is not an object."
+      )
     return dataclasses.replace(
-      base,
-      context_len=content["context_len"],
-      rope_scaling=None if scaling is None else RopeScaling(**scaling),
+      base, context_len=context_len, rope_scaling=scaling
     )
-  except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}.") from error
+  except KeyError as error:
+    raise ValueError(
+      f"{folder / _OWN_CONFIG} lacks {error.args[0]!r}."
+    ) from error
+  except ValueError as error:
+    raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}") from error
 
 
 def load_adapter(

@@ -9,10 +9,10 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +22,13 @@ import numpy as np
 import safetensors.flax
 from flax import nnx, traverse_util
 
-from scca_jax import atomic_file, gguf_file, gguf_tokenizer, quantize
+from scca_jax import (
+  atomic_file,
+  gguf_file,
+  gguf_tokenizer,
+  json_file,
+  quantize,
+)
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.lora import LoraConfig, init_lora_a
@@ -35,6 +41,18 @@ _INDEX = "model.safetensors.index.json"
 # Kinds of rope scaling that config.json can name; "ntk" is not one of them.
 _HF_ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
 _ORIGINAL = "original_max_position_embeddings"
+_ROPE_SETTINGS = {field.name for field in dataclasses.fields(RopeScaling)} - {
+  "kind"
+}
+# What transformers cannot do without, beside the factor.
+_REQUIRED = {"llama3": ("low_freq_factor", "high_freq_factor")}
+# Settings that published models carry, and the values that change nothing.
+_WITHOUT_EFFECT = {
+  "partial_rotary_factor": (1,),
+  "extrapolation_factor": (1,),
+  "attn_factor": (1,),
+  "finetuned": (True, False),
+}
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _TOKENIZER_SETTINGS = (
   "tokenizer_config.json",
@@ -50,26 +68,6 @@ _NUM_READERS = 4
 _Path = tuple[str, ...]
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the JSON object in a file of a model's or an adapter's folder.
-
-  Raises:
-    FileNotFoundError: There is no such file.
-    ValueError: It does not hold a JSON object.
-  """
-  if not path.is_file():
-    raise FileNotFoundError(
-      f"there is no {path}: name a folder that holds {path.name}."
-    )
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is no JSON ({error}): copy it again.") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path} is no JSON object: copy it again.")
-  return content
-
-
 def _is_gguf(path: str | os.PathLike[str]) -> bool:
   return pathlib.Path(path).suffix == gguf_file.SUFFIX
 
@@ -77,49 +75,89 @@ def _is_gguf(path: str | os.PathLike[str]) -> bool:
 # Configurations.
 
 
-def _size(name: str, value: Any) -> int:
-  if type(value) is not int or value < 1:
-    raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-  return value
+def _rope_settings(config: dict[str, Any], name: str) -> dict[str, Any]:
+  """Returns the settings of one spelling, without those that are null."""
+  settings = config.get(name, {})
+  if not isinstance(settings, dict):
+    raise ValueError(
+      f"{name} must be an object with rope_type and factor, got"
+      f" {reprlib.repr(settings)}."
+    )
+  return {key: value for key, value in settings.items() if value is not None}
 
 
-def _number(name: str, value: Any) -> float:
-  if type(value) not in (int, float):
-    raise ValueError(f"{name} must be a number, got {value!r}.")
-  return float(value)
-
-
-def _rope_scaling(
-  path: pathlib.Path, config: dict[str, Any]
-) -> tuple[Any, RopeScaling | None]:
-  """Returns the base, unchecked, and the scaling, of either spelling."""
-  settings = dict(
-    config.get("rope_parameters") or config.get("rope_scaling") or {}
-  )
+def _rope_scaling(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+  """Returns the base and the scaling that transformers takes."""
+  # Where both spellings say something, transformers takes the old one, and the
+  # base beside it.
+  old = _rope_settings(config, "rope_scaling")
+  new = _rope_settings(config, "rope_parameters")
+  settings = old or new
   theta = settings.pop("rope_theta", config.get("rope_theta", 10000.0))
+  theta = json_file.number("rope_theta", theta)
+  if old and new.get("rope_theta", theta) != theta:
+    raise ValueError(
+      f"rope_parameters has rope_theta={new['rope_theta']!r}, but rope_scaling"
+      f" beside it makes it {theta}: remove the one that is wrong."
+    )
   old_kind = settings.pop("type", "default")
   kind = settings.pop("rope_type", old_kind)
-  if kind == "default":
-    return theta, None
-  if kind not in _HF_ROPE_KINDS:
+  if kind not in ("default", *_HF_ROPE_KINDS):
     raise ValueError(
-      f"{path}: unknown rope scaling {kind!r}; known are"
+      f"unknown rope scaling {reprlib.repr(kind)}; known are"
       f" {', '.join(_HF_ROPE_KINDS)}."
     )
-  known = {field.name for field in dataclasses.fields(RopeScaling)}
-  for name in settings:
-    if name not in known:
-      raise ValueError(f"{path}: unknown setting {name!r} of {kind} rope.")
-  # As transformers takes it: "dynamic" knows no other length.
+  for name, allowed in _WITHOUT_EFFECT.items():
+    if settings.get(name, allowed[0]) in allowed:
+      settings.pop(name, None)
+  if kind == "default":
+    for name in settings:
+      if name not in _ROPE_SETTINGS:
+        raise ValueError(f"unknown setting {name!r} of {kind} rope.")
+    if settings.get("factor", 1) != 1:
+      raise ValueError(
+        f"the rope scaling has factor={settings['factor']!r} and no rope_type:"
+        ' add it, such as "rope_type": "linear".'
+      )
+    return theta, None
   context_len = config.get("max_position_embeddings")
+  original = config.get(_ORIGINAL, settings.pop(_ORIGINAL, context_len))
+  # "dynamic" knows no other length; "linear" needs none.
   if kind == "dynamic":
-    settings[_ORIGINAL] = context_len
-  elif kind != "linear" and not settings.get(_ORIGINAL):
-    settings[_ORIGINAL] = config.get(_ORIGINAL, context_len)
-  try:
-    return theta, RopeScaling(kind=kind, **settings)
-  except (TypeError, ValueError) as error:
-    raise ValueError(f"{path}: {error}") from error
+    original = context_len
+  if kind != "linear":
+    settings[_ORIGINAL] = json_file.integer(_ORIGINAL, original)
+  # A factor of null, unlike none, means the ratio to "yarn".
+  given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+  if kind == "yarn" and "factor" in given:
+    settings.setdefault("factor", (context_len or 1) / settings[_ORIGINAL])
+  scaling = rope_from_settings(kind, settings)
+  for name in ("factor", *_REQUIRED.get(kind, ())):
+    if name not in settings:
+      raise ValueError(f"{kind} rope lacks {name!r}.")
+  return theta, scaling
+
+
+def rope_from_settings(kind: Any, settings: dict[str, Any]) -> RopeScaling:
+  """Returns the rope scaling that a file describes.
+
+  Args:
+    kind: One of `rope.KINDS`.
+    settings: Other fields of `RopeScaling`, from JSON.
+
+  Raises:
+    ValueError: A setting is unknown, of the wrong type or out of range.
+  """
+  checks = {_ORIGINAL: json_file.integer, "truncate": json_file.boolean}
+  for name in settings:
+    if name not in _ROPE_SETTINGS:
+      raise ValueError(f"unknown setting {name!r} of {kind} rope.")
+  checked: dict[str, Any] = {
+    name: checks.get(name, json_file.number)(name, value)
+    for name, value in settings.items()
+    if value is not None
+  }
+  return RopeScaling(kind=kind, **checked)
 
 
 def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
@@ -135,51 +173,64 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
   if _is_gguf(source):
     return gguf_file.GgufFile(source).config
   path = pathlib.Path(source) / _CONFIG
-  config = read_json(path)
+  config = json_file.read(path)
   for name, wanted in (
     ("model_type", "llama"),
     ("hidden_act", "silu"),
     ("attention_bias", False),
     ("mlp_bias", False),
+    ("partial_rotary_factor", 1),
   ):
     if config.get(name, wanted) != wanted:
       raise ValueError(
-        f"{path}: {name}={config[name]!r} is not supported, only {wanted!r}."
+        f"{path}: {name}={reprlib.repr(config[name])} is not supported, only"
+        f" {wanted!r}."
       )
-  theta, scaling = _rope_scaling(path, config)
-  eos_id = config.get("eos_token_id")
-
-  def size(name: str, default: int | None = None) -> int:
-    if default is not None and config.get(name) is None:
-      return default
-    return _size(name, config[name])
-
   try:
-    num_heads, hidden_size = size("num_attention_heads"), size("hidden_size")
-    return LlamaConfig(
-      vocab_size=size("vocab_size"),
-      hidden_size=hidden_size,
-      intermediate_size=size("intermediate_size"),
-      num_layers=size("num_hidden_layers"),
-      num_heads=num_heads,
-      num_kv_heads=size("num_key_value_heads", num_heads),
-      head_dim=size("head_dim", hidden_size // num_heads),
-      context_len=size("max_position_embeddings"),
-      rope_theta=_number("rope_theta", theta),
-      rope_scaling=scaling,
-      rms_norm_eps=_number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
-      tie_embeddings=config.get("tie_word_embeddings", False),
-      initializer_range=_number(
-        "initializer_range", config.get("initializer_range", 0.02)
-      ),
-      bos_token_id=config.get("bos_token_id"),
-      # Llama 3 lists several ends.
-      eos_token_id=tuple(eos_id) if isinstance(eos_id, list) else eos_id,
-    )
+    return _config(config)
   except KeyError as error:
     raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
-  except (TypeError, ValueError) as error:
+  except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+
+
+def _config(config: dict[str, Any]) -> LlamaConfig:
+  def size(name: str, default: int | None = None) -> int:
+    value = config[name] if default is None else config.get(name, default)
+    return json_file.integer(name, value)
+
+  def token(name: str, value: Any) -> int | None:
+    return None if value is None else json_file.integer(name, value, 0)
+
+  theta, scaling = _rope_scaling(config)
+  num_heads, hidden_size = size("num_attention_heads"), size("hidden_size")
+  eos_id = config.get("eos_token_id")
+  return LlamaConfig(
+    vocab_size=size("vocab_size"),
+    hidden_size=hidden_size,
+    intermediate_size=size("intermediate_size"),
+    num_layers=size("num_hidden_layers"),
+    num_heads=num_heads,
+    num_kv_heads=size("num_key_value_heads", num_heads),
+    head_dim=size("head_dim", hidden_size // num_heads),
+    context_len=size("max_position_embeddings"),
+    rope_theta=theta,
+    rope_scaling=scaling,
+    rms_norm_eps=json_file.number(
+      "rms_norm_eps", config.get("rms_norm_eps", 1e-6)
+    ),
+    tie_embeddings=json_file.boolean(
+      "tie_word_embeddings", config.get("tie_word_embeddings", False)
+    ),
+    initializer_range=json_file.number(
+      "initializer_range", config.get("initializer_range", 0.02)
+    ),
+    bos_token_id=token("bos_token_id", config.get("bos_token_id")),
+    # Llama 3 lists several ends.
+    eos_token_id=tuple(json_file.integer("eos_token_id", i, 0) for i in eos_id)
+    if isinstance(eos_id, list)
+    else token("eos_token_id", eos_id),
+  )
 
 
 def rope_settings(scaling: RopeScaling) -> dict[str, Any]:
@@ -293,7 +344,7 @@ def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
   """Returns the tensors of a model's folder."""
   path = folder / _INDEX
   if path.is_file():
-    shard_of = read_json(path).get("weight_map")
+    shard_of = json_file.read(path).get("weight_map")
     if (
       not isinstance(shard_of, dict)
       or not shard_of

@@ -175,6 +175,14 @@ def test_arrays_of_numpy_are_written_like_others(folder, tmp_path):
     ({"bias": "all"}, "bias"),
     ({"target_modules": "neither_.*"}, "neither_.*"),
     ({"target_modules": ["c_attn"]}, "c_attn"),
+    ({"layers_to_transform": 0}, "layers_to_transform"),
+    ({"r": 2.0}, "adapter_config.json: r must be an integer.*2.0"),
+    ({"r": None}, "adapter_config.json lacks 'r'"),
+    ({"lora_alpha": "16"}, "lora_alpha must be a number, got '16'"),
+    ({"lora_dropout": [0]}, "lora_dropout must be a number"),
+    ({"use_rslora": "no"}, "use_rslora must be true or false, got 'no'"),
+    ({"target_modules": {"q_proj": 1}}, "target_modules must be a list"),
+    ({"modules_to_save": "norm"}, "modules_to_save must be a list.*'norm'"),
     ({"r": 3}, r"lora_A.weight is \[2, 8\]"),
     ({"modules_to_save": None}, "lm_head.weight"),
   ],
@@ -292,7 +300,7 @@ def test_patterns_are_kept_as_a_string_and_as_heads(folder, tmp_path, pattern):
     ({"pattern": 3}, "scca_config.json is damaged.*must be a string, got 3"),
     ({"patterns": []}, "scca_config.json is damaged"),
     ({"pattern_of_layer": [0, 0, 9]}, "scca_config.json is damaged"),
-    ({"num_kv_heads": None}, "scca_config.json is damaged.*num_kv_heads"),
+    ({"num_kv_heads": None}, "scca_config.json lacks 'num_kv_heads'"),
   ],
 )
 def test_damaged_patterns_are_named(folder, tmp_path, change, said):
@@ -304,3 +312,44 @@ def test_damaged_patterns_are_named(folder, tmp_path, change, said):
   with pytest.raises(ValueError, match=said) as error:
     adapters.load_patterns(tmp_path)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"context_len": "64"}, "context_len must be an integer.*'64'"),
+    ({"rope_scaling": "linear"}, "rope_scaling='linear' is not an object"),
+    ({"rope_scaling": {"factor": 4.0}}, "unknown rope scaling None"),
+    (
+      {"rope_scaling": {"kind": "linear", "factor": "4"}},
+      "factor must be a number, got '4'",
+    ),
+    (
+      {"rope_scaling": {"kind": "linear", "speed": 4}},
+      "unknown setting 'speed' of linear",
+    ),
+    ({"quantize": "nf5"}, "nf5"),
+  ],
+)
+def test_damaged_settings_of_ours_are_named(folder, tmp_path, change, said):
+  model = _adapted(folder, LoraConfig(rank=2))
+  adapters.save_adapter(model, tmp_path, base_model="base")
+  path = tmp_path / "scca_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+  with pytest.raises(ValueError, match=said) as error:
+    adapters.load_adapter(folder, tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def test_null_in_an_adapter_is_the_default(folder, tmp_path):
+  model = _adapted(folder, LoraConfig(rank=2, targets=("q_proj", "v_proj")))
+  adapters.save_adapter(model, tmp_path, base_model="base")
+  path = tmp_path / "adapter_config.json"
+  content = json.loads(path.read_text())
+  # PEFT's targets of a Llama are those that were trained here.
+  unset = ("bias", "lora_dropout", "use_rslora", "target_modules", "use_dora")
+  path.write_text(json.dumps(content | dict.fromkeys(unset)))
+  read = adapters.load_adapter(folder, tmp_path)
+  np.testing.assert_array_equal(
+    model_files.logits(read), model_files.logits(model)
+  )

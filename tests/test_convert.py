@@ -58,6 +58,22 @@ def test_sizes_come_from_config_json(folder):
   )
 
 
+def test_null_is_the_default(folder):
+  # As transformers writes what it was not told.
+  unset = (
+    *("head_dim", "rope_scaling", "rope_theta", "rms_norm_eps", "hidden_act"),
+    *("tie_word_embeddings", "initializer_range", "attention_bias", "mlp_bias"),
+    *("bos_token_id", "eos_token_id", "model_type", "num_key_value_heads"),
+  )
+  names = {"rope_parameters"} | set(unset)
+  path = folder / "config.json"
+  given = {k: v for k, v in model_files.SIZES.items() if k not in names}
+  path.write_text(json.dumps(given))
+  absent = convert.load_config(folder)
+  path.write_text(json.dumps(given | dict.fromkeys(names)))
+  assert convert.load_config(folder) == absent
+
+
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
 def test_both_spellings_of_rope_are_read(tmp_path, spelling):
   yarn = {"factor": 4.0, "beta_fast": 16.0}
@@ -209,14 +225,58 @@ def _unset(folder, name):
       "config.json: hidden_size must be an integer.*'big'",
     ),
     (lambda f: _set(f, rms_norm_eps="low"), "rms_norm_eps.*number.*'low'"),
-    (lambda f: _set(f, rope_theta=None), "rope_theta.*number.*None"),
+    (lambda f: _set(f, rope_theta="big"), "rope_theta.*number.*'big'"),
+    (lambda f: _set(f, rope_theta=True), "rope_theta.*number.*True"),
+    (lambda f: _set(f, rms_norm_eps=float("nan")), "rms_norm_eps.*number.*nan"),
+    (lambda f: _set(f, rope_theta=10**400), "rope_theta.*number.*0000"),
+    (
+      lambda f: _set(f, tie_word_embeddings="no"),
+      "tie_word.*true or false.*no",
+    ),
+    (lambda f: _set(f, eos_token_id="2"), "eos_token_id.*integer.*'2'"),
+    (lambda f: _set(f, eos_token_id=[2, None]), "eos_token_id.*integer.*None"),
+    (lambda f: _set(f, bos_token_id=1.0), "bos_token_id.*integer.*1.0"),
+    (lambda f: _set(f, hidden_act=["silu"]), "hidden_act=.*not supported"),
+    (lambda f: _set(f, partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    *(
+      (lambda f, x=x: _set(f, rope_scaling=x), "config.json: rope_scaling must")
+      for x in ([1], "linear", 2.0, True)
+    ),
+    *(
+      (lambda f, x=x: _set(f, rope_scaling=x), f"config.json: .*{said}")
+      for x, said in (
+        ({"type": "linear"}, "linear rope lacks 'factor'"),
+        ({"type": "linear", "factor": None}, "linear rope lacks 'factor'"),
+        ({"type": "linear", "factor": "4"}, "factor must be a number, got '4'"),
+        ({"factor": 4.0}, "factor=4.0 and no rope_type"),
+        ({"type": ["yarn"], "factor": 4.0}, "unknown rope scaling"),
+        ({"type": "llama3", "factor": 4.0}, "llama3 rope lacks 'low_freq"),
+        (
+          {"type": "yarn", "factor": 4.0, "extrapolation_factor": 0.5},
+          "unknown setting 'extrapolation_factor'",
+        ),
+        (
+          {"type": "yarn", "factor": 4.0, "truncate": "no"},
+          "truncate must be true or false, got 'no'",
+        ),
+        ({"full_attention": {"rope_type": "default"}}, "'full_attention'"),
+      )
+    ),
+    (
+      lambda f: _set(
+        f,
+        rope_scaling={"type": "linear", "factor": 2.0},
+        rope_parameters={"rope_theta": 7.0},
+      ),
+      "config.json: rope_parameters has rope_theta=7.0, but .* 5000.0",
+    ),
     (lambda f: _set(f, rope_scaling={"type": "cubic"}), "cubic"),
     (
       lambda f: _set(f, rope_scaling={"type": "linear", "factors": 2}),
       "factors",
     ),
     (lambda f: _unset(f, "hidden_size"), "lacks 'hidden_size'"),
-    (lambda f: (f / "config.json").write_text("{"), "no JSON"),
+    (lambda f: (f / "config.json").write_text("{"), "is not valid JSON"),
   ],
 )
 def test_damaged_models_are_named(folder, damage, said):

@@ -19,6 +19,10 @@ transformers = pytest.importorskip(
 )
 peft = pytest.importorskip("peft", reason="parity needs the extra parity")
 
+from transformers.models.llama.modeling_llama import (  # noqa: E402
+  LlamaRotaryEmbedding,
+)
+
 from scca_jax import (  # noqa: E402
   adapters,
   assets,
@@ -27,6 +31,7 @@ from scca_jax import (  # noqa: E402
   lora,
   patterns,
   perplexity,
+  rope,
   tokenizer,
 )
 from scca_jax.documents import read_documents  # noqa: E402
@@ -144,6 +149,79 @@ def test_the_old_spelling_of_rope_scaling_alone_is_enough(tmp_path, old):
     _their_logits(_in_transformers(tmp_path), tokens),
     atol=1e-5,
   )
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    {"rope_scaling": None, "rope_parameters": None, "rope_theta": 7e3},
+    {"rope_parameters": {"rope_theta": 7e3, "rope_type": "default"}},
+    {"rope_parameters": {"rope_theta": 7e3}, "rope_theta": 3e3},
+    # Two spellings, or two names of a kind, that do not agree.
+    {
+      "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+      "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    {
+      "rope_parameters": YARN,
+      "rope_scaling": {"type": "linear", "factor": 2.0},
+      "rope_theta": 7e3,
+    },
+    {"rope_scaling": YARN | {"type": "linear"}},
+    # The pretrained length, inside, outside and not at all.
+    {"rope_scaling": YARN},
+    {"rope_scaling": YARN | {"original_max_position_embeddings": 16}},
+    {"rope_scaling": YARN, "original_max_position_embeddings": 8},
+    {
+      "rope_scaling": YARN | {"original_max_position_embeddings": 16},
+      "original_max_position_embeddings": 8,
+    },
+    {
+      "rope_scaling": YARN
+      | {"factor": None, "original_max_position_embeddings": 16}
+    },
+    # What published models carry.
+    {"rope_scaling": YARN | {"beta_fast": None, "beta_slow": None}},
+    {"rope_scaling": YARN | {"finetuned": True, "extrapolation_factor": 1}},
+    {"rope_scaling": YARN | {"attention_factor": None, "mscale": 0.7}},
+    {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3}},
+    {"rope_scaling": YARN | {"beta_fast": 16, "truncate": False}},
+    {"rope_scaling": {"type": "linear", "factor": 4, "beta_fast": 3}},
+    {"rope_scaling": {"rope_type": "default", "factor": 1.0}},
+    {
+      "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1,
+        "high_freq_factor": 4,
+        "original_max_position_embeddings": 16,
+      }
+    },
+  ],
+)
+def test_rope_settings_mean_what_they_mean_to_transformers(tmp_path, config):
+  sizes = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+  }
+  (tmp_path / "config.json").write_text(json.dumps(sizes | config))
+  ours = convert.load_config(tmp_path)
+  found, factor = rope.frequencies(
+    ours.head_dim, ours.rope_theta, ours.rope_scaling, 64
+  )
+  theirs = LlamaRotaryEmbedding(
+    transformers.AutoConfig.from_pretrained(tmp_path)
+  )
+  np.testing.assert_allclose(found, theirs.inv_freq.numpy(), rtol=1e-5)
+  assert factor == pytest.approx(theirs.attention_scaling, rel=1e-6)
 
 
 @pytest.mark.parametrize(

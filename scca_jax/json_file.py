@@ -1,0 +1,100 @@
+"""JSON objects in files, and the types of their values.
+
+A null in an object means the same as no entry: the default.
+"""
+
+import json
+import pathlib
+import reprlib
+from typing import Any
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the object in a file, without the entries that are null.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: It does not hold a JSON object.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(
+      f"there is no {path}: name a folder that holds {path.name}."
+    )
+  try:
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f"{path} is not valid JSON ({error}): copy it again."
+    ) from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} does not hold a JSON object: copy it again.")
+  return {name: value for name, value in content.items() if value is not None}
+
+
+def integer(name: str, value: Any, at_least: int = 1) -> int:
+  """Returns `value` if it is an integer.
+
+  Args:
+    name: What the message calls it.
+    value: From JSON.
+    at_least: The smallest that is allowed.
+
+  Raises:
+    ValueError: It is not, or it is too small.
+  """
+  if type(value) is not int or value < at_least:
+    raise ValueError(
+      f"{name} must be an integer of at least {at_least}, got"
+      f" {reprlib.repr(value)}."
+    )
+  return value
+
+
+def number(name: str, value: Any) -> float:
+  """Returns `value` as a float if it is a finite number.
+
+  Args:
+    name: What the message calls it.
+    value: From JSON.
+
+  Raises:
+    ValueError: It is not.
+  """
+  # Integers of JSON may exceed what a float holds.
+  if type(value) not in (int, float) or not -1e300 < value < 1e300:
+    raise ValueError(f"{name} must be a number, got {reprlib.repr(value)}.")
+  return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+  """Returns `value` if it is true or false.
+
+  Args:
+    name: What the message calls it.
+    value: From JSON.
+
+  Raises:
+    ValueError: It is not.
+  """
+  if type(value) is not bool:
+    raise ValueError(
+      f"{name} must be true or false, got {reprlib.repr(value)}."
+    )
+  return value
+
+
+def strings(name: str, value: Any) -> list[str]:
+  """Returns `value` if it is a list of strings.
+
+  Args:
+    name: What the message calls it.
+    value: From JSON.
+
+  Raises:
+    ValueError: It is not.
+  """
+  if type(value) is not list or not all(type(x) is str for x in value):
+    raise ValueError(
+      f"{name} must be a list of strings, got {reprlib.repr(value)}."
+    )
+  return value
