@@ -4,26 +4,32 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from scca_jax.patterns import AttentionPattern
+from scca_jax.patterns import AttentionPattern, Mixture, members
 
 
-def union(pattern: AttentionPattern, seq_len: int) -> np.ndarray:
-  """Returns what the heads see together, numpy bool `[query seq, key seq]`."""
+def union(pattern: AttentionPattern | Mixture, seq_len: int) -> np.ndarray:
+  """Returns what the heads see together, numpy bool `[query seq, key seq]`.
+
+  Args:
+    pattern: The pattern of one layer; the members of a mixture see together.
+    seq_len: Length of the sequence, in tokens.
+  """
   positions = np.arange(seq_len)
   result = np.zeros((seq_len, seq_len), bool)
-  for head in pattern.head_groups():
-    result |= head.seen(
-      positions[:, None],
-      positions[None, :],
-      seq_len,
-      boundary=pattern.boundary,
-      causality=pattern.causality,
-    )
+  for member in members(pattern):
+    for head in member.head_groups():
+      result |= head.seen(
+        positions[:, None],
+        positions[None, :],
+        seq_len,
+        boundary=member.boundary,
+        causality=member.causality,
+      )
   return result
 
 
 def reach(
-  patterns_by_layer: Sequence[AttentionPattern], seq_len: int
+  patterns_by_layer: Sequence[AttentionPattern | Mixture], seq_len: int
 ) -> Iterator[np.ndarray]:
   """Yields the receptive field after each layer, bool `[query seq, key seq]`.
 
@@ -43,8 +49,19 @@ def reach(
     yield field
 
 
+def share(field: np.ndarray) -> float:
+  """Returns the share of causal pairs that a receptive field has.
+
+  Args:
+    field: Bool `[query seq, key seq]`, from `reach`.
+  """
+  seq_len = len(field)
+  causal = seq_len * (seq_len + 1) // 2
+  return float(np.count_nonzero(np.tril(field)) / causal)
+
+
 def coverage(
-  patterns_by_layer: Sequence[AttentionPattern], seq_len: int
+  patterns_by_layer: Sequence[AttentionPattern | Mixture], seq_len: int
 ) -> list[float]:
   """Returns the share of causal pairs in the receptive field after each layer.
 
@@ -53,16 +70,12 @@ def coverage(
     seq_len: Length of the sequence, in tokens; time grows with its cube.
 
   Returns:
-    One number in (0, 1] a layer; 1 if every position has information of every
-    earlier one.
+    One number in (0, 1] a layer; 1 if information of every earlier position
+    reaches every position.
 
   Raises:
     ValueError: There is no token.
   """
   if seq_len < 1:
     raise ValueError(f"seq_len must be at least 1, got {seq_len}.")
-  causal = seq_len * (seq_len + 1) // 2
-  return [
-    float(np.count_nonzero(np.tril(field)) / causal)
-    for field in reach(patterns_by_layer, seq_len)
-  ]
+  return [share(field) for field in reach(patterns_by_layer, seq_len)]

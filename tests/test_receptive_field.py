@@ -53,3 +53,30 @@ def test_fixed_shift_reaches_everything_in_a_few_layers():
 def test_no_tokens_are_refused():
   with pytest.raises(ValueError, match="seq_len"):
     receptive_field.coverage([patterns.dense(1)], 0)
+
+
+def test_members_of_a_mixture_see_together():
+  mixture = patterns.mixture(
+    patterns.dilated(2, 8, 2), patterns.dna(2, window=2, dilation=3)
+  )
+  together = receptive_field.union(mixture, 21)
+  for query in range(21):
+    for key in range(21):
+      assert together[query, key] == any(
+        member.visible(21)[head, query, key]
+        for member in mixture.members
+        for head in range(2)
+      )
+
+
+def test_fields_and_their_shares_are_those_of_coverage():
+  layers = (
+    patterns.local(2, 5),
+    patterns.scca_near(2, 4, 5),
+    patterns.s2(2, 6),
+  )
+  shares = [
+    receptive_field.share(field) for field in receptive_field.reach(layers, 19)
+  ]
+  assert shares == receptive_field.coverage(layers, 19)
+  assert shares == pytest.approx(_walk(layers, 19))
