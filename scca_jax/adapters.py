@@ -37,6 +37,37 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _OWN_CONFIG = "scca_config.json"
 _PREFIX = "base_model.model."
+# Settings of adapter_config.json that are read, and those that say nothing of
+# the computation, or only of a method whose own setting is refused.
+_READ = (
+  "peft_type",
+  "r",
+  "lora_alpha",
+  "lora_dropout",
+  "target_modules",
+  "use_rslora",
+  "bias",
+  "modules_to_save",
+  "init_lora_weights",
+  "ensure_weight_tying",
+)
+_WITHOUT_EFFECT = (
+  "task_type",
+  "auto_mapping",
+  "peft_version",
+  "base_model_name_or_path",
+  "revision",
+  "inference_mode",
+  "layers_pattern",
+  "megatron_core",
+  "loftq_config",
+  "eva_config",
+  "corda_config",
+  "lora_ga_config",
+  "qalora_group_size",
+)
+# Ways to begin that leave the base as it is.
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # One of the matrices that are quantised if any are.
 _A_KERNEL = ("layers", "self_attn", "q_proj", "kernel")
@@ -223,21 +254,20 @@ def _adapter_config(path: pathlib.Path) -> LoraConfig:
       f"{path}: peft_type={content.get('peft_type')!r} is not supported, only"
       " 'LORA'."
     )
-  for name in (
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layers_to_transform",
-    "exclude_modules",
-    "target_parameters",
-    "trainable_token_indices",
-    "lora_bias",
-  ):
-    value = content.get(name)
-    # Layer 0 is a choice of layers, too.
-    if value or type(value) is int:
-      raise ValueError(f"{path}: {name} is not supported.")
+  init = content.get("init_lora_weights", True)
+  if init not in _INITS:
+    raise ValueError(
+      f"{path}: init_lora_weights={reprlib.repr(init)} may have changed the"
+      " base: convert the adapter with PEFT, save_pretrained(folder,"
+      " path_initial_model_for_weight_conversion=...)."
+    )
+  for name, value in content.items():
+    # What is off changes nothing; layer 0 is a choice of layers, too.
+    is_on = bool(value) or type(value) is int
+    if is_on and name not in (*_READ, *_WITHOUT_EFFECT):
+      raise ValueError(
+        f"{path}: {name}={reprlib.repr(value)} is not supported."
+      )
   if content.get("bias", "none") != "none":
     raise ValueError(f"{path}: bias={content['bias']!r} is not supported.")
   # What PEFT takes for a Llama.

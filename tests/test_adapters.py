@@ -175,7 +175,25 @@ def test_arrays_of_numpy_are_written_like_others(folder, tmp_path):
     ({"bias": "all"}, "bias"),
     ({"target_modules": "neither_.*"}, "neither_.*"),
     ({"target_modules": ["c_attn"]}, "c_attn"),
-    ({"layers_to_transform": 0}, "layers_to_transform"),
+    ({"layers_to_transform": 0}, "layers_to_transform=0 is not supported"),
+    ({"layers_to_transform": [1]}, r"layers_to_transform=\[1\]"),
+    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+    ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
+    ({"kasa_config": {"beta": 1e-4}}, "kasa_config"),
+    ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+    ({"of_next_year": True}, "of_next_year=True is not supported"),
+    *(
+      ({"init_lora_weights": init}, f"init_lora_weights='{init}' may have")
+      for init in (
+        "pissa",
+        "pissa_niter_4",
+        "olora",
+        "corda",
+        "loftq",
+        "lora_ga",
+      )
+    ),
     ({"r": 2.0}, "adapter_config.json: r must be an integer.*2.0"),
     ({"r": None}, "adapter_config.json lacks 'r'"),
     ({"lora_alpha": "16"}, "lora_alpha must be a number, got '16'"),
