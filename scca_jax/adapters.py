@@ -236,7 +236,7 @@ def _matching_targets(path: pathlib.Path, expression: str) -> list[str]:
     ]
   except re.error as error:
     raise ValueError(
-      f"{path}: target_modules={expression!r} is no regular expression"
+      f"{path}: target_modules={expression!r} is not a regular expression"
       f" ({error})."
     ) from error
   if not found:

@@ -149,7 +149,7 @@ def make_batches(
     )
   if num_shards < 1 or batch_size % num_shards:
     raise ValueError(
-      f"batch_size={batch_size} is no multiple of num_shards={num_shards}."
+      f"batch_size={batch_size} is not divisible by num_shards={num_shards}."
     )
   if not 0 <= shard_index < num_shards:
     raise ValueError(

@@ -102,7 +102,7 @@ def devices(gpu: str, number: int = 1) -> list[Any]:
   hosts, rest = divmod(number, _GPUS_OF_HOST)
   if hosts and rest:
     raise ValueError(
-      f"{number} GPUs are no whole hosts of {_GPUS_OF_HOST}: take up to"
+      f"{number} GPUs do not fill whole hosts of {_GPUS_OF_HOST}: take up to"
       f" {_GPUS_OF_HOST}, or a multiple."
     )
   shape = f"1x{hosts or 1}x{_GPUS_OF_HOST if hosts else number}"

@@ -91,7 +91,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       OverflowError,
     ) as error:
       raise ValueError(
-        f"{self.path} is no GGUF file, or is damaged or cut short"
+        f"{self.path} is not a GGUF file, or is damaged or cut short"
         f" ({error}): copy it again."
       ) from error
     self._reader = reader

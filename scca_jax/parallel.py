@@ -865,8 +865,8 @@ def _run_one(
   padding = pieces * cut.length - seq_len
   if padding and pattern.causality == "slot":
     raise NotImplementedError(
-      f'causality="slot" wraps round the end of {seq_len} tokens, which'
-      f" {pieces} devices cannot share out evenly: take another length."
+      f'causality="slot" wraps round the end of a sequence: its {seq_len}'
+      f" tokens are not divisible by {pieces} devices, take another length."
     )
   if padding:
     # Behind the sequence, where no query sees it.

@@ -174,7 +174,7 @@ def check(
     batch_size: Sequences of a step.
     num_micro_batches: Parts of the batch.
     seq_len: Tokens of a sequence.
-    chunk_sizes: Of the heads' patterns, in tokens; None is no chunk.
+    chunk_sizes: Of the heads' patterns, in tokens; None where there are none.
 
   Raises:
     ValueError: It cannot; the message names the axis and the nearest size of
@@ -184,7 +184,7 @@ def check(
   if num_kv_heads % tensor:
     nearest = _nearest(tensor, _divisors(num_kv_heads))
     raise ValueError(
-      f"mesh.tensor={tensor} cannot share out {num_kv_heads} key/value heads:"
+      f"mesh.tensor={tensor} does not divide {num_kv_heads} key/value heads:"
       f" the nearest that fits is mesh.tensor={nearest}."
     )
   micro_batch = batch_size // num_micro_batches
@@ -203,8 +203,8 @@ def check(
     if fewer and not rest:
       remedy += f", or num_micro_batches={fewer}"
     raise ValueError(
-      f"mesh.{axis}={size}{f' beside {other} more' if other > 1 else ''} cannot"
-      f" share out {micro_batch} sequences of a micro batch: {remedy}."
+      f"mesh.{axis}={size}{f', times {other},' if other > 1 else ''} does not"
+      f" divide the {micro_batch} sequences of a micro batch: {remedy}."
     )
   sizes = sorted({size for size in chunk_sizes if size is not None})
   unit = math.lcm(*sizes) if sizes else 1

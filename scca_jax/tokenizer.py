@@ -141,7 +141,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     return _load_gguf(path)
   if path.suffix not in (".model", ".json"):
     raise ValueError(
-      f"{path} is no tokenizer: give a SentencePiece .model, a tokenizer"
+      f"{path} is not a tokenizer: give a SentencePiece .model, a tokenizer"
       " .json, a .gguf or a folder holding one."
     )
   if not path.exists():

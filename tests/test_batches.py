@@ -303,7 +303,7 @@ def test_packed_windows_keep_documents_apart(draw):
     ({"batch_size": 0}, "at least 1, got 8 and 0"),
     ({"epochs": 0}, "epochs must be at least 1.* got 0"),
     ({"seed": -1}, "seed must not be negative, got -1"),
-    ({"num_shards": 3}, "batch_size=4 is no multiple of num_shards=3"),
+    ({"num_shards": 3}, "batch_size=4 is not divisible by num_shards=3"),
     ({"num_shards": 0}, "num_shards=0"),
     ({"shard_index": 2, "num_shards": 2}, "shard_index=2 is outside 0 to 1"),
     ({"shard_index": -1}, "shard_index=-1 is outside"),

@@ -54,7 +54,7 @@ def open_output_dir(path: str, settings: dict[str, Any]) -> pathlib.Path:
       earlier = json.loads(file.read_text(encoding="utf8"))
     except ValueError as error:
       raise ValueError(
-        f"{file} is no JSON ({error}): remove {folder}, or name another"
+        f"{file} is not valid JSON ({error}): remove {folder}, or name another"
         " --output_dir."
       ) from error
     differing = [

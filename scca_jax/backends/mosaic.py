@@ -8,8 +8,8 @@ are in `mosaic_forward` and `mosaic_backward`.
 
 Memory beyond inputs, outputs and gradients: the log-sum-exp and, in the
 backward pass, `delta`, one float32 a query and head each; a sequence whose
-length is no multiple of `8 r` is copied once to be padded. What `mosaic` saves
-for the backward pass are its inputs, its output and the log-sum-exp.
+length is not divisible by `8 r` is copied once to be padded. What `mosaic`
+saves for the backward pass are its inputs, its output and the log-sum-exp.
 """
 
 import dataclasses
