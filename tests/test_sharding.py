@@ -206,7 +206,7 @@ def test_training_goes_as_on_one_device(offload):
     ({"data": 3}, r"mesh\.data=3 .*8 sequences.*mesh\.data=2\."),
     (
       {"fsdp": 4, "data": 4},
-      r"mesh\.fsdp=4 beside 4.*mesh\.fsdp=2, or num_micro_batches=1\.",
+      r"mesh\.fsdp=4, times 4,.*mesh\.fsdp=2, or num_micro_batches=1\.",
     ),
     ({"sequence": 16}, r"mesh\.sequence=16.*64 tokens.*of 8.*sequence=8\."),
     ({"sequence": 7}, r"mesh\.sequence=7.*sequence=8\."),
