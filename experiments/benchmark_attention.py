@@ -38,7 +38,7 @@ from experiments.timing import (
 )
 from experiments.timing.attention_timing import DENSE, PARTS, PEERS, Case
 from scca_jax import atomic_file, dispatch, patterns
-from scca_jax.backends import blocks
+from scca_jax.backends import block_sizes
 
 _SEQ_LENS = flags.DEFINE_list("seq_lens", ["4096"], "Lengths to time.")
 _MEMORY_LENS = flags.DEFINE_list(
@@ -93,7 +93,7 @@ _TUNE = flags.DEFINE_boolean(
 )
 _SIZES_OUTPUT = flags.DEFINE_string(
   "sizes_output",
-  str(blocks.SIZES_PATH),
+  str(block_sizes.SIZES_PATH),
   "Where --tune writes what it finds, beside what is there.",
 )
 

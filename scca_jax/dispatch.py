@@ -1,18 +1,25 @@
-"""`attention`: checks its arguments and chooses an implementation."""
+"""`scca_jax.attention`: checks its arguments, and computes it."""
 
 import functools
-import importlib
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-from absl import logging
+from jax.sharding import Mesh
 
-from scca_jax import target
-from scca_jax.patterns import AttentionPattern, Mixture, members
+from scca_jax import parallel
+from scca_jax.backends import heads, registry
+from scca_jax.backends.contract import Call
+from scca_jax.patterns import AttentionPattern, Mixture
+from scca_jax.patterns import members as members_of
 
-IMPLEMENTATIONS = ("reference", "xla", "cudnn", "triton", "mosaic")
+IMPLEMENTATIONS = tuple(registry.BACK_ENDS)
 
+available = registry.available
+check_implementation = registry.check_implementation
+
+# One pattern, or a mixture of several.
 Patterns = (
   AttentionPattern
   | Mixture
@@ -49,7 +56,7 @@ def _check_arrays(query: Any, key: Any, value: Any) -> None:
     raise ValueError(f"empty query or key: {query.shape} and {key.shape}.")
   if query.shape[2] % key.shape[2]:
     raise ValueError(
-      f"{query.shape[2]} query heads are no multiple of"
+      f"{query.shape[2]} query heads are not divisible by"
       f" {key.shape[2]} key/value heads."
     )
 
@@ -110,113 +117,6 @@ def _check_rest(
     raise ValueError(f"query_offset must be an integer, got {query_offset!r}.")
 
 
-def available() -> tuple[str, ...]:
-  """Returns the implementations that the device can run, best first.
-
-  The device is that of `target.current`. `cudnn` serves few calls, so it is
-  never chosen where it was not asked for, and not among them.
-  """
-  capability = target.current().compute_capability
-  if capability[0] == 9:
-    return ("mosaic", "triton", "xla", "reference")
-  if capability >= (8, 0):
-    return ("triton", "xla", "reference")
-  return ("xla", "reference")
-
-
-def check_implementation(implementation: str | None) -> None:
-  """Checks a name early, before anything is computed.
-
-  Raises:
-    ValueError: The name is unknown.
-    NotImplementedError: The device cannot run it.
-  """
-  if implementation is None:
-    return
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"unknown implementation {implementation!r}: use one of"
-      f" {', '.join(IMPLEMENTATIONS)}."
-    )
-  device = target.current()
-  least = {"cudnn": (8, 0), "triton": (8, 0), "mosaic": (9, 0)}.get(
-    implementation, (0, 0)
-  )
-  if device.compute_capability < least:
-    raise NotImplementedError(
-      f"{implementation} needs a GPU of compute capability"
-      f" {'.'.join(map(str, least))}, and this is {device.kind}: use one of"
-      f" {', '.join(available())}."
-    )
-
-
-@functools.cache
-def _tell_once(chosen: str, reasons: tuple[str, ...]) -> None:
-  """Says what was chosen in place of something faster."""
-  logging.warning(
-    "attention falls back to %s here: %s", chosen, " ".join(reasons)
-  )
-
-
-def _run_one(
-  name: str, needs_log_sum: bool, *args: Any, **kwargs: Any
-) -> tuple[jax.Array, Any]:
-  # Only what is used is imported: kernels need libraries of their GPU.
-  try:
-    module = importlib.import_module(f"scca_jax.backends.{name}")
-  except ImportError as error:
-    raise NotImplementedError(
-      f"{name} does not work with jax {jax.__version__}: {error}."
-    ) from error
-  pattern = args[3]
-  if name != "reference" and any(head.is_union for head in pattern.heads):
-    raise NotImplementedError(f"{name} does not serve own_chunk and sinks.")
-  output, log_sum = module.attention(*args, **kwargs)
-  if log_sum is None and needs_log_sum:
-    raise NotImplementedError(f"{name} gives no log-sum-exp.")
-  return output, log_sum
-
-
-def _run(
-  implementation: str | None, needs_log_sum: bool, *args: Any, **kwargs: Any
-) -> tuple[jax.Array, Any]:
-  """Runs the implementation asked for, or the best that can serve the call."""
-  names = available() if implementation is None else (implementation,)
-  reasons: list[str] = []
-  for name in names[:-1]:
-    try:
-      result = _run_one(name, needs_log_sum, *args, **kwargs)
-    except NotImplementedError as error:
-      reasons.append(str(error))
-      continue
-    if reasons:
-      _tell_once(name, tuple(reasons))
-    return result
-  return _run_one(names[-1], needs_log_sum, *args, **kwargs)
-
-
-def combine(
-  outputs: list[jax.Array], log_sums: list[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the mixture weighted by sums of exponentials (LongNet, Eq. 10)."""
-  log_sum = jnp.stack(log_sums)
-  maximum = jnp.max(log_sum, axis=0)
-  # A query that no pattern serves has only -inf, which must not meet itself.
-  maximum = jax.lax.stop_gradient(jnp.where(maximum > -jnp.inf, maximum, 0))
-  weights = jnp.exp(log_sum - maximum[None])
-  total = jnp.sum(weights, axis=0)
-  empty = total == 0
-  total = jnp.where(empty, 1, total)
-  output = sum(
-    (w / total)[..., None] * o.astype(jnp.float32)
-    for w, o in zip(weights, outputs, strict=True)
-  )
-  return (
-    jnp.asarray(output).astype(outputs[0].dtype),
-    jnp.where(empty, -jnp.inf, maximum + jnp.log(total)),
-  )
-
-
 @overload
 def attention(
   query: jax.Array,
@@ -227,7 +127,9 @@ def attention(
   segment_ids: jax.Array | None = None,
   query_offset: int | jax.Array = 0,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
+  deterministic: bool = False,
+  mesh: Mesh | None = None,
   return_lse: Literal[False] = False,
 ) -> jax.Array: ...
 
@@ -242,7 +144,9 @@ def attention(
   segment_ids: jax.Array | None = None,
   query_offset: int | jax.Array = 0,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
+  deterministic: bool = False,
+  mesh: Mesh | None = None,
   return_lse: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -256,14 +160,17 @@ def attention(
   segment_ids: jax.Array | None = None,
   query_offset: int | jax.Array = 0,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: str | Sequence[str] | None = None,
+  deterministic: bool = False,
+  mesh: Mesh | None = None,
   return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Returns causal softmax attention over the keys that `pattern` shows.
 
   Scores, softmax and sums are float32 whatever the dtype of the inputs. A
   query that sees no key gets exactly 0, a log-sum-exp of -inf and gradients of
-  exactly 0.
+  exactly 0. Derivatives are those of reverse mode; forward mode (`jax.jvp`) is
+  served by `implementation="reference"` alone.
 
   Args:
     query: `[batch, seq, heads, head_dim]`, float32, bfloat16 or float16.
@@ -279,9 +186,15 @@ def attention(
       have positions from 0, queries from `query_offset` on.
     scale: Factor of the scores; None takes `head_dim ** -0.5`.
     implementation: "reference" (one dense mask), "xla" (any device), "cudnn",
-      "triton" or "mosaic"; None takes the best that can serve the call:
-      "mosaic" on Hopper GPUs, "triton" on other GPUs from Ampere on, else
-      "xla". What it falls back to, and why, is logged once.
+      "triton" or "mosaic", or several of them, tried in order; None takes the
+      best that can serve the call: "mosaic" on Hopper GPUs, "triton" on other
+      GPUs from Ampere on, else "xla". What it falls back to, and why, is
+      logged once.
+    deterministic: Whether gradients must be bit-equal from run to run on one
+      device; "cudnn" cannot promise that.
+    mesh: From `sharding.make_mesh`: sequences lie along `data` and `fsdp`,
+      heads along `tensor`, tokens along `sequence`; what cannot be divided is
+      computed by all. None is one device.
     return_lse: Whether to return the log-sum-exp of the scores as well.
 
   Returns:
@@ -289,30 +202,36 @@ def attention(
     `[batch, seq, heads]`.
 
   Raises:
-    ValueError: Shapes, dtypes or head counts do not fit, or the
-      implementation is unknown.
+    ValueError: Shapes, dtypes or head counts do not fit, or an implementation
+      is unknown.
     NotImplementedError: The implementation asked for cannot serve the call.
   """
-  patterns = members(pattern)
-  check(query, key, value, patterns, segment_ids, query_offset)
-  check_implementation(implementation)
+  members = members_of(pattern)
+  check(query, key, value, members, segment_ids, query_offset)
+  back_ends = registry.resolve(implementation)
+  attend = functools.partial(registry.attend, back_ends=back_ends)
+  if mesh is not None:
+    attend = functools.partial(parallel.attend, mesh=mesh, back_ends=back_ends)
   results = [
-    _run(
-      implementation,
-      return_lse or len(patterns) > 1,
-      query,
-      key,
-      value,
-      one,
-      segment_ids=segment_ids,
-      query_offset=query_offset,
-      scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    attend(
+      Call(
+        query=query,
+        key=key,
+        value=value,
+        pattern=member,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        segment_ids=segment_ids,
+        query_offset=query_offset,
+        needs_log_sum=return_lse or len(members) > 1,
+        deterministic=deterministic,
+      )
     )
-    for one in patterns
+    for member in members
   ]
-  if len(results) == 1:
-    output, log_sum_exp = results[0]
-  else:
-    outputs, log_sums = zip(*results, strict=True)
-    output, log_sum_exp = combine(list(outputs), list(log_sums))
-  return (output, log_sum_exp) if return_lse else output
+  output, log_sum_exp = results[0]
+  if len(results) > 1:
+    output, log_sum_exp = heads.combine(*zip(*results, strict=True))
+  if not return_lse:
+    return output
+  assert log_sum_exp is not None
+  return output, log_sum_exp

@@ -8,7 +8,6 @@ training, and is here beside them.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +18,8 @@ from flax import nnx
 from jax import ad_checkpoint
 from jax.sharding import Mesh
 
-from scca_jax import parallel, rope, sharding
-from scca_jax.backends import blocks
+from scca_jax import rope, sharding
+from scca_jax.backends.contract import SAVED
 from scca_jax.dispatch import attention
 from scca_jax.linear import Linear
 from scca_jax.llama_config import PROJECTIONS, LlamaConfig
@@ -141,16 +140,14 @@ class SelfAttention(nnx.Module):
     query = rope.apply(query, *call.rotation)
     key = rope.apply(key, *call.rotation)
     if cache is None or call.starts is None:
-      attend = attention
-      if call.mesh is not None:
-        attend = functools.partial(parallel.attention, mesh=call.mesh)
-      output = attend(
+      output = attention(
         query,
         key,
         value,
         pattern,
         segment_ids=call.segment_ids,
         implementation=call.implementation,
+        mesh=call.mesh,
       )
     if cache is not None:
       cache = cache.write(key, value, call.starts)
@@ -644,7 +641,7 @@ class Llama(nnx.Module):
       # second copy of the model.
       policies = jax.checkpoint_policies
       policy = {
-        "attention": policies.save_only_these_names(blocks.SAVED),
+        "attention": policies.save_only_these_names(SAVED),
         "layer": None,
         "offload": policies.save_and_offload_only_these_names(
           names_which_can_be_saved=[],

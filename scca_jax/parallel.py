@@ -41,9 +41,17 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from scca_jax import dispatch, sharding
+from scca_jax import sharding
+from scca_jax.backends import registry
+from scca_jax.backends.contract import BackEnd, Call
+from scca_jax.backends.heads import join_heads, take_heads
 from scca_jax.patterns import AttentionPattern, Boundary, HeadPattern
 
+# Fields of a head that `_local_pattern` knows; a head that uses another one is
+# exchanged whole.
+_LOCAL_FIELDS = frozenset(
+  {"chunk_size", "offset", "shift", "dilation", "window", "select"}
+)
 # What a place without a head attends to: little.
 _IDLE = HeadPattern(window=1)
 
@@ -140,7 +148,7 @@ def _local_pattern(
   None if the head needs the whole sequence.
   """
   size, length = head.chunk_size, cut.length
-  if pattern.causality == "slot":
+  if pattern.causality == "slot" or head.in_use() - _LOCAL_FIELDS:
     return None
   if head.select is not None and length % head.dilation:
     return None
@@ -232,14 +240,6 @@ def _plan(
   )
 
 
-def _take(x: jax.Array, heads: Sequence[int]) -> jax.Array:
-  """Returns `x[:, :, heads]`, a slice where they are neighbours."""
-  first, count = heads[0], len(heads)
-  if list(heads) == list(range(first, first + count)):
-    return x[:, :, first : first + count]
-  return jnp.take(x, np.array(heads), axis=2, mode="clip")
-
-
 def _put(x: jax.Array, part: jax.Array, heads: Sequence[int]) -> jax.Array:
   """Returns `x` with `part` in `x[:, : part.shape[1], heads]`."""
   first, count = heads[0], len(heads)
@@ -271,9 +271,10 @@ class _Call:
     cut: Of the sequence.
     axes: Mesh axes of heads and of pieces, or None where they are not cut.
     scale: Factor of the scores.
-    implementation: Of the local calls.
+    back_ends: What the local calls try, in order.
     has_segments: Whether there are segment ids.
     needs_log_sum: Whether the log-sum-exp is wanted.
+    deterministic: See `scca_jax.attention`.
   """
 
   patterns: tuple[AttentionPattern, ...]
@@ -282,9 +283,10 @@ class _Call:
   cut: _Cut
   axes: tuple[str | None, str | None]
   scale: float
-  implementation: str | None
+  back_ends: tuple[BackEnd, ...]
   has_segments: bool
   needs_log_sum: bool
+  deterministic: bool
 
   def by_shard(
     self, values: Sequence[Any], function: Callable[..., Any], *args: Any
@@ -307,17 +309,23 @@ class _Call:
     segment_ids: jax.Array | None,
   ) -> tuple[jax.Array, ...]:
     """Returns the output of a local call, and the log-sum-exp if wanted."""
-    result = dispatch.attention(
-      query,
-      key,
-      value,
-      pattern,
-      segment_ids=segment_ids,
-      scale=self.scale,
-      implementation=self.implementation,
-      return_lse=self.needs_log_sum,  # pyright: ignore
+    output, log_sum = registry.attend(
+      Call(
+        query=query,
+        key=key,
+        value=value,
+        pattern=pattern,
+        scale=self.scale,
+        segment_ids=segment_ids,
+        needs_log_sum=self.needs_log_sum,
+        deterministic=self.deterministic,
+      ),
+      self.back_ends,
     )
-    return result if isinstance(result, tuple) else (result,)
+    if not self.needs_log_sum:
+      return (output,)
+    assert log_sum is not None
+    return output, log_sum
 
 
 def _switch(
@@ -373,7 +381,7 @@ def _exchange(
     packed = []
     for distance, size in sizes.items():
       parts = [
-        _take(x[:, at], front.kv_heads).reshape(batch, -1)
+        take_heads(x[:, at], front.kv_heads).reshape(batch, -1)
         for front, at in messages.get(distance, [])
         for x in (key, value)
       ]
@@ -465,7 +473,7 @@ def _unpack(
     for distance, first, last in front.sources(call.cut):
       at = slice(first, last)
       if distance == 0:
-        arrays = [_take(x[:, at], front.kv_heads) for x in (key, value)]
+        arrays = [take_heads(x[:, at], front.kv_heads) for x in (key, value)]
       elif distance >= call.cut.num_pieces:
         shape = (batch, last - first, len(front.kv_heads), head_dim)
         arrays = [jnp.zeros(shape, key.dtype)] * 2
@@ -498,13 +506,17 @@ def _attend_part(
     query, key, value = (x[:, : part.num_queries] for x in (query, key, value))
     if segment_ids is not None:
       segment_ids = segment_ids[:, : part.num_queries]
-  query = _take(query, part.heads)
+  query = take_heads(query, part.heads)
   kv_heads = [place // call.group_size for place in part.heads]
   pattern = AttentionPattern(part.patterns, part.boundary)
   if not part.length:
     shared = _shared(kv_heads)
     return call.attend(
-      query, _take(key, shared), _take(value, shared), pattern, segment_ids
+      query,
+      take_heads(key, shared),
+      take_heads(value, shared),
+      pattern,
+      segment_ids,
     )
   query = jnp.pad(query, ((0, 0), (part.length, 0), (0, 0), (0, 0)))
   numbers = {
@@ -517,7 +529,9 @@ def _attend_part(
     front = fronts[start, part.length]
     places = [numbers[start].index(head) for head in shared]
     keys, values = (
-      jnp.concatenate([_take(before, places), _take(own, shared)], axis=1)
+      jnp.concatenate(
+        [take_heads(before, places), take_heads(own, shared)], axis=1
+      )
       for before, own in ((front.key, key), (front.value, value))
     )
     ids = None
@@ -537,8 +551,8 @@ def _attend_part(
   keys, values = (
     jnp.pad(jnp.concatenate(x, axis=2), own)
     for x in (
-      [_take(front.key, place) for front, place in chosen],
-      [_take(front.value, place) for front, place in chosen],
+      [take_heads(front.key, place) for front, place in chosen],
+      [take_heads(front.value, place) for front, place in chosen],
     )
   )
   ids = jnp.stack(
@@ -594,14 +608,11 @@ def _attend_local(
     )
     for part in plan.parts
   ]
-  order = [place for part in plan.parts for place in part.heads]
+  places = [part.heads for part in plan.parts]
   if plan.whole:
     results.append(tuple(x[:, :, : len(plan.whole)] for x in from_whole))
-    order += plan.whole
-  back = np.argsort(order).tolist()
-  result = tuple(
-    _take(jnp.concatenate(x, axis=2), back) for x in zip(*results, strict=True)
-  )
+    places.append(plan.whole)
+  result = tuple(join_heads(x, places) for x in zip(*results, strict=True))
   if plan.firsts:
     # Keys may travel until here: compilers would not wait for the long kernel.
     received, result = lax.optimization_barrier((received, result))
@@ -612,18 +623,20 @@ def _attend_local(
     result = tuple(
       _put(
         x,
-        jnp.where(call.piece == 0, _take(x[:, : y.shape[1]], part.heads), y),
+        jnp.where(
+          call.piece == 0, take_heads(x[:, : y.shape[1]], part.heads), y
+        ),
         part.heads,
       )
       for x, y in zip(result, firsts, strict=True)
     )
   if not plan.fallbacks:
     return result
-  places = tuple(place for place, _ in plan.fallbacks)
+  unshifted_heads = tuple(place for place, _ in plan.fallbacks)
   plain = tuple(
     dataclasses.replace(head, shift=0) for _, head in plan.fallbacks
   )
-  part = _Part(places, plain, (0,) * len(places), 0)
+  part = _Part(unshifted_heads, plain, (0,) * len(plain), 0)
   unshifted = _attend_part(call, plan, part, query, key, value, own_ids, {})
   positions = call.piece * call.cut.length + jnp.arange(call.cut.length)
   heads = {place: head for place, head in plan.fallbacks}
@@ -636,11 +649,14 @@ def _attend_local(
     ],
     axis=1,
   )[None]
-  of_place = [places.index(p) if p in heads else 0 for p in range(len(order))]
+  of_place = [
+    unshifted_heads.index(place) if place in heads else 0
+    for place in range(query.shape[2])
+  ]
   return tuple(
     jnp.where(
       falls_back if x.ndim == 3 else falls_back[..., None],
-      _take(other, of_place),
+      take_heads(other, of_place),
       x,
     )
     for x, other in zip(result, unshifted, strict=True)
@@ -745,9 +761,9 @@ def _attend_whole(
 
   def pack(of: _Seats, query: jax.Array, key: jax.Array, value: jax.Array):
     return (
-      _take(query, [h or 0 for h in of.heads]),
-      _take(key, of.kv_heads),
-      _take(value, of.kv_heads),
+      take_heads(query, [h or 0 for h in of.heads]),
+      take_heads(key, of.kv_heads),
+      take_heads(value, of.kv_heads),
     )
 
   exchange = functools.partial(
@@ -775,7 +791,7 @@ def _attend_whole(
     plan, of = both
     places = [of.heads.index(h) for h in plan.whole]
     places += [0] * (len(of.heads) - len(places))
-    return tuple(_take(x, places) for x in result)
+    return tuple(take_heads(x, places) for x in result)
 
   return call.by_shard(
     list(zip(call.plans, seats, strict=True)), unpack, *result
@@ -849,16 +865,31 @@ def _make_call(
   )
 
 
-def _run_one(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  pattern: AttentionPattern,
-  mesh: Mesh,
-  segment_ids: jax.Array | None,
-  **settings: Any,
-) -> tuple[jax.Array, ...]:
-  """Returns output, and the log-sum-exp if wanted, for one pattern."""
+def attend(
+  call: Call, mesh: Mesh, back_ends: tuple[BackEnd, ...]
+) -> tuple[jax.Array, jax.Array | None]:
+  """Returns the output of a call on a mesh, and the log-sum-exp if needed.
+
+  Sequences lie along `data` and `fsdp`, heads along `tensor`, tokens along
+  `sequence`; what cannot be divided is computed by all.
+
+  Args:
+    call: The call, with all sequences, heads and tokens.
+    mesh: From `sharding.make_mesh`.
+    back_ends: What the calls on each device try, in order.
+
+  Raises:
+    NotImplementedError: No back end serves a call; there is a cache; or a
+      pattern that wraps round meets a length that cannot be divided.
+  """
+  if call.has_cache:
+    raise NotImplementedError(
+      "attention over a mesh serves query_offset=0 and as many keys as queries,"
+      f" not query_offset={call.query_offset}, {call.key.shape[1]} keys and"
+      f" {call.query.shape[1]} queries."
+    )
+  query, key, value, pattern = call.query, call.key, call.value, call.pattern
+  segment_ids = call.segment_ids
   seq_len, kv_heads = query.shape[1], key.shape[2]
   pieces = mesh.shape[sharding.SEQUENCE]
   cut = _Cut(pieces, _piece_length(pattern, seq_len, pieces))
@@ -878,7 +909,7 @@ def _run_one(
       segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
   shards = mesh.shape[sharding.TENSOR]
   shards = shards if kv_heads % shards == 0 else 1
-  call = _make_call(
+  mesh_call = _make_call(
     pattern,
     kv_heads,
     cut,
@@ -887,8 +918,11 @@ def _run_one(
       sharding.TENSOR if shards > 1 else None,
       sharding.SEQUENCE if pieces > 1 else None,
     ),
+    scale=call.scale,
+    back_ends=back_ends,
     has_segments=segment_ids is not None,
-    **settings,
+    needs_log_sum=call.needs_log_sum,
+    deterministic=call.deterministic,
   )
   heads = "heads" if shards > 1 else None
   spec = sharding.activation_spec(
@@ -897,70 +931,15 @@ def _run_one(
   batch_seq = PartitionSpec(*spec[:2])
   outputs = (spec, PartitionSpec(*spec[:3]))
   result = jax.shard_map(
-    functools.partial(_attend, call),
+    functools.partial(_attend, mesh_call),
     mesh=mesh,
     in_specs=(spec, spec, spec, None if segment_ids is None else batch_seq),
     out_specs=outputs if call.needs_log_sum else outputs[:1],
     # Kernels do not say along which axes their results differ.
     check_vma=False,
   )(query, key, value, segment_ids)
-  return tuple(x[:, :seq_len] for x in result)
-
-
-def attention(
-  query: jax.Array,
-  key: jax.Array,
-  value: jax.Array,
-  pattern: dispatch.Patterns,
-  *,
-  mesh: Mesh,
-  segment_ids: jax.Array | None = None,
-  scale: float | None = None,
-  implementation: str | None = None,
-) -> jax.Array:
-  """Returns `scca_jax.attention` of arrays that lie on a mesh.
-
-  Args:
-    query: `[batch, seq, heads, head_dim]`. Sequences lie along `data` and
-      `fsdp`, heads along `tensor`, tokens along `sequence`; what cannot be
-      divided is computed by all.
-    key: `[batch, seq, kv_heads, head_dim]`.
-    value: Like `key`.
-    pattern: Which keys each query head sees; see `scca_jax.attention`.
-    mesh: From `sharding.make_mesh`.
-    segment_ids: Integers `[batch, seq]`, or None.
-    scale: Factor of the scores; None takes `head_dim ** -0.5`.
-    implementation: Of the calls on each device.
-
-  Raises:
-    ValueError: See `scca_jax.attention`.
-    NotImplementedError: The implementation cannot serve a call, or a pattern
-      that wraps round meets a length that cannot be divided.
-  """
-  patterns = dispatch.members(pattern)
-  dispatch.check(query, key, value, patterns, segment_ids)
-  if any(head.is_union for one in patterns for head in one.heads):
-    raise NotImplementedError(
-      "attention over a mesh does not serve own_chunk and sinks."
-    )
-  results = [
-    _run_one(
-      query,
-      key,
-      value,
-      one,
-      mesh,
-      segment_ids,
-      scale=query.shape[-1] ** -0.5 if scale is None else scale,
-      implementation=implementation,
-      needs_log_sum=len(patterns) > 1,
-    )
-    for one in patterns
-  ]
-  if len(results) == 1:
-    return results[0][0]
-  outputs, log_sums = zip(*results, strict=True)
-  return dispatch.combine(list(outputs), list(log_sums))[0]
+  output, *log_sum = (x[:, :seq_len] for x in result)
+  return output, log_sum[0] if log_sum else None
 
 
 def bytes_received(
@@ -996,9 +975,10 @@ def bytes_received(
     1,
     axes=(None, sharding.SEQUENCE),
     scale=1.0,
-    implementation=None,
+    back_ends=(),
     has_segments=False,
     needs_log_sum=False,
+    deterministic=False,
   )
   numbers = sum(_message_sizes(call, head_dim).values())
   seats = _seat(call)

@@ -13,7 +13,7 @@ import pytest
 from experiments.timing import attention_peers
 from scca_jax import attention, backends, dispatch, patterns
 from scca_jax.backends import xla
-from scca_jax.backends.blocks import BlockSizes
+from scca_jax.backends.block_sizes import BlockSizes
 
 SMALL = (
   "--seq_lens=64",

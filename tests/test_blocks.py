@@ -9,8 +9,9 @@ import pytest
 from hypothesis import strategies as st
 
 from scca_jax import patterns
-from scca_jax.backends import blocks
-from scca_jax.backends.blocks import FIELD, BlockSizes
+from scca_jax.backends import block_sizes, blocks
+from scca_jax.backends.block_sizes import BlockSizes
+from scca_jax.backends.blocks import FIELD
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 
@@ -179,10 +180,10 @@ def test_trimmed_tiles_keep_what_segments_let_see(inverse, boundary):
 
 
 def test_tuned_sizes_are_of_known_kernels():
-  assert blocks.tuned_sizes("mosaic", "no GPU", jnp.bfloat16, 128) == {}
-  for gpus in blocks._all_tuned_sizes().values():
+  assert block_sizes.tuned_sizes("mosaic", "no GPU", jnp.bfloat16, 128) == {}
+  for gpus in block_sizes._all_tuned_sizes().values():
     for kind, dtypes in gpus.items():
       for dtype, dims in dtypes.items():
         for head_dim in dims:
-          found = blocks.tuned_sizes("mosaic", kind, dtype, int(head_dim))
+          found = block_sizes.tuned_sizes("mosaic", kind, dtype, int(head_dim))
           assert all(isinstance(x, BlockSizes) for x in found.values())

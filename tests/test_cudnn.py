@@ -33,12 +33,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def dense_calls_by_xla(monkeypatch):
-  monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
-
-
-def _run(implementation, pattern, inputs):
+def _run(attention, pattern, inputs):
   query, key, value, cotangent = inputs
 
   @functools.partial(
@@ -46,7 +41,7 @@ def _run(implementation, pattern, inputs):
   )
   def run(query, key, value):
     attend = functools.partial(
-      implementation.attention,
+      attention,
       pattern=pattern,
       segment_ids=None,
       query_offset=0,
@@ -68,29 +63,32 @@ def test_pieces_make_up_the_pattern(name, seq_len):
     jnp.asarray(random.normal(size=(2, seq_len, n, 8)), jnp.float32)
     for n in (heads, 2, 2, heads)
   ]
-  found = _run(cudnn, pattern, inputs)
-  truth = _run(reference, pattern, inputs)
+  attend = functools.partial(cudnn.attention, dense_implementation="xla")
+  found = _run(attend, pattern, inputs)
+  truth = _run(reference.attention, pattern, inputs)
   labels = ("output", "d_query", "d_key", "d_value")
   for label, a, b in zip(labels, found, truth, strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=label)
 
 
 @pytest.mark.parametrize(
-  ("pattern", "change", "said"),
+  ("pattern", "said"),
   [
-    (patterns.sda(2, 2), {}, "dilation"),
-    (patterns.scca_fixed(2, 8, 12), {}, "chunk_size=8"),
-    (dataclasses.replace(patterns.s2(2, 8), causality="slot"), {}, "slot"),
-    (patterns.dense(2), {"query_offset": 1}, "query_offset"),
-    (
-      patterns.dense(2),
-      {"segment_ids": jnp.ones((1, 9), jnp.int32)},
-      "segment_ids",
-    ),
+    (patterns.scca_fixed(2, 8, 12), "chunk_size=8"),
+    (AttentionPattern((HeadPattern(window=4, shift=1),) * 2), "windows"),
+    (AttentionPattern((HeadPattern(window=4, chunk_size=8),) * 2), "windows"),
   ],
 )
-def test_what_is_not_dense_on_pieces_is_refused(pattern, change, said):
+def test_what_is_not_dense_on_pieces_is_refused(pattern, said):
   x = jnp.zeros((1, 9, 2, 8))
-  call = {"segment_ids": None, "query_offset": 0, "scale": 1.0} | change
   with pytest.raises(NotImplementedError, match=said):
-    cudnn.attention(x, x, x, pattern, **call)
+    cudnn.attention(
+      x,
+      x,
+      x,
+      pattern,
+      segment_ids=None,
+      query_offset=0,
+      scale=1.0,
+      dense_implementation="xla",
+    )

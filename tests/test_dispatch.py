@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import scca_jax
-from scca_jax import dispatch, patterns, target
-from scca_jax.backends import cudnn
+from scca_jax import patterns, target
+from scca_jax.backends import registry
 
 SEQ_LEN, HEADS = 13, 4
 # Every named pattern, under both rules for the start of the sequence.
@@ -296,29 +298,10 @@ def test_without_a_gpu_its_implementations_say_what_there_is(name):
     )
 
 
-@pytest.mark.parametrize(
-  ("capability", "best"),
-  [
-    ((7, 0), "xla"),
-    ((8, 0), "triton"),
-    ((8, 9), "triton"),
-    ((9, 0), "mosaic"),
-    ((10, 0), "triton"),
-    ((12, 0), "triton"),
-  ],
-)
-def test_the_gpu_decides_what_is_best(capability, best):
-  gpu = target.Target("gpu", "a GPU", capability, 100)
-  with target.compile_for(gpu):
-    names = dispatch.available()
-  assert names[0] == best
-  assert names[-2:] == EVERYWHERE
-
-
 def test_falling_back_is_told_once(caplog):
   query, key, value = _inputs()
   pattern = patterns.scca_fixed(HEADS, 5)
-  dispatch._tell_once.cache_clear()
+  registry._log_once.cache_clear()
   # Kernels serve 16-bit inputs: a GPU computes float32 by XLA.
   with target.compile_for(target.Target("gpu", "a GPU", (9, 0), 132)):
     for _ in range(2):
@@ -335,28 +318,84 @@ def test_falling_back_is_told_once(caplog):
 
 def test_nothing_is_told_where_the_best_serves(caplog):
   query, key, value = _inputs()
-  dispatch._tell_once.cache_clear()
+  registry._log_once.cache_clear()
   scca_jax.attention(query, key, value, patterns.dense(HEADS))
   assert not [r for r in caplog.records if "falls back" in r.message]
 
 
-def test_implementations_that_lack_a_log_sum_exp_are_not_asked_for_one(
-  monkeypatch,
-):
-  monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+def test_implementations_are_tried_in_order(caplog):
   query, key, value = _inputs()
-  pattern = patterns.dense(HEADS)
-  with target.compile_for(target.Target("gpu", "a GPU", (8, 0), 100)):
-    attend = functools.partial(
-      scca_jax.attention, query, key, value, implementation="cudnn"
+  pattern = patterns.scca_fixed(HEADS, 5)
+  registry._log_once.cache_clear()
+  attend = functools.partial(scca_jax.attention, query, key, value, pattern)
+  np.testing.assert_array_equal(
+    attend(implementation=("mosaic", "xla")), attend(implementation="xla")
+  )
+  assert "falls back to xla here: mosaic needs" in caplog.text
+  with pytest.raises(
+    NotImplementedError, match="mosaic needs.*; triton needs.*use one of xla"
+  ):
+    attend(implementation=["mosaic", "triton"])
+
+
+@implementations
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_works_inside_a_checked_shard_map(implementation, shared):
+  query, key, value = _inputs()
+  pattern = patterns.mix(patterns.scca_fixed(2, 5), patterns.sda(2, 2))
+  ids = jnp.asarray([[1] * 5 + [2] * 8, [3] * 10 + [0] * 3])
+  mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+  # Shared keys are those of the first sequence, on both devices.
+  keys_spec = P() if shared else P("x")
+
+  def attend(query, key, value, ids):
+    return scca_jax.attention(
+      query, key, value, pattern, segment_ids=ids, implementation=implementation
     )
-    attend(pattern)
-    for call in (
-      lambda: attend(pattern, return_lse=True),
-      lambda: attend((pattern, patterns.local(HEADS, 4))),
-    ):
-      with pytest.raises(NotImplementedError, match="no log-sum-exp"):
-        call()
+
+  def sharded(*arrays):
+    if shared:
+      arrays = (arrays[0], *(x[:1] for x in arrays[1:]))
+    return jax.shard_map(
+      attend,
+      mesh=mesh,
+      in_specs=(P("x"), *[keys_spec] * 3),
+      out_specs=P("x"),
+      check_vma=True,
+    )(*arrays)
+
+  def plain(*arrays):
+    if shared:
+      arrays = (arrays[0], *(jnp.repeat(x[:1], 2, 0) for x in arrays[1:]))
+    return attend(*arrays)
+
+  results = [
+    jax.jit(
+      jax.value_and_grad(
+        lambda q, k, v, way=way: jnp.sum(jnp.sin(way(q, k, v, ids))), (0, 1, 2)
+      )
+    )(query, key, value)
+    for way in (sharded, plain)
+  ]
+  for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_kernels_leave_a_checked_shard_map_to_xla():
+  x = jnp.zeros((2, SEQ_LEN, HEADS, 64), jnp.bfloat16)
+  mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+  attend = functools.partial(
+    scca_jax.attention,
+    pattern=patterns.dense(HEADS),
+    implementation=("mosaic", "triton"),
+  )
+  with (
+    target.compile_for(target.Target("gpu", "a GPU", (9, 0), 132)),
+    pytest.raises(NotImplementedError, match="shard_map with check_vma=True"),
+  ):
+    jax.shard_map(attend, mesh=mesh, in_specs=(P("x"),) * 3, out_specs=P("x"))(
+      x, x, x
+    )
 
 
 def test_sinks_are_the_first_tokens_of_each_segment():
@@ -382,12 +421,3 @@ def test_sinks_are_the_first_tokens_of_each_segment():
       for a, b in zip((output, log_sum), expected, strict=True):
         np.testing.assert_allclose(a[row, span], b[0, span], atol=2e-6)
   assert not np.any(output[0, 11:])
-
-
-@pytest.mark.parametrize("name", ["xla", "cudnn", "triton", "mosaic"])
-def test_back_ends_refuse_unions_that_they_do_not_serve(name):
-  query, key, value = _inputs()
-  gpu = target.Target("gpu", "a GPU", (9, 0), 132)
-  with target.compile_for(gpu):
-    with pytest.raises(NotImplementedError, match="own_chunk and sinks"):
-      scca_jax.attention(query, key, value, UNION, implementation=name)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 import scca_jax
-from scca_jax import parallel, patterns, sharding
+from scca_jax import patterns, sharding
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 SEQ = 64
@@ -59,7 +59,7 @@ def _check(
   one = pattern if isinstance(pattern, AttentionPattern) else pattern[0]
   inputs = _inputs(one.num_heads, seq_len, kv_heads)
   got = _run(
-    lambda *x: parallel.attention(
+    lambda *x: scca_jax.attention(
       *x,
       pattern,
       mesh=mesh,
@@ -165,7 +165,7 @@ def test_keys_that_wrap_round_are_exchanged_whole():
   _check(pattern, _mesh(sequence=4), kv_heads=2)
   inputs = _inputs(4, 63, 4)
   with pytest.raises(NotImplementedError, match="63 tokens"):
-    parallel.attention(*inputs[:3], pattern, mesh=_mesh(sequence=4))
+    scca_jax.attention(*inputs[:3], pattern, mesh=_mesh(sequence=4))
 
 
 def _heads():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import scca_jax
 from scca_jax import deviceless, parallel, patterns, sharding, traffic
 
 SEQ, PIECES, HEADS, DIM = 256, 4, 8, 16
@@ -42,7 +43,7 @@ CASES = {
 
 def _attend(mesh, pattern):
   return functools.partial(
-    parallel.attention, pattern=pattern, mesh=mesh, implementation="reference"
+    scca_jax.attention, pattern=pattern, mesh=mesh, implementation="reference"
   )
 
 
@@ -162,7 +163,7 @@ def test_programs_for_gpus_move_the_same_while_local_heads_are_computed():
   )
 
   def step(query, key, value, d_output):
-    attend = functools.partial(parallel.attention, pattern=pattern, mesh=mesh)
+    attend = functools.partial(scca_jax.attention, pattern=pattern, mesh=mesh)
     output, vjp = jax.vjp(attend, query, key, value)
     return output, vjp(d_output)
 

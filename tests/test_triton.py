@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scca_jax import patterns, target
+from scca_jax import patterns
 from scca_jax.backends import blocks, reference, triton
-from scca_jax.backends.blocks import BlockSizes
+from scca_jax.backends.block_sizes import BlockSizes
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 NAMES = ("output", "log_sum", "d_query", "d_key", "d_value")
@@ -19,9 +19,7 @@ TOLERANCE = 2e-5
 QUICKLY = {"xla_backend_optimization_level": 0}
 
 
-@pytest.fixture(autouse=True)
-def _interpreted(monkeypatch):
-  monkeypatch.setattr(triton, "INTERPRET", True)
+interpreted = functools.partial(triton.attention, interpret=True)
 
 
 def _inputs(pattern, seq_len, *, kv_heads=None, size=1.0, head_dim=8):
@@ -81,7 +79,7 @@ def _run(attention, pattern, inputs, segment_ids=None, **kwargs):
 
 def _check(pattern, inputs, segment_ids=None, **kwargs):
   """Compares outputs and gradients with the reference, and returns them."""
-  result = _run(triton.attention, pattern, inputs, segment_ids, **kwargs)
+  result = _run(interpreted, pattern, inputs, segment_ids, **kwargs)
   kwargs.pop("sizes", None)
   expected = _run(reference.attention, pattern, inputs, segment_ids, **kwargs)
   for name in NAMES:
@@ -230,7 +228,7 @@ def test_half_precision_is_as_exact_as_dense(dtype, size):
   ids = _segments(seq_len)
   truth = _run(reference.attention, pattern, wide, ids)
   dense = _run(_dense, pattern, halves, ids)
-  result = _run(triton.attention, pattern, halves, ids)
+  result = _run(interpreted, pattern, halves, ids)
   empty = np.asarray(truth["log_sum"]) == -np.inf
   assert empty.any()
   np.testing.assert_array_equal(np.asarray(result["log_sum"]) == -np.inf, empty)
@@ -253,7 +251,7 @@ def test_queries_without_keys_get_exactly_nothing():
   *inputs, d_log_sum = _inputs(pattern, seq_len)
   # The kernels do most for float16.
   inputs = (*(x.astype(jnp.float16) for x in inputs), d_log_sum)
-  result = _run(triton.attention, pattern, inputs, _segments(seq_len))
+  result = _run(interpreted, pattern, inputs, _segments(seq_len))
   ids = np.asarray(_segments(seq_len))
   same = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, None, :]
   seen = pattern.visible(seq_len)[None] & same[:, None]
@@ -274,7 +272,7 @@ def test_transformations_change_nothing():
   ids = _segments(seq_len)
 
   def attend(query, key, value, ids):
-    return triton.attention(
+    return interpreted(
       query, key, value, pattern, segment_ids=ids, query_offset=0, scale=0.3
     )[0]
 
@@ -312,7 +310,7 @@ def test_a_pass_is_few_launches_whatever_the_dilations(dtype, kv_heads, pass_):
   arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
   def attend(query, key, value):
-    return triton.attention(
+    return interpreted(
       query, key, value, pattern, segment_ids=None, query_offset=0, scale=1.0
     )
 
@@ -338,69 +336,3 @@ def test_long_programs_start_first(inverse):
   assert table.shape[1] == counts.max() == (2 if inverse else 1)
   # A mask costs a quarter of a block.
   assert (np.diff(num_blocks) <= 0.25 * num_blocks[1:] + 1).all()
-
-
-REFUSED = {
-  "float32": ({"dtype": jnp.float32}, "not float32"),
-  "head_dim": ({"head_dim": 80}, "not 80"),
-  "small head_dim": ({"head_dim": 8}, "not 8"),
-  "slots": ({"causality": "slot"}, '"position"'),
-  "offset": ({"query_offset": 3}, "query_offset"),
-  "traced offset": ({"query_offset": np.int32(0)}, "query_offset"),
-  "more keys": ({"kv_len": 40}, "40 keys"),
-  "too long": ({"seq_len": blocks.FAR // 2 + 1}, "fewer than"),
-  "far": ({"shift": 1 << 30}, "as far as"),
-  "old GPU": ({"capability": (7, 5)}, "8.0"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_it_does_not_serve_it_refuses(case, monkeypatch):
-  given, message = REFUSED[case]
-  monkeypatch.setattr(triton, "INTERPRET", False)
-  seq_len = given.get("seq_len", 32)
-  head_dim = given.get("head_dim", 64)
-  dtype = given.get("dtype", jnp.bfloat16)
-  query = jax.ShapeDtypeStruct((1, seq_len, 2, head_dim), dtype)
-  key = jax.ShapeDtypeStruct(
-    (1, given.get("kv_len", seq_len), 2, head_dim), dtype
-  )
-  pattern = AttentionPattern(
-    (HeadPattern(), HeadPattern(chunk_size=8, shift=given.get("shift", 4))),
-    causality=given.get("causality", "position"),
-  )
-  device = target.Target("gpu", "a GPU", given.get("capability", (8, 0)), 4)
-  with (
-    target.compile_for(device),
-    pytest.raises(NotImplementedError, match=message),
-  ):
-    triton.attention(
-      query,
-      key,
-      key,
-      pattern,
-      segment_ids=None,
-      query_offset=given.get("query_offset", 0),
-      scale=1.0,
-    )
-
-
-def test_a_cpu_is_refused_unless_asked_to_interpret(monkeypatch):
-  monkeypatch.setattr(triton, "INTERPRET", False)
-  pattern = patterns.scca_fixed(2, 8)
-  query, key, value, *_ = (
-    x.astype(jnp.bfloat16) for x in _inputs(pattern, 16, head_dim=16)
-  )
-  run = functools.partial(
-    triton.attention,
-    query,
-    key,
-    value,
-    pattern,
-    segment_ids=None,
-    query_offset=0,
-    scale=1.0,
-  )
-  with pytest.raises(NotImplementedError, match="cpu"):
-    run()
-  assert run(interpret=True)[0].dtype == jnp.bfloat16

@@ -7,17 +7,15 @@ queries, both in closed form (`key_bounds`, `query_bounds`), so that the
 backward pass knows its blocks as the forward pass does.
 
 A *tile* is a block of rows, queries or, in the inverse direction, keys, with
-the blocks of columns that it meets. Tiles are made on the host, once a shape:
-`make_groups` lists them, the blocks of a tile that straddle a border, and need
-a mask, before the others. The kernels read them from a table and use the same
+the blocks of columns that it meets. Tiles are made on the host, once per shape:
+`make_groups` lists them. Within a tile, blocks that straddle a border, and so
+need a mask, come first. The kernels read tiles from a table and use the same
 bounds for the masks.
 """
 
 import dataclasses
 import functools
 import heapq
-import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,20 +24,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.backends.block_sizes import BlockSizes
+from scca_jax.patterns import HeadPattern
 
-# Name of what a kernel saves for its backward pass beside its inputs: by it,
-# `jax.checkpoint` can keep that and compute the rest anew.
-SAVED = "scca_attention"
-# Further than any sequence is long.
+# Exceeds any sequence length.
 FAR = 1 << 29
 # Positions of a whole tile must fit in 32 bits.
-_MAX_DILATION = 1 << 20
+MAX_DILATION = 1 << 20
 # Blocks of columns begin at a multiple of this slot: the copy engine of a
 # Hopper GPU fills tiles of 8 rows.
 ALIGN = 8
 # Positions that segment ids are summed up over, see `trim`.
 _GRANULE = 64
+# Costs as measured on an H200, in blocks without a mask: of a mask, of a tile
+# with blocks, and of one without.
+_MASK_COST, _TILE_COST, _EMPTY_TILE_COST = 0.25, 0.7, 0.2
+# Groups of tiles per multiprocessor that `deal` orders by falling cost.
+_NUM_SORTED = 6
 
 # Fields of a tile. Block `i` begins at slot `start_j + i * columns` of
 # `residue_j`, where `j` is 0 for `i < end_0`, else 1 for `i < end_1`, else 2.
@@ -67,49 +68,6 @@ FIELD = {name: i for i, name in enumerate(FIELDS)}
 # Flags of a tile: it is the first or the last of its rows; all its blocks are
 # of queries that fall back (`HeadPattern.falls_back`); only its first run is.
 FIRST, LAST, FALLS_BACK, MIXED = 1, 2, 4, 8
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockSizes:
-  """Sizes of the tiles of one kernel.
-
-  Attributes:
-    rows: Rows of a tile.
-    columns: Columns of a block.
-    stages: Blocks of columns in flight.
-    warps: Warps of a program, where the kernel leaves the choice.
-  """
-
-  rows: int = 128
-  columns: int = 128
-  stages: int = 2
-  warps: int = 8
-
-
-# What `experiments.benchmark_attention --tune` found: by implementation, GPU,
-# dtype, head_dim and kernel.
-SIZES_PATH = pathlib.Path(__file__).with_name("block_sizes.json")
-
-
-def tuned_sizes(
-  implementation: str, kind: str, dtype: Any, head_dim: int
-) -> dict[str, BlockSizes]:
-  """Returns the sizes found by tuning, by kernel; empty for an unknown GPU.
-
-  Args:
-    implementation: Name of the back end.
-    kind: Name of the GPU.
-    dtype: Of the inputs.
-    head_dim: Length of a head.
-  """
-  found = _all_tuned_sizes().get(implementation, {}).get(kind, {})
-  found = found.get(np.dtype(dtype).name, {}).get(str(head_dim), {})
-  return {kernel: BlockSizes(**sizes) for kernel, sizes in found.items()}
-
-
-@functools.cache
-def _all_tuned_sizes() -> dict[str, Any]:
-  return json.loads(SIZES_PATH.read_text(encoding="utf8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,48 +128,6 @@ class Rule:
   def numbers(self) -> list[int]:
     """Returns the fields in the order of `RULE_FIELDS`."""
     return [int(getattr(self, name)) for name in RULE_FIELDS]
-
-
-def check_call(
-  name: str,
-  query: jax.Array,
-  key: jax.Array,
-  pattern: AttentionPattern,
-  query_offset: Any,
-) -> None:
-  """Checks what no kernel serves.
-
-  Args:
-    name: Of the implementation.
-    query: `[batch, seq, heads, head_dim]`.
-    key: `[batch, kv_seq, kv_heads, head_dim]`.
-    pattern: Which keys each query head sees.
-    query_offset: Position of the first query.
-
-  Raises:
-    NotImplementedError: The call is causal by slot, has a cache, or numbers
-      that 32 bits do not hold.
-  """
-  if pattern.causality != "position":
-    raise NotImplementedError(
-      f'{name} serves causality="position", not "{pattern.causality}".'
-    )
-  if not isinstance(query_offset, int) or query_offset:
-    raise NotImplementedError(f"{name} serves no query_offset.")
-  if key.shape[1] != query.shape[1]:
-    raise NotImplementedError(
-      f"{name} serves as many keys as queries, not {key.shape[1]} keys and"
-      f" {query.shape[1]} queries."
-    )
-  for head in pattern.head_groups():
-    furthest = max(
-      query.shape[1], head.shift, abs(head.offset), head.chunk_size or 0
-    )
-    if furthest >= FAR // 2 or head.dilation > _MAX_DILATION:
-      raise NotImplementedError(
-        f"{name} serves no head that reaches as far as {head} on"
-        f" {query.shape[1]} tokens."
-      )
 
 
 RULE_FIELDS = tuple(field.name for field in dataclasses.fields(Rule))
@@ -354,6 +270,58 @@ def _blocks_of(
   return other, *_run([x[0] for x in slots], [x[1] for x in slots], columns)
 
 
+# Blocks one after another: the residue of their columns, the first column, the
+# number of blocks.
+_BlockRun = tuple[Any, Any, Any]
+
+
+def _runs(
+  runs: tuple[_BlockRun, _BlockRun, _BlockRun],
+  num_masked: Any,
+  columns: int,
+  flags: int = 0,
+) -> dict[str, Any]:
+  """Returns the fields of tiles that say where their blocks begin.
+
+  Args:
+    runs: The three runs of blocks of each tile.
+    num_masked: How many of the blocks need a mask, from the first on.
+    columns: Columns of a block.
+    flags: Flags of the tiles.
+  """
+  fields: dict[str, Any] = {"num_masked": num_masked, "flags": flags}
+  end = 0
+  for i, (residue, start, count) in enumerate(runs):
+    fields[f"residue_{i}"] = residue
+    fields[f"start_{i}"] = start - end * columns
+    end = end + count
+    fields["num_blocks" if i == 2 else f"end_{i}"] = end
+  return fields
+
+
+def _masked_first(
+  residue: Any,
+  start: np.ndarray,
+  count: np.ndarray,
+  before: np.ndarray,
+  after: np.ndarray,
+  columns: int,
+  flags: int = 0,
+) -> dict[str, Any]:
+  """Returns fields of tiles whose blocks to mask, at both ends, come first."""
+  between = count - before - after
+  return _runs(
+    (
+      (residue, start, before),
+      (residue, start + (count - after) * columns, after),
+      (residue, start + before * columns, between),
+    ),
+    before + after,
+    columns,
+    flags,
+  )
+
+
 @functools.lru_cache(maxsize=1024)
 def tiles_of_head(
   rule: Rule,
@@ -386,52 +354,28 @@ def tiles_of_head(
     )
     if in_order:
       before, after = count, 0 * count
-    fields = {
-      "num_blocks": count,
-      "num_masked": before + after,
-      "end_0": before,
-      "end_1": before + after,
-      "residue_0": other,
-      "start_0": start,
-      "residue_1": other,
-      "start_1": start + (count - after - before) * columns,
-      "residue_2": other,
-      "start_2": start - after * columns,
-      "flags": 0 * count,
-    }
+    fields = _masked_first(other, start, count, before, after, columns)
     if rule.limit:
       other_0, start_0, count_0, before_0, after_0 = _blocks_of(
         rule, seq_len, residue, (first, last), columns, inverse, True
       )
       if in_order:
         before_0, after_0 = count_0, 0 * count_0
-      alone = {
-        "num_blocks": count_0,
-        "num_masked": before_0 + after_0,
-        "end_0": before_0,
-        "end_1": before_0 + after_0,
-        "residue_0": other_0,
-        "start_0": start_0,
-        "residue_1": other_0,
-        "start_1": start_0 + (count_0 - after_0 - before_0) * columns,
-        "residue_2": other_0,
-        "start_2": start_0 - after_0 * columns,
-        "flags": FALLS_BACK,
-      }
+      alone = _masked_first(
+        other_0, start_0, count_0, before_0, after_0, columns, FALLS_BACK
+      )
       # Rows that fall back and rows that do not: two runs, all masked.
-      both = {
-        "num_blocks": count_0 + count,
-        "num_masked": count_0 + count,
-        "end_0": count_0,
-        "end_1": count_0 + count,
-        "residue_0": other_0,
-        "start_0": start_0,
-        "residue_1": other,
-        "start_1": start - count_0 * columns,
-        "residue_2": other,
-        "start_2": 0,
-        "flags": MIXED,
-      }
+      num_blocks = count_0 + count
+      both = _runs(
+        (
+          (other_0, start_0, count_0),
+          (other, start, count),
+          (other, num_blocks * columns, 0),
+        ),
+        num_blocks,
+        columns,
+        MIXED,
+      )
       if inverse:
         is_alone = (count_0 > 0) & (count == 0)
         is_both = (count_0 > 0) & (count > 0)
@@ -517,11 +461,10 @@ def make_groups(
         used[0, FIELD["flags"]] |= FIRST
         used[-1, FIELD["flags"]] |= LAST
         groups.append(used)
-  # In blocks, as measured on an H200: what a mask and a tile itself add.
   costs = [
     group[:, FIELD["num_blocks"]].sum()
-    + 0.25 * group[:, FIELD["num_masked"]].sum()
-    + (0.7 if group[0, FIELD["num_blocks"]] else 0.2)
+    + _MASK_COST * group[:, FIELD["num_masked"]].sum()
+    + (_TILE_COST if group[0, FIELD["num_blocks"]] else _EMPTY_TILE_COST)
     for group in groups
   ]
   return groups, np.array(costs, np.float64)
@@ -530,7 +473,7 @@ def make_groups(
 def deal(
   groups: Sequence[np.ndarray], costs: np.ndarray, num_hands: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Deals groups of tiles out, so that all hands end together.
+  """Assigns tile groups to multiprocessors so that all finish together.
 
   Groups go in order, which keeps the keys that they share in the cache, each to
   the hand that is free first; the last few a hand go by falling cost.
@@ -547,7 +490,7 @@ def deal(
   """
   empty = np.array([g[0, FIELD["num_blocks"]] == 0 for g in groups], bool)
   order = np.flatnonzero(~empty)
-  split = max(0, len(order) - 6 * num_hands)
+  split = max(0, len(order) - _NUM_SORTED * num_hands)
   end = order[split:]
   order[split:] = end[np.argsort(-costs[end], kind="stable")]
   free = [(0.0, hand) for hand in range(num_hands)]
@@ -572,7 +515,7 @@ def trim(
   dilation: np.ndarray | int,
   sizes: BlockSizes,
 ) -> jax.Array:
-  """Returns the table without the blocks that no segment id lets a row see.
+  """Drops blocks whose segment ids cannot match any row of their tile.
 
   A tile keeps the blocks from the first to the last that may share an id with
   its rows, and at least one; a tile of two runs keeps all.

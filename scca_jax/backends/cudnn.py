@@ -10,29 +10,34 @@ It gives no log-sum-exp: the interface rounds it to the dtype of the inputs and
 differentiates it as a constant.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scca_jax import target
-from scca_jax.backends import blocks
+from scca_jax.backends.heads import join_heads, take_heads
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
-DTYPES = (jnp.bfloat16, jnp.float16)
-# Of jax.nn.dot_product_attention; tests on a CPU take another.
-IMPLEMENTATION = "cudnn"
 
-
+@dataclasses.dataclass(frozen=True)
 class _Dense:
-  """Dense attention over slices of the sequence."""
+  """Dense attention over slices of the sequence.
 
-  def __init__(
-    self, query: jax.Array, key: jax.Array, value: jax.Array, scale: float
-  ):
-    """Remembers the arrays, `[batch, seq, heads, head_dim]`."""
-    self.query, self.key, self.value, self.scale = query, key, value, scale
+  Attributes:
+    query: `[batch, seq, heads, head_dim]`.
+    key: `[batch, seq, kv_heads, head_dim]`.
+    value: Like `key`.
+    scale: Factor of the scores.
+    implementation: See `jax.nn.dot_product_attention`.
+  """
+
+  query: jax.Array
+  key: jax.Array
+  value: jax.Array
+  scale: float
+  implementation: Any
 
   @property
   def seq_len(self) -> int:
@@ -45,7 +50,7 @@ class _Dense:
       key,
       value,
       scale=self.scale,
-      implementation=IMPLEMENTATION,
+      implementation=self.implementation,
       **masks,
     )
 
@@ -160,14 +165,12 @@ def _attend(dense: _Dense, head: HeadPattern, boundary: str) -> jax.Array:
     NotImplementedError: The pattern is not dense on pieces.
   """
   length, shift = head.chunk_size, head.shift
-  if head.dilation > 1:
-    raise NotImplementedError(f"cudnn serves dilation 1, not {head.dilation}.")
   if length is None:
     if head.window is not None and shift:
-      raise NotImplementedError("cudnn serves no shifted windows.")
+      raise NotImplementedError("cudnn does not serve shifted windows.")
     return dense.whole(0, dense.seq_len, head.window)
   if head.window is not None:
-    raise NotImplementedError("cudnn serves no windows in chunks.")
+    raise NotImplementedError("cudnn does not serve windows in chunks.")
   offset = head.offset % length
   if shift == 0:
     if offset == 0:
@@ -177,7 +180,7 @@ def _attend(dense: _Dense, head: HeadPattern, boundary: str) -> jax.Array:
       parts.append(_of_chunks(dense, offset, length))
     return jnp.concatenate(parts, axis=1)
   if offset:
-    raise NotImplementedError("cudnn serves no shift with an offset.")
+    raise NotImplementedError("cudnn does not serve a shift with an offset.")
   if shift % length == 0:
     return _of_shifted_chunks(dense, head, boundary)
   if shift < length:
@@ -197,29 +200,29 @@ def attention(
   segment_ids: jax.Array | None,
   query_offset: int | jax.Array,
   scale: float,
+  dense_implementation: str = "cudnn",
 ) -> tuple[jax.Array, None]:
   """Returns the output, and no log-sum-exp; see `scca_jax.attention`.
+
+  Args:
+    query: `[batch, seq, heads, head_dim]`, bfloat16 or float16.
+    key: `[batch, seq, kv_heads, head_dim]`.
+    value: Like `key`.
+    pattern: Which keys each query head sees, with causality "position".
+    segment_ids: None.
+    query_offset: 0.
+    scale: Factor of the scores.
+    dense_implementation: What makes the dense calls; "xla" runs anywhere.
 
   Raises:
     NotImplementedError: It cannot be made of dense calls without a mask.
   """
-  device = target.current()
-  if IMPLEMENTATION == "cudnn" and device.compute_capability < (8, 0):
-    raise NotImplementedError(
-      "cudnn needs a GPU of compute capability 8.0 or later, and this is"
-      f" {device.kind}: use xla."
-    )
-  if IMPLEMENTATION == "cudnn" and query.dtype not in DTYPES:
-    raise NotImplementedError(
-      f"cudnn serves bfloat16 and float16, not {query.dtype}."
-    )
-  if segment_ids is not None:
-    raise NotImplementedError("cudnn serves no segment_ids.")
-  blocks.check_call("cudnn", query, key, pattern, query_offset)
+  del segment_ids, query_offset
   seq_len, num_heads = query.shape[1:3]
   group_size = num_heads // key.shape[2]
-  outputs, order = [], []
-  for head, heads in pattern.head_groups().items():
+  groups = pattern.head_groups()
+  outputs = []
+  for head, heads in groups.items():
     indices = np.array(heads)
     kv_indices = indices // group_size
     # Whole GQA groups share their keys, others get a copy of them.
@@ -228,22 +231,11 @@ def attention(
     ):
       kv_indices = np.unique(kv_indices)
     dense = _Dense(
-      _take(query, indices),
-      _take(key, kv_indices),
-      _take(value, kv_indices),
+      take_heads(query, heads),
+      take_heads(key, kv_indices.tolist()),
+      take_heads(value, kv_indices.tolist()),
       scale,
+      dense_implementation,
     )
-    output = _attend(dense, head, pattern.boundary)
-    outputs.append(output[:, :seq_len])
-    order.extend(heads)
-  if len(outputs) == 1:
-    return outputs[0], None
-  joined = jnp.concatenate(outputs, axis=2)
-  return _take(joined, np.argsort(order)), None
-
-
-def _take(x: jax.Array, heads: np.ndarray) -> jax.Array:
-  """Returns some heads, a slice where they are neighbours."""
-  if np.array_equal(heads, np.arange(heads[0], heads[0] + len(heads))):
-    return x[:, :, heads[0] : heads[0] + len(heads)]
-  return x[:, :, heads]
+    outputs.append(_attend(dense, head, pattern.boundary)[:, :seq_len])
+  return join_heads(outputs, list(groups.values())), None

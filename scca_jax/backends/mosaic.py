@@ -24,15 +24,13 @@ import numpy as np
 from jax import ad_checkpoint
 
 from scca_jax import target
-from scca_jax.backends import blocks
-from scca_jax.backends.blocks import BlockSizes
+from scca_jax.backends import block_sizes, blocks, heads
+from scca_jax.backends.block_sizes import BlockSizes
+from scca_jax.backends.contract import SAVED
 from scca_jax.backends.mosaic_backward import backward_keys, backward_queries
 from scca_jax.backends.mosaic_forward import forward
 from scca_jax.backends.mosaic_launch import LOG2E, NO_WEIGHT, Launch
 from scca_jax.patterns import AttentionPattern
-
-HEAD_DIMS = (64, 128)
-DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,7 @@ _DEFAULTS = {
 
 def default_sizes(head_dim: int, dtype: Any, kind: str) -> Sizes:
   """Returns the sizes tuned for a GPU, or for an H200 if it is unknown."""
-  tuned = blocks.tuned_sizes("mosaic", kind, dtype, head_dim)
+  tuned = block_sizes.tuned_sizes("mosaic", kind, dtype, head_dim)
   return dataclasses.replace(_DEFAULTS[head_dim], **tuned)
 
 
@@ -92,7 +90,7 @@ class _Settings:
   Attributes:
     pattern: Which keys each query head sees.
     scale: Factor of the scores.
-    sizes: Of the kernels.
+    sizes: Kernel tile sizes.
     num_multiprocessors: Of the device.
   """
 
@@ -126,15 +124,15 @@ class _Settings:
         dilation=dilation,
         dtype=query.dtype,
         scale=self.scale,
-        heads=tuple(heads),
+        heads=tuple(members),
         rules=tuple(
           blocks.Rule.of(self.pattern.heads[i], self.pattern.boundary)
-          for i in heads
+          for i in members
         ),
         num_multiprocessors=self.num_multiprocessors,
         has_segments=segment_ids is not None,
       )
-      for dilation, heads in heads_of.items()
+      for dilation, members in heads_of.items()
     ]
 
 
@@ -165,24 +163,18 @@ def _merging_batches(
 
 
 def _assemble(
-  parts: list[jax.Array], heads: list[tuple[int, ...]], num_heads: int
+  parts: list[jax.Array], heads_of: list[tuple[int, ...]], num_heads: int
 ) -> jax.Array:
   """Returns `[batch, seq, num_heads, ...]` of parts that hold some heads each.
 
   Where a head is in several parts, they add up.
   """
-  order = [head for part in heads for head in part]
-  if len(parts) == 1 and order == list(range(num_heads)):
-    return parts[0]
-  if sorted(order) == list(range(num_heads)):
-    result = jnp.concatenate(parts, axis=2)
-    if order == sorted(order):
-      return result
-    return jnp.take(result, np.argsort(order), axis=2, mode="clip")
+  if sorted(sum(heads_of, ())) == list(range(num_heads)):
+    return heads.join_heads(parts, heads_of)
   total = jnp.zeros(
     (*parts[0].shape[:2], num_heads, *parts[0].shape[3:]), jnp.float32
   )
-  for part, of_part in zip(parts, heads, strict=True):
+  for part, of_part in zip(parts, heads_of, strict=True):
     total = total.at[:, :, np.array(of_part)].add(part.astype(jnp.float32))
   return total.astype(parts[0].dtype)
 
@@ -336,7 +328,7 @@ def _attend_and_save(
   # all layers, XLA would run the kernel once for that and once for the layer.
   output, log_sums = ad_checkpoint.checkpoint_name(
     jax.lax.optimization_barrier(run(query, key, value, segment_ids)),
-    blocks.SAVED,
+    SAVED,
   )
   log_sum = _log_sum_by_token(settings, query, key, segment_ids, log_sums)
   saved = query, key, value, segment_ids, output, log_sums
@@ -352,30 +344,6 @@ def _attend_backward(
 
 
 _attend.defvjp(_attend_and_save, _attend_backward)
-
-
-def _check(
-  query: jax.Array,
-  key: jax.Array,
-  pattern: AttentionPattern,
-  query_offset: Any,
-  device: target.Target,
-) -> None:
-  """Raises NotImplementedError for a call that the kernels cannot serve."""
-  if device.compute_capability[0] != 9:
-    raise NotImplementedError(
-      "mosaic needs a Hopper GPU (compute capability 9.0), and this is"
-      f" {device.kind}: use xla."
-    )
-  if query.dtype not in DTYPES:
-    raise NotImplementedError(
-      f"mosaic serves bfloat16 and float16, not {query.dtype}."
-    )
-  if query.shape[3] not in HEAD_DIMS:
-    raise NotImplementedError(
-      f"mosaic serves a head_dim of 64 or 128, not {query.shape[3]}."
-    )
-  blocks.check_call("mosaic", query, key, pattern, query_offset)
 
 
 def attention(
@@ -400,13 +368,10 @@ def attention(
     segment_ids: Integers `[batch, seq]`, or None.
     query_offset: 0.
     scale: Factor of the scores.
-    sizes: Of the kernels; None takes `default_sizes`.
-
-  Raises:
-    NotImplementedError: The kernels cannot serve the call.
+    sizes: Kernel tile sizes; None takes `default_sizes`.
   """
   device = target.current()
-  _check(query, key, pattern, query_offset, device)
+  del query_offset  # 0.
   if sizes is None:
     sizes = default_sizes(query.shape[3], query.dtype, device.kind)
   settings = _Settings(pattern, float(scale), sizes, device.num_multiprocessors)

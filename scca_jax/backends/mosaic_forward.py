@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from scca_jax.backends.blocks import BlockSizes
+from scca_jax.backends.block_sizes import BlockSizes
 from scca_jax.backends.mosaic_launch import (
   COMPUTING_REGISTERS,
   LOADING_REGISTERS,

@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from scca_jax.backends import blocks
-from scca_jax.backends.blocks import ALIGN, FIELD, RULE_FIELDS, BlockSizes, Rule
+from scca_jax.backends.block_sizes import BlockSizes
+from scca_jax.backends.blocks import ALIGN, FIELD, RULE_FIELDS, Rule
 
 LOG2E = math.log2(math.e)
 # A log-sum-exp, in powers of 2, that makes every weight 0.

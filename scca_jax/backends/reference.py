@@ -6,6 +6,7 @@ Every other implementation must agree with this one.
 import jax
 import jax.numpy as jnp
 
+from scca_jax.backends.heads import finish_softmax, safe_maximum
 from scca_jax.patterns import AttentionPattern
 
 
@@ -76,11 +77,10 @@ def attention(
   # A query without keys gets weights of 0 and no gradient: its maximum and its
   # sum are replaced before they could make a NaN.
   maximum = jnp.max(attention_logits, axis=-1, keepdims=True, initial=-jnp.inf)
-  maximum = jax.lax.stop_gradient(jnp.where(maximum > -jnp.inf, maximum, 0))
+  maximum = jax.lax.stop_gradient(safe_maximum(maximum))
   weights = jnp.exp(attention_logits - maximum)
   total = jnp.sum(weights, axis=-1, keepdims=True)
-  empty = total == 0
-  total = jnp.where(empty, 1, total)
+  total, log_sum_exp = finish_softmax(maximum, total)
   output = jnp.einsum(
     "bhqk,bkhd->bqhd",
     weights / total,
@@ -88,5 +88,4 @@ def attention(
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=accumulator,
   )
-  log_sum_exp = jnp.where(empty, -jnp.inf, maximum + jnp.log(total))
   return output.astype(query.dtype), log_sum_exp[..., 0].swapaxes(1, 2)

@@ -29,18 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from scca_jax import target
-from scca_jax.backends import blocks
-from scca_jax.backends.blocks import (
-  FIELD,
-  FIELDS,
-  RULE_FIELDS,
-  BlockSizes,
-  Rule,
-)
+from scca_jax.backends import block_sizes, blocks, heads
+from scca_jax.backends.block_sizes import BlockSizes
+from scca_jax.backends.blocks import FIELD, FIELDS, RULE_FIELDS, Rule
+from scca_jax.backends.contract import SAVED
 from scca_jax.patterns import AttentionPattern
-
-# Runs the kernels on a CPU, slowly, where `attention` is not told otherwise.
-INTERPRET = False
 
 _LOG2E = math.log2(math.e)
 # The first maximum of a row, in powers of 2: below every score.
@@ -89,32 +82,24 @@ def default_sizes(head_dim: int, dtype: Any, kind: str = "") -> Sizes:
     # Its query gradients take a product more, see `_Call.exact`.
     queries = dataclasses.replace(sizes.queries, warps=8)
     sizes = dataclasses.replace(sizes, queries=queries)
-  tuned = blocks.tuned_sizes("triton", kind, dtype, head_dim)
+  tuned = block_sizes.tuned_sizes("triton", kind, dtype, head_dim)
   return dataclasses.replace(sizes, **tuned)
 
 
 def candidates(head_dim: int, dtype: Any) -> dict[str, list[BlockSizes]]:
-  """Returns the sizes worth trying for each kernel.
+  """Returns the sizes worth trying for each kernel, whatever the dtype.
 
   Those that take too much memory of a multiprocessor fail to compile.
   """
   del dtype
-  rows = {
-    "forward": (64, 128) if head_dim <= 128 else (32, 64),
-    "keys": (64, 128) if head_dim <= 128 else (32, 64),
-    "queries": (64, 128) if head_dim <= 128 else (32, 64),
-  }
-  return {
-    kernel: [
-      BlockSizes(of_rows, columns, stages, warps)
-      for of_rows in these
-      for columns in (32, 64, 128)
-      for stages in (2, 3)
-      for warps in (4, 8)
-      if of_rows * columns <= 128 * 128
-    ]
-    for kernel, these in rows.items()
-  }
+  sizes = [
+    BlockSizes(rows, columns, stages, warps)
+    for rows in ((64, 128) if head_dim <= 128 else (32, 64))
+    for columns in (32, 64, 128)
+    for stages in (2, 3)
+    for warps in (4, 8)
+  ]
+  return {kernel: sizes for kernel in ("forward", "keys", "queries")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,10 +208,10 @@ def _make_table(
     of_dilation.setdefault(rule.dilation if inverse else 0, []).append(head)
   groups: list[np.ndarray] = []
   costs = []
-  for dilation, heads in of_dilation.items():
+  for dilation, members in of_dilation.items():
     these, their_costs = blocks.make_groups(
-      [rules[head] for head in heads],
-      heads,
+      [rules[head] for head in members],
+      members,
       batch=1,
       group_size=group_size,
       seq_len=seq_len,
@@ -600,11 +585,9 @@ def _forward_kernel(
       jnp.zeros((sizes.rows,), jnp.float32),
     ),
   )
-  empty = total == 0.0
-  total = jnp.where(empty, 1.0, total)
+  total, lse = heads.finish_softmax(maximum / _LOG2E, total)
   output = (accumulator / total[:, None]).astype(call.dtype)
   tile.store(out_ref, output, tile.head, call.num_heads)
-  lse = jnp.where(empty, -jnp.inf, maximum / _LOG2E + jnp.log(total))
   index = tile.batch * call.seq_len + tile.positions
   index = index * call.num_heads + tile.head
   plgpu.store(lse_ref.at[index], lse, mask=tile.has_row)
@@ -804,7 +787,7 @@ def _attend_and_save(
   segment_ids: jax.Array | None,
 ) -> tuple[Any, Any]:
   output, lse = ad_checkpoint.checkpoint_name(
-    _forward(call, query, key, value, segment_ids), blocks.SAVED
+    _forward(call, query, key, value, segment_ids), SAVED
   )
   return (output, lse), (query, key, value, segment_ids, output, lse)
 
@@ -881,42 +864,6 @@ def _attend_backward(
 _attend.defvjp(_attend_and_save, _attend_backward)
 
 
-def _check(
-  query: jax.Array,
-  key: jax.Array,
-  pattern: AttentionPattern,
-  query_offset: Any,
-  interpret: bool,
-) -> None:
-  """Raises NotImplementedError for a call that the kernels cannot serve."""
-  head_dim = query.shape[3]
-  dtypes = [jnp.bfloat16, jnp.float16]
-  if interpret:
-    dtypes.append(jnp.float32)
-  else:
-    device = target.current()
-    if device.compute_capability[0] < 8:
-      raise NotImplementedError(
-        "triton needs an NVIDIA GPU of compute capability 8.0 or more, and this"
-        f" is {device.kind}: use xla."
-      )
-    if head_dim not in _DEFAULTS:
-      raise NotImplementedError(
-        f"triton serves a head_dim of {', '.join(map(str, _DEFAULTS))}, not"
-        f" {head_dim}."
-      )
-  if query.dtype not in dtypes:
-    raise NotImplementedError(
-      f"triton serves bfloat16 and float16, not {query.dtype}."
-    )
-  # Places of numbers in an array are counted in 32 bits.
-  if query.size >= 1 << 31:
-    raise NotImplementedError(
-      f"triton serves fewer than 2**31 numbers, not {query.shape}."
-    )
-  blocks.check_call("triton", query, key, pattern, query_offset)
-
-
 def attention(
   query: jax.Array,
   key: jax.Array,
@@ -927,7 +874,7 @@ def attention(
   query_offset: int | jax.Array,
   scale: float,
   sizes: Sizes | None = None,
-  interpret: bool | None = None,
+  interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output and the log-sum-exp; see `scca_jax.attention`.
 
@@ -942,14 +889,9 @@ def attention(
     scale: Factor of the scores.
     sizes: Of the kernels; None takes `default_sizes`.
     interpret: Whether to interpret the kernels, on any device: float32 and any
-      `head_dim` are then served as well. None takes `INTERPRET`.
-
-  Raises:
-    NotImplementedError: The kernels cannot serve the call.
+      `head_dim` are then served as well.
   """
-  if interpret is None:
-    interpret = INTERPRET
-  _check(query, key, pattern, query_offset, interpret)
+  del query_offset  # 0.
   batch, seq_len, num_heads, head_dim = query.shape
   if sizes is None:
     sizes = (

@@ -32,6 +32,13 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from scca_jax.backends.heads import (
+  finish_softmax,
+  join_heads,
+  safe_maximum,
+  take_heads,
+  vary_like,
+)
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 # Blocks of a strip, in slots. Smaller ones leave out more of what the band
@@ -131,9 +138,15 @@ def _scores(band: _Band, query, key, query_ids, key_ids, i, j) -> jax.Array:
   return jnp.where(seen, scores, -jnp.inf)
 
 
-def _safe(maximum: jax.Array) -> jax.Array:
-  """Returns 0 for -inf: a row without keys must not compute inf - inf."""
-  return jnp.where(maximum == -jnp.inf, 0.0, maximum)
+def _zeros_like(x: jax.Array) -> jax.Array:
+  return vary_like(jnp.zeros(x.shape, jnp.float32), x)
+
+
+def _empty_sums(query: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns maximum, total and output before any key is met."""
+  zeros = _zeros_like(query)
+  maximum = jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
+  return vary_like(maximum, query), zeros[..., 0], zeros
 
 
 def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
@@ -147,7 +160,7 @@ def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
       maximum, total, output = carry
       scores = _scores(band, queries[i], keys[j], ids_q[i], ids_k[j], i, j)
       new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
-      shift = _safe(new_maximum)
+      shift = safe_maximum(new_maximum)
       weights = jnp.exp(scores - shift[:, :, None])
       keep = jnp.exp(maximum - shift)
       part = _product("xqk,xkd->xqd", weights, values[j])
@@ -157,19 +170,12 @@ def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
         keep[:, :, None] * output + part,
       )
 
-    shape = queries[0].shape
     maximum, total, output = jax.lax.fori_loop(
       *band.key_blocks(i),
       meet,
-      (
-        jnp.full(shape[:2], -jnp.inf, jnp.float32),
-        jnp.zeros(shape[:2], jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-      ),
+      _empty_sums(queries[i]),
     )
-    empty = total == 0
-    total = jnp.where(empty, 1.0, total)
-    log_sum = jnp.where(empty, -jnp.inf, _safe(maximum) + jnp.log(total))
+    total, log_sum = finish_softmax(safe_maximum(maximum), total)
     return None, (output / total[:, :, None], log_sum)
 
   _, (output, log_sum) = jax.lax.scan(
@@ -230,7 +236,7 @@ def _core_backward(band: _Band, saved, cotangents):
   d_outputs, deltas, log_sums = (
     split(d_output),
     split(delta),
-    split(_safe(log_sum)),
+    split(safe_maximum(log_sum)),
   )
 
   def of_query_block(carry, i):
@@ -249,11 +255,11 @@ def _core_backward(band: _Band, saved, cotangents):
     d_query, d_keys, d_values = jax.lax.fori_loop(
       *band.key_blocks(i),
       meet,
-      (jnp.zeros(queries[0].shape, jnp.float32), *carry),
+      (_zeros_like(queries[i]), *carry),
     )
     return (d_keys, d_values), d_query.astype(query.dtype)
 
-  zeros = jnp.broadcast_to(zero, keys.shape)
+  zeros = vary_like(jnp.broadcast_to(zero, keys.shape), keys)
   (d_keys, d_values), d_queries = jax.lax.scan(
     of_query_block, (zeros, zeros), jnp.arange(band.num_blocks)
   )
@@ -410,14 +416,6 @@ def _block_size(num_strips: int, cut: _Cut) -> int:
   return -(-cut.num_slots // num_blocks)
 
 
-def _take_heads(x: jax.Array, heads: Sequence[int]) -> jax.Array:
-  """Returns `x[:, :, heads]`, without a gather where they are neighbours."""
-  first, count = heads[0], len(heads)
-  if list(heads) == list(range(first, first + count)):
-    return x[:, :, first : first + count]
-  return jnp.take(x, np.array(heads), axis=2, mode="clip")
-
-
 def _pad_seq(x: jax.Array, num_tokens: int) -> jax.Array:
   return jnp.pad(x, [(0, 0), (0, num_tokens), *[(0, 0)] * (x.ndim - 2)])
 
@@ -433,18 +431,18 @@ def _shifted(
     sources: They say the shifts.
   """
   num_slots = x.shape[1]
-  parts, order = [], []
+  parts, places = [], []
   for shift in dict.fromkeys(source.shift for source in sources):
     of_shift = [i for i, s in enumerate(sources) if s.shift == shift]
-    order += of_shift
-    part = _take_heads(x, [heads[i] for i in of_shift])
+    places.append(of_shift)
+    part = take_heads(x, [heads[i] for i in of_shift])
     if shift:
       # What the roll takes round the end is no key there.
       part = jnp.roll(part, min(shift, num_slots), axis=1)
       held = (np.arange(num_slots) >= shift).reshape(1, -1, *[1] * (x.ndim - 2))
       part = jnp.where(held, part, jnp.zeros((), x.dtype))
     parts.append(part)
-  return _take_heads(jnp.concatenate(parts, axis=2), np.argsort(order).tolist())
+  return join_heads(parts, places)
 
 
 def _attend_cut(
@@ -484,7 +482,7 @@ def _attend_cut(
 
   key_ids = arrays.key_ids[:, :, None]
   parts = (
-    _pad_seq(_take_heads(arrays.query, heads), behind),
+    _pad_seq(take_heads(arrays.query, heads), behind),
     keys(arrays.key, kv_heads),
     keys(arrays.value, kv_heads),
     _pad_seq(
@@ -549,14 +547,14 @@ def _by_position(
   in_order = [source for sources in cuts.values() for source in sources]
   places = {(s.head, s.falls_back): i for i, s in enumerate(in_order)}
   own = [places[h, False] for h in range(len(heads))]
-  output, log_sum = (_take_heads(x, own) for x in joined)
+  output, log_sum = (take_heads(x, own) for x in joined)
   if len(in_order) == len(heads):
     return output, log_sum
   local = [places.get((h, True), own[h]) for h in range(len(heads))]
   falls_back = np.stack(
     [head.falls_back(np.arange(seq_len)) for head in heads], axis=1
   )
-  local_output, local_log_sum = (_take_heads(x, local) for x in joined)
+  local_output, local_log_sum = (take_heads(x, local) for x in joined)
   return _where(falls_back, (local_output, local_log_sum), (output, log_sum))
 
 
@@ -592,15 +590,14 @@ def _by_slot(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns attention of keys rolled cyclically, in the order of slots."""
   group_size = arrays.query.shape[2] // arrays.key.shape[2]
-  parts, order = [], []
+  parts = []
   for head, indices in pattern.head_groups().items():
-    order += indices
     kv_heads = [index // group_size for index in indices]
     moved = head.shift - head.offset
     rolled = _Arrays(
-      jnp.roll(_take_heads(arrays.query, indices), -head.offset, axis=1),
-      jnp.roll(_take_heads(arrays.key, kv_heads), moved, axis=1),
-      jnp.roll(_take_heads(arrays.value, kv_heads), moved, axis=1),
+      jnp.roll(take_heads(arrays.query, indices), -head.offset, axis=1),
+      jnp.roll(take_heads(arrays.key, kv_heads), moved, axis=1),
+      jnp.roll(take_heads(arrays.value, kv_heads), moved, axis=1),
       jnp.roll(arrays.query_ids, -head.offset, axis=1),
       jnp.roll(arrays.key_ids, moved, axis=1),
     )
@@ -608,12 +605,9 @@ def _by_slot(
     plain = dataclasses.replace(head, shift=0, offset=0, select=None)
     result = _by_position(rolled, [plain] * len(indices), "drop", scale)
     parts.append([jnp.roll(x, head.offset, axis=1) for x in result])
-  back = np.argsort(order).tolist()
   outputs, log_sums = zip(*parts, strict=True)
-  return (
-    _take_heads(jnp.concatenate(outputs, axis=2), back),
-    _take_heads(jnp.concatenate(log_sums, axis=2), back),
-  )
+  indices = list(pattern.head_groups().values())
+  return join_heads(outputs, indices), join_heads(log_sums, indices)
 
 
 # Queries beside a cache of keys.
@@ -681,7 +675,7 @@ def _with_cache_forward(
       pattern, scale, kv_len, query, query_ids, offset, (key, ids, index)
     )
     new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
-    base = _safe(new_maximum)
+    base = safe_maximum(new_maximum)
     weights = jnp.exp(scores - base[..., None])
     keep = jnp.exp(maximum - base)
     part = _product("bhgqk,bkhd->bhgqd", weights, value)
@@ -694,16 +688,10 @@ def _with_cache_forward(
   blocks = [_cache_blocks(x) for x in (key, value, key_ids)]
   (maximum, total, output), _ = jax.lax.scan(
     meet,
-    (
-      jnp.full(query.shape[:-1], -jnp.inf, jnp.float32),
-      jnp.zeros(query.shape[:-1], jnp.float32),
-      jnp.zeros(query.shape, jnp.float32),
-    ),
+    _empty_sums(query),
     (*blocks, jnp.arange(len(blocks[0]))),
   )
-  empty = total == 0
-  total = jnp.where(empty, 1.0, total)
-  log_sum = jnp.where(empty, -jnp.inf, _safe(maximum) + jnp.log(total))
+  total, log_sum = finish_softmax(safe_maximum(maximum), total)
   return output / total[..., None], log_sum
 
 
@@ -745,7 +733,7 @@ def _with_cache_backward(pattern, scale, saved, cotangents):
   # As in `_core_backward`.
   delta = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1)
   delta = delta - jnp.where(log_sum == -jnp.inf, 0.0, d_log_sum)
-  log_sum = _safe(log_sum)
+  log_sum = safe_maximum(log_sum)
 
   def meet(d_query, block):
     key, value, ids, index = block
@@ -763,7 +751,7 @@ def _with_cache_backward(pattern, scale, saved, cotangents):
   blocks = [_cache_blocks(x) for x in (key, value, key_ids)]
   d_query, of_keys = jax.lax.scan(
     meet,
-    jnp.zeros(grouped.shape, jnp.float32),
+    _zeros_like(grouped),
     (*blocks, jnp.arange(len(blocks[0]))),
   )
   d_key, d_value = (_from_blocks(x)[:, :kv_len] for x in of_keys)
@@ -786,13 +774,8 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output and the log-sum-exp; see `scca_jax.attention`.
 
-  Raises:
-    NotImplementedError: The dtype is float64.
+  Computes in float32.
   """
-  if query.dtype == jnp.float64:
-    raise NotImplementedError(
-      "xla computes in float32 and does not serve float64: use reference."
-    )
   seq_len = query.shape[1]
   from_start = (
     not isinstance(query_offset, jax.core.Tracer) and int(query_offset) == 0

@@ -1,0 +1,52 @@
+"""Sizes of the kernels' tiles, and those that tuning found."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+  """Sizes of the tiles of one kernel.
+
+  Attributes:
+    rows: Rows of a tile.
+    columns: Columns of a block.
+    stages: Blocks of columns in flight.
+    warps: Warps of a program, where the kernel leaves the choice.
+  """
+
+  rows: int = 128
+  columns: int = 128
+  stages: int = 2
+  warps: int = 8
+
+
+# What `experiments.benchmark_attention --tune` found: by implementation, GPU,
+# dtype, head_dim and kernel.
+SIZES_PATH = pathlib.Path(__file__).with_name("block_sizes.json")
+
+
+def tuned_sizes(
+  implementation: str, kind: str, dtype: Any, head_dim: int
+) -> dict[str, BlockSizes]:
+  """Returns the sizes found by tuning, by kernel; empty for an unknown GPU.
+
+  Args:
+    implementation: Name of the back end.
+    kind: Name of the GPU.
+    dtype: Dtype of the inputs.
+    head_dim: Length of a head.
+  """
+  found = _all_tuned_sizes().get(implementation, {}).get(kind, {})
+  found = found.get(np.dtype(dtype).name, {}).get(str(head_dim), {})
+  return {kernel: BlockSizes(**sizes) for kernel, sizes in found.items()}
+
+
+@functools.cache
+def _all_tuned_sizes() -> dict[str, Any]:
+  return json.loads(SIZES_PATH.read_text(encoding="utf8"))

@@ -1,0 +1,210 @@
+"""What a back end declares that it serves, and why it refuses a call."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from scca_jax.backends.heads import varying_axes
+from scca_jax.patterns import AttentionPattern
+from scca_jax.target import Target
+
+# Name under which a kernel saves its results for its backward pass: by it,
+# `jax.checkpoint` can keep them and recompute the rest.
+SAVED = "scca_attention"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+  """The arguments of one call of a back end.
+
+  Attributes:
+    query: `[batch, seq, heads, head_dim]`.
+    key: `[batch, kv_seq, kv_heads, head_dim]`.
+    value: Like `key`.
+    pattern: Which keys each query head sees.
+    scale: Factor of the scores.
+    segment_ids: Integers `[batch, kv_seq]`, or None.
+    query_offset: Position of the first query, in tokens.
+    needs_log_sum: Whether the log-sum-exp is used.
+    deterministic: Whether gradients must be bit-equal from run to run.
+  """
+
+  query: jax.Array
+  key: jax.Array
+  value: jax.Array
+  pattern: AttentionPattern
+  scale: float
+  segment_ids: jax.Array | None = None
+  query_offset: int | jax.Array = 0
+  needs_log_sum: bool = False
+  deterministic: bool = False
+
+  @property
+  def fields_in_use(self) -> frozenset[str]:
+    """Fields of the pattern and its heads that restrict or add keys."""
+    known = ("heads", "boundary", "causality")
+    of_pattern = {
+      field.name
+      for field in dataclasses.fields(self.pattern)
+      if field.name not in known
+      and getattr(self.pattern, field.name) != field.default
+    }
+    return frozenset(of_pattern).union(
+      *(head.in_use() for head in self.pattern.head_groups())
+    )
+
+  @property
+  def varies(self) -> bool:
+    """Whether arrays are typed as varying along axes of a mesh."""
+    arrays = (self.query, self.key, self.value, self.segment_ids)
+    return any(x is not None and varying_axes(x) for x in arrays)
+
+  @property
+  def has_cache(self) -> bool:
+    """Whether queries stand elsewhere than the keys, as in decoding."""
+    return (
+      not isinstance(self.query_offset, int)
+      or self.query_offset != 0
+      or self.query.shape[1] != self.key.shape[1]
+    )
+
+
+Attend = Callable[..., tuple[jax.Array, jax.Array | None]]
+
+
+def _listed(values: Any) -> str:
+  """Returns "a, b or c"."""
+  *first, last = map(str, values)
+  return f"{', '.join(first)} or {last}" if first else last
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackEnd:
+  """What an implementation serves; it refuses whatever it does not list.
+
+  A back end may refuse more when it is called, by NotImplementedError, before
+  it computes anything.
+
+  Attributes:
+    name: Its name as an `implementation`.
+    load: Imports its module and returns the function
+      `(query, key, value, pattern, *, segment_ids, query_offset, scale) ->
+      (output, log-sum-exp)` for one pattern; the log-sum-exp is float32
+      `[batch, seq, heads]`.
+    pattern_fields: Fields of `HeadPattern` that it obeys; None obeys all, by
+      calling `AttentionPattern.seen`.
+    boundaries: Values of `AttentionPattern.boundary`.
+    causalities: Values of `AttentionPattern.causality`.
+    dtypes: Dtypes of the inputs.
+    head_dims: Lengths of a head; None serves any.
+    runs_on: Whether it runs on a device.
+    needs: Such devices, in words.
+    segments: Whether it serves segment ids.
+    cache: Whether queries may begin at an offset, or be fewer than the keys.
+    log_sum: Whether it returns the log-sum-exp.
+    deterministic: Whether gradients are bit-equal from run to run.
+    checked_axes: Whether it runs inside a `jax.shard_map` with
+      `check_vma=True`, where every value in a kernel would have to say along
+      which mesh axes it varies.
+    automatic: Whether it may be chosen without being named.
+    furthest: Tokens, shifts and chunk sizes must be below it.
+    max_dilation: Largest dilation, in tokens.
+    max_size: The query must have fewer elements.
+  """
+
+  name: str
+  load: Callable[[], Attend]
+  pattern_fields: frozenset[str] | None
+  boundaries: tuple[str, ...] = ("drop", "local")
+  causalities: tuple[str, ...] = ("position",)
+  dtypes: tuple[str, ...]
+  head_dims: tuple[int, ...] | None = None
+  runs_on: Callable[[Target], bool] = lambda device: True
+  needs: str = "any device"
+  segments: bool = True
+  cache: bool = False
+  log_sum: bool = True
+  deterministic: bool = True
+  checked_axes: bool = False
+  automatic: bool = True
+  furthest: int | None = None
+  max_dilation: int | None = None
+  max_size: int | None = None
+
+  def refuses_device(self, device: Target) -> str | None:
+    """Returns why it does not run on a device, or None if it does."""
+    if self.runs_on(device):
+      return None
+    return f"{self.name} needs {self.needs}, and this is {device.kind}"
+
+  def refuses(self, call: Call, device: Target) -> str | None:
+    """Returns why it does not serve a call on a device, or None if it does."""
+    reason = self.refuses_device(device) or self._refuses_arrays(call)
+    return reason or self._refuses_pattern(call)
+
+  def _refuses_arrays(self, call: Call) -> str | None:
+    dtype = np.dtype(call.query.dtype).name
+    if dtype not in self.dtypes:
+      return f"{self.name} serves {_listed(self.dtypes)}, not {dtype}"
+    head_dim = call.query.shape[3]
+    if self.head_dims is not None and head_dim not in self.head_dims:
+      return (
+        f"{self.name} serves a head_dim of {_listed(self.head_dims)}, not"
+        f" {head_dim}"
+      )
+    if self.max_size is not None and call.query.size >= self.max_size:
+      return (
+        f"{self.name} serves queries of fewer than {self.max_size} numbers, not"
+        f" {call.query.shape}"
+      )
+    if call.segment_ids is not None and not self.segments:
+      return f"{self.name} does not serve segment_ids"
+    if call.has_cache and not self.cache:
+      return (
+        f"{self.name} serves query_offset=0 and as many keys as queries, not"
+        f" query_offset={call.query_offset}, {call.key.shape[1]} keys and"
+        f" {call.query.shape[1]} queries"
+      )
+    if call.needs_log_sum and not self.log_sum:
+      return f"{self.name} does not return the log-sum-exp"
+    if call.deterministic and not self.deterministic:
+      return f"{self.name} is not deterministic"
+    if call.varies and not self.checked_axes:
+      return (
+        f"{self.name} does not run inside a jax.shard_map with check_vma=True"
+      )
+    return None
+
+  def _refuses_pattern(self, call: Call) -> str | None:
+    pattern = call.pattern
+    if self.pattern_fields is not None:
+      unknown = call.fields_in_use - self.pattern_fields
+      if unknown:
+        return f"{self.name} does not serve {_listed(sorted(unknown))}"
+    for name, served in (
+      ("boundary", self.boundaries),
+      ("causality", self.causalities),
+    ):
+      if getattr(pattern, name) not in served:
+        return (
+          f'{self.name} serves {name}="{_listed(served)}", not'
+          f' "{getattr(pattern, name)}"'
+        )
+    for head in pattern.head_groups():
+      reach = max(
+        call.query.shape[1], head.shift, abs(head.offset), head.chunk_size or 0
+      )
+      if self.furthest is not None and reach >= self.furthest:
+        return (
+          f"{self.name} serves lengths and shifts below {self.furthest} tokens,"
+          f" not {head} on {call.query.shape[1]} tokens"
+        )
+      if self.max_dilation is not None and head.dilation > self.max_dilation:
+        return (
+          f"{self.name} serves dilations up to {self.max_dilation}, not"
+          f" {head.dilation}"
+        )
+    return None
