@@ -123,7 +123,7 @@ def arguments(tmp_path_factory):
     "--config.training.offload_optimizer=True",
     "--config.evaluation.context_lens=(64,)",
     "--config.evaluation.num_windows=2",
-    "--config.pattern.chunk_size=16",
+    "--config.pattern=scca_fixed(chunk_size=16)",
   )
 
 
@@ -195,6 +195,19 @@ def test_two_processes_train_as_one(alone, together):
   for words in ("Tokenising", "scca_fixed", "perplexity at", "adapter:"):
     assert words in printed[0]
     assert words not in printed[1]
+
+
+def test_what_fails_in_one_process_ends_both(arguments, tmp_path):
+  text = tmp_path / "latin1.txt"
+  text.write_bytes("caf\xe9 ".encode("latin1") * 500)
+  given = (f"--output_dir={tmp_path / 'run'}", *arguments, f"--data={text}")
+  started = _start(4, *given, *MESH, processes=2)
+  errors = [process.communicate(timeout=120)[1] for process in started]
+  assert [process.returncode for process in started] == [2, 2], errors
+  # One of them says why.
+  said = [sum(x.startswith("error: ") for x in e.splitlines()) for e in errors]
+  assert said == [1, 0]
+  assert "latin1.txt" in errors[0]
 
 
 @pytest.mark.slow

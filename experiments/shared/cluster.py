@@ -1,8 +1,8 @@
-"""Runs of several processes, on one host or many: who is who, and who writes.
+"""Runs of several processes, on one host or many: which is which, who writes.
 
 JAX's runtime joins the processes, and finds out by itself how SLURM's `srun`
 and Open MPI's `mpirun` started them; flags say it otherwise. Every process runs
-the same command. They need one file system for the output folder.
+the same command. All need the output folder on a file system they share.
 
     srun --ntasks-per-node=8 python -m experiments.finetune --distributed \
       --config=configs/llama2_7b_32k.py --config.mesh.fsdp=16
@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 _DISTRIBUTED = flags.DEFINE_boolean(
   "distributed",
   False,
-  "This is one of several processes of a run, started by SLURM, by Open MPI, or"
-  " as the three flags below say.",
+  "Whether this is one of several processes of a run, started by SLURM, by Open"
+  " MPI, or as the next three flags say.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator_address", None, "HOST:PORT of process 0, the same in all."
@@ -34,11 +34,15 @@ _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "Number of this process, from 0."
 )
 
+# Exit status of processes that end because process 0 did: that of bad input,
+# which all of them were given.
+_PRIMARY_FAILED = 2
+
 
 def start() -> None:
   """Joins the other processes of the run, if there are any.
 
-  To be called before anything else of JAX. Only process 0 prints afterwards.
+  Call it before anything else in JAX. Only process 0 prints afterwards.
 
   Raises:
     ValueError: It is not known how many processes there are, or where.
@@ -52,12 +56,12 @@ def start() -> None:
   if not _DISTRIBUTED.value:
     if said:
       raise ValueError(
-        f"--{said[0]} is of a run of several processes: add --distributed."
+        f"--{said[0]} is for a run of several processes: add --distributed."
       )
     return
   if said and len(said) < len(given):
     missing = next(name for name, value in given.items() if value is None)
-    raise ValueError(f"--{said[0]} needs --{missing} beside it.")
+    raise ValueError(f"--{said[0]} needs --{missing} too.")
   try:
     jax.distributed.initialize(**given)
   except (ValueError, RuntimeError) as error:
@@ -71,7 +75,7 @@ def start() -> None:
 
 
 def is_primary() -> bool:
-  """Returns whether this process writes for all."""
+  """Returns whether this is process 0, which prints and writes for all."""
   return jax.process_index() == 0
 
 
@@ -81,18 +85,32 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-@contextlib.contextmanager
-def primary_first(name: str) -> Iterator[None]:
-  """Lets the others begin when process 0 is through."""
-  if not is_primary():
-    barrier(name)
-  yield
-  if is_primary():
-    barrier(name)
-
-
 def agree(flag: bool) -> bool:
   """Returns whether the flag is set in any process; all must call it."""
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+@contextlib.contextmanager
+def primary_first() -> Iterator[None]:
+  """Runs a block in process 0, then in the other processes.
+
+  If process 0 raises in the block, the others end too, silently: one message
+  is enough.
+
+  Raises:
+    SystemExit: Process 0 has failed, and this is another one.
+  """
+  if not is_primary():
+    if agree(False):
+      sys.exit(_PRIMARY_FAILED)
+    yield
+    return
+  failed = True
+  try:
+    yield
+    failed = False
+  finally:
+    # The others wait here, whatever happened.
+    agree(failed)
