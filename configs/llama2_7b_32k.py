@@ -14,7 +14,7 @@ from configs import llama2_7b_8k
 def get_config():
   """Returns the settings of the run."""
   config = llama2_7b_8k.get_config()
-  config.pattern.chunk_size = 8192
+  config.pattern = "scca_fixed(chunk_size=8192)"
   config.training.seq_len = 32768
   config.evaluation.context_lens = (4096, 32768)
   return config

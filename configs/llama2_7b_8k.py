@@ -18,7 +18,6 @@ weights.
 from experiments.shared.config import (
   EvaluationConfig,
   FinetuneConfig,
-  PatternConfig,
   TrainingConfig,
   to_config_dict,
 )
@@ -31,7 +30,7 @@ def get_config():
     FinetuneConfig(
       model="llama2-7b",
       lora=LoraConfig(rank=8, alpha=16.0),
-      pattern=PatternConfig(name="scca_fixed", chunk_size=2048),
+      pattern="scca_fixed(chunk_size=2048)",
       training=TrainingConfig(
         seq_len=8192,
         batch_size=64,

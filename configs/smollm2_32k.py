@@ -20,7 +20,7 @@ def get_config():
   """Returns the settings of the run."""
   config = tinyllama_8k.get_config()
   config.model = "smollm2-135m"
-  config.pattern.chunk_size = 8192
+  config.pattern = "scca_fixed(chunk_size=8192)"
   training = config.training
   training.seq_len = 32768
   training.batch_size, training.num_micro_batches = 16, 16

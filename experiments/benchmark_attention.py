@@ -1,6 +1,7 @@
-"""Measures attention: correctness first, then time and memory beside peers.
+r"""Measures attention: correctness first, then time and memory beside peers.
 
-    python -m experiments.benchmark_attention --output=benchmark.json
+    python -m experiments.benchmark_attention --output=benchmark.json \
+      --patterns='scca_fixed(chunk_size=512),sda(dilation=4)'
 
 A case is a pattern at a length; forward, and forward with backward (the
 gradients of query, key and value) are measured. Implementation and peers take
@@ -28,6 +29,7 @@ import jax
 from absl import flags
 
 from experiments.shared import cli
+from experiments.shared import flags as shared_flags
 from experiments.timing import (
   attention_peers,
   attention_timing,
@@ -40,16 +42,21 @@ from experiments.timing.attention_timing import DENSE, PARTS, PEERS, Case
 from scca_jax import atomic_file, dispatch, patterns
 from scca_jax.backends import block_sizes
 
-_SEQ_LENS = flags.DEFINE_list("seq_lens", ["4096"], "Lengths to time.")
-_MEMORY_LENS = flags.DEFINE_list(
+_SEQ_LENS = shared_flags.define_lengths(
+  "seq_lens", (4096,), "Lengths to time, in tokens."
+)
+_MEMORY_LENS = shared_flags.define_lengths(
   "memory_lens",
   None,
   "Lengths to compile for their memory; by default 8192,16384 on a CPU.",
+  least=0,
 )
-_PATTERNS = flags.DEFINE_list(
-  "patterns", ["scca_fixed"], f"Any of {', '.join(patterns.NAMES)}."
+_PATTERNS = shared_flags.define_patterns(
+  "patterns",
+  ["scca_fixed(chunk_size=512)"],
+  f"Patterns to time: {shared_flags.PATTERN_HELP}.",
 )
-_CASES = flags.DEFINE_list(
+_CASES = shared_flags.define_patterns(
   "cases",
   None,
   "PATTERN:LENGTH,... to time just these, in place of all --patterns at all"
@@ -77,24 +84,20 @@ _NUM_KV_HEADS = flags.DEFINE_integer(
   "num_kv_heads", None, "Key and value heads; by default as query heads."
 )
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of a head.")
-_CHUNK_SIZE = flags.DEFINE_integer(
-  "chunk_size", 512, "Tokens; also the window of patterns that have one."
-)
-_DILATION = flags.DEFINE_integer(
-  "dilation", 4, "Of the patterns that have one."
-)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds of a case.")
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
 _PLOT = flags.DEFINE_string(
   "plot", None, "Where to draw time against length, a .png."
 )
 _TUNE = flags.DEFINE_boolean(
-  "tune", False, "Find the best sizes of mosaic or triton for the cases."
+  "tune",
+  False,
+  "Find the best kernel sizes for the cases instead of timing them.",
 )
 _SIZES_OUTPUT = flags.DEFINE_string(
   "sizes_output",
   str(block_sizes.SIZES_PATH),
-  "Where --tune writes what it finds, beside what is there.",
+  "Table in which --tune writes the sizes it finds; other entries stay.",
 )
 
 
@@ -102,7 +105,7 @@ def _print_row(row: dict[str, Any]) -> None:
   for part in PARTS if "skipped" not in row else ():
     values = row[part]
     cells = [
-      f"{row['seq_len']:>8,}  {row['pattern']:<11} {row['implementation']:<15}",
+      f"{row['seq_len']:>8,}  {row['pattern']:<26} {row['implementation']:<15}",
       f"{part.replace('_', '+'):<17}",
     ]
     if "median_ms" in values:
@@ -119,7 +122,7 @@ def _print_row(row: dict[str, Any]) -> None:
 
 
 def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
-  """Draws time against length, a line a contestant and pattern."""
+  """Draws time against length, a line per contestant and pattern."""
   panels: dict[str, dict[str, list[tuple[int, float]]]] = {
     part: {} for part in PARTS
   }
@@ -148,36 +151,22 @@ def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
   )
 
 
-def _lengths(flag: flags.FlagHolder, default: Sequence[str] = ()) -> list[int]:
-  values = default if flag.value is None else flag.value
-  try:
-    lengths = [int(value) for value in values]
-  except ValueError as error:
-    raise ValueError(
-      f"--{flag.name} must be lengths in tokens: {error}."
-    ) from error
-  if any(length < 1 for length in lengths):
-    raise ValueError(f"--{flag.name} must be at least 1, got {values}.")
-  return lengths
-
-
 def _case(name: str, seq_len: int, dtype: str) -> Case:
-  settings = {}
-  if name in ("sliding", "dna"):
-    settings["window"] = _CHUNK_SIZE.value
-  elif name not in ("dense", "sda"):
-    settings["chunk_size"] = _CHUNK_SIZE.value
-  if name in ("sda", "dna", "dilated"):
-    settings["dilation"] = _DILATION.value
+  num_kv_heads = _NUM_KV_HEADS.value or _NUM_HEADS.value
+  (pattern,) = patterns.parse(
+    name,
+    num_heads=_NUM_HEADS.value,
+    num_kv_heads=num_kv_heads,
+    num_layers=1,
+    seq_len=seq_len,
+  )
   return Case(
     name=name,
-    pattern=patterns.make(
-      name, num_heads=_NUM_HEADS.value, seq_len=seq_len, **settings
-    ),
+    pattern=pattern,
     seq_len=seq_len,
     dtype=dtype,
     batch_size=_BATCH_SIZE.value,
-    num_kv_heads=_NUM_KV_HEADS.value or _NUM_HEADS.value,
+    num_kv_heads=num_kv_heads,
     head_dim=_HEAD_DIM.value,
   )
 
@@ -186,13 +175,13 @@ def _cases(dtype: str) -> list[Case]:
   if _CASES.value is None:
     return [
       _case(name, seq_len, dtype)
-      for seq_len in _lengths(_SEQ_LENS)
+      for seq_len in _SEQ_LENS.value
       for name in _PATTERNS.value
     ]
   cases = []
   for text in _CASES.value:
-    name, _, length = text.partition(":")
-    if not length.isdigit() or int(length) < 1:
+    name, _, length = text.rpartition(":")
+    if not length.isdecimal() or int(length) < 1:
       raise ValueError(f"--cases must be PATTERN:LENGTH,..., got {text!r}.")
     cases.append(_case(name, int(length), dtype))
   return cases
@@ -236,8 +225,9 @@ def main() -> None:
         f"unknown dtype {dtype!r}: use any of"
         f" {', '.join(attention_timing.TOLERANCE)}."
       )
-  memory_default = () if clock.on_gpu() else ("8192", "16384")
-  memory_lens = _lengths(_MEMORY_LENS, memory_default)
+  memory_lens = _MEMORY_LENS.value
+  if memory_lens is None:
+    memory_lens = () if clock.on_gpu() else (8192, 16384)
   cases = [case for dtype in _DTYPES.value for case in _cases(dtype)]
   if _REPEATS.value < 1:
     raise ValueError(f"--repeats must be at least 1, got {_REPEATS.value}.")
@@ -259,14 +249,13 @@ def main() -> None:
     "num_heads": _NUM_HEADS.value,
     "num_kv_heads": _NUM_KV_HEADS.value or _NUM_HEADS.value,
     "head_dim": _HEAD_DIM.value,
-    "chunk_size": _CHUNK_SIZE.value,
     "repeats": _REPEATS.value,
   }
   title = (
     f"{facts['device']}, Python {facts['python']}, jax {facts['jax']}"
     + (f", torch {facts['torch']}" if uses_torch else "")
     + f", batch {facts['batch_size']}, {facts['num_heads']} heads of"
-    f" {facts['head_dim']}, chunks of {facts['chunk_size']}"
+    f" {facts['head_dim']}"
   )
   print(
     f"{title}: median of {facts['repeats']} (least to most) in milliseconds,"

@@ -17,31 +17,31 @@ compare; each copy of the model then has a micro batch of its own:
       --config=configs/llama2_7b_8k_h200.py --mesh= --mesh=data=2 \
       --mesh=fsdp=2 --peers= --output=step.json
 
-Beside the bytes that a device receives, read from the program, then stand those
-that the pattern asks for between pieces of a sequence, and those that ring
+It then prints the bytes that a device receives, read from the program, those
+that the pattern needs between the shards of a sequence, and those that ring
 attention would move.
 
 Contestants run one after another, by length, in the order of the table, each
-in a process of its own, so that its peak of memory is its own. Times are of
-single steps, after `--warmup` of them: median, least and most.
+in a process of its own, so that its peak of memory is its own. Times are those
+of single steps after `--warmup` steps: median, least and most.
 
 * MFU is the rate of the model's operations (`flops.step_flops`, without what
   the backward pass recomputes), as a share of the rate of a matrix product,
   measured here after the steps.
 * The roofline is the rate of a step that does those operations, and one more
   forward pass of the layers, at the rate of a matrix product.
-* Peak memory is that of the allocator of jax or PyTorch, beside the peak that
-  the compiled step says.
+* Peak memory is what the allocator of jax or PyTorch reports, beside what the
+  compiler expects.
 """
 
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 from absl import flags
 
 from experiments.shared import cli
+from experiments.shared import flags as shared_flags
 from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
 from experiments.timing import (
   flops,
@@ -54,29 +54,31 @@ from experiments.timing import (
 from experiments.timing.step_timing import Case
 from scca_jax import atomic_file, sharding
 
-_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-
-_CONFIG = cli.define_config(_CONFIGS / "tiny.py")
-flags.declare_key_flag("config")
+_CONFIG = cli.define_config("tiny")
 _MODEL = flags.DEFINE_string(
   "model", None, "Model or folder with its config; overrides config.model."
 )
 _RANDOM_WEIGHTS = flags.DEFINE_boolean(
   "random_weights",
   False,
-  "Draw the weights on the device; of the model config.json is read alone.",
+  "Draw the weights on the device; only the model's config.json is read.",
 )
-_PATTERNS = flags.DEFINE_list(
-  "patterns", None, "Patterns to time; by default that of the configuration."
+_PATTERNS = shared_flags.define_patterns(
+  "patterns",
+  None,
+  f"Patterns to time: {shared_flags.PATTERN_HELP}. By default that of the"
+  " configuration.",
 )
 _MESH = flags.DEFINE_multi_string(
   "mesh",
   None,
-  "Devices to lay the step out on, such as data=2,sequence=4; empty is one. By"
+  "Devices that share the step, such as data=2,sequence=4; empty is one. By"
   " default those of the configuration.",
 )
-_SEQ_LENS = flags.DEFINE_list(
-  "seq_lens", None, "Lengths to time; by default that of the configuration."
+_SEQ_LENS = shared_flags.define_lengths(
+  "seq_lens",
+  None,
+  "Lengths to time, in tokens; by default that of the configuration.",
 )
 _PEERS = flags.DEFINE_list(
   "peers",
@@ -96,24 +98,11 @@ _PLOT = flags.DEFINE_string(
 _GIB, _MIB = 2**30, 2**20
 
 
-def _lengths(default: int) -> list[int]:
-  values = [default] if _SEQ_LENS.value is None else _SEQ_LENS.value
-  try:
-    lengths = [int(value) for value in values]
-  except ValueError as error:
-    raise ValueError(
-      f"--seq_lens must be lengths in tokens: {error}."
-    ) from error
-  if not lengths or min(lengths) < 1:
-    raise ValueError(f"--seq_lens must be at least 1, got {values}.")
-  return lengths
-
-
 def _measure(case: Case, peer: str | None) -> dict[str, Any]:
-  """Returns the row of a contestant; of what cannot run, why."""
+  """Returns the row of a contestant, or why it cannot run."""
   row: dict[str, Any] = {
     "implementation": step_peers.LABELS[peer] if peer else "scca_jax",
-    "pattern": step_peers.PATTERNS[peer] if peer else case.run.pattern.name,
+    "pattern": step_peers.PATTERNS[peer] if peer else case.run.pattern,
     "seq_len": case.run.training.seq_len,
     "batch_size": case.run.training.batch_size,
     "mesh": "" if peer else sharding.shown(case.run.mesh),
@@ -125,12 +114,12 @@ def _measure(case: Case, peer: str | None) -> dict[str, Any]:
     measure = functools.partial(step_peers.measure, peer)
     return row | process.run_alone(measure, case)
   except Exception as error:
-    # These are of the input, if they are of this package.
+    # Raised by this package, these are about the input.
     if peer is None and isinstance(
       error, ValueError | OSError | NotImplementedError
     ):
       raise
-    # What else is wrong with one, its memory for example, leaves the others.
+    # Any other failure, such as too little memory, leaves the others running.
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return row | {"skipped": reason}
 
@@ -139,13 +128,13 @@ def _add_rates(row: dict[str, Any], case: Case, matmul: float | None) -> None:
   """Adds what follows from the time; `matmul` is the rate of a product."""
   num_tokens = row["batch_size"] * row["seq_len"]
   work = flops.step_flops(
-    case.model, case.run.lora, row["num_pairs"], num_tokens
+    case.resolved.target, case.run.lora, row["num_pairs"], num_tokens
   )
   row["operations"] = work
   row["tokens_per_second"] = 1e3 * num_tokens / row["median_ms"]
   row["model_tflops"] = 1e-9 * work["model"] / row["median_ms"]
   if matmul is not None:
-    # That of all devices of the row.
+    # The rate of all devices of the row together.
     rate = matmul * row.get("num_devices", 1)
     roofline = 1e12 * rate * num_tokens / work["with_remat"]
     row["mfu"] = row["model_tflops"] / rate
@@ -160,7 +149,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _add_ratios(rows: list[dict[str, Any]]) -> None:
-  """Adds, and prints, how much faster ours are than the rest of a length."""
+  """Adds and prints how much faster ours are than the others at a length."""
   timed = [row for row in rows if "median_ms" in row]
   for row in timed:
     if row["is_peer"]:
@@ -180,14 +169,14 @@ def _add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 _COLUMNS = (
-  f"{'tokens':>7}  {'step':<27} {'milliseconds':>26} {'tokens/s':>9}"
+  f"{'tokens':>7}  {'step':<42} {'milliseconds':>26} {'tokens/s':>9}"
   f" {'MFU':>5} {'roofline':>8} {'peak GiB':>8} {'compiled':>8}"
   f" {'compile s':>9}"
 )
 
 
 def _print_row(row: dict[str, Any]) -> None:
-  start = f"{row['seq_len']:>7,}  {_name(row):<27}"
+  start = f"{row['seq_len']:>7,}  {_name(row):<42}"
   if "skipped" in row:
     print(f"{start} left out: {row['skipped']}", flush=True)
     return
@@ -241,7 +230,7 @@ def _title(row: dict[str, Any], run: FinetuneConfig) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
-  """Draws tokens a second and peak memory, a line a contestant."""
+  """Draws tokens per second and peak memory, a line per contestant."""
   rows = [row for row in rows if "median_ms" in row]
 
   def lines(name: str, unit: int) -> dict[str, list[tuple[int, float]]]:
@@ -283,17 +272,16 @@ def main() -> None:
   cases = {
     seq_len: [
       step_timing.make_case(
-        dataclasses.replace(run, mesh=mesh),
-        pattern,
+        dataclasses.replace(run, mesh=mesh, pattern=pattern),
         seq_len,
         random_weights=_RANDOM_WEIGHTS.value,
         warmup=_WARMUP.value,
         repeats=_REPEATS.value,
       )
-      for pattern in _PATTERNS.value or [run.pattern.name]
+      for pattern in _PATTERNS.value or [run.pattern]
       for mesh in meshes
     ]
-    for seq_len in _lengths(run.training.seq_len)
+    for seq_len in _SEQ_LENS.value or (run.training.seq_len,)
   }
   chosen = peers.choose(
     _PEERS.value,
@@ -334,7 +322,7 @@ def main() -> None:
           )
       _print_row(row)
       rows.append(row)
-      # A long run that is stopped leaves what it has.
+      # A long run that is stopped keeps its rows.
       write()
     _add_ratios(rows[start:])
     write()

@@ -18,38 +18,33 @@ from absl import flags, logging
 from tqdm import tqdm
 
 from experiments.shared import cli, resolve
+from experiments.shared import flags as shared_flags
 from scca_jax import (
-  adapters,
   assets,
   atomic_file,
   convert,
   dispatch,
-  patterns,
   perplexity,
   tokenizer,
 )
+from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
-from scca_jax.rope import RopeScaling
 from scca_jax.token_file import TokenFile
 
-# The value of --pattern that means the adapter's own.
-_TRAINING = "training"
-
-_MODEL = flags.DEFINE_string(
-  "model",
-  None,
-  "Hugging Face folder or .gguf file; by default the embedded model.",
+_MODEL = shared_flags.define_model()
+_ADAPTER = shared_flags.define_adapter()
+_TOKENIZER = shared_flags.define_tokenizer()
+_DTYPE = shared_flags.define_dtype(
+  "float32", "Dtype of weights and computation; losses are float32."
 )
-_ADAPTER = flags.DEFINE_string(
-  "adapter", None, "Folder of an adapter to put on it."
-)
+_IMPLEMENTATION = shared_flags.define_implementation()
 _DATA = flags.DEFINE_string(
   "data",
   None,
   "Token file (.bin), or text: .txt, .jsonl, either with .gz, .xz or .zst, or a"
   " folder of such files; by default the embedded test books.",
 )
-_CONTEXT_LENS = flags.DEFINE_list(
+_CONTEXT_LENS = shared_flags.define_lengths(
   "context_lens",
   None,
   "Window lengths in tokens, such as 1024,2048; by default the model's context"
@@ -59,7 +54,7 @@ _PROTOCOL = flags.DEFINE_enum(
   "protocol", "longlora", perplexity.PROTOCOLS, "How perplexity is defined."
 )
 _NUM_WINDOWS = flags.DEFINE_integer(
-  "num_windows", None, "Evenly spaced windows a length; by default all."
+  "num_windows", None, "Evenly spaced windows per length; by default all."
 )
 _STRIDE = flags.DEFINE_integer(
   "stride",
@@ -69,13 +64,8 @@ _STRIDE = flags.DEFINE_integer(
 _PATTERN = flags.DEFINE_string(
   "pattern",
   None,
-  f"Attention pattern: {_TRAINING} (the adapter's), or one of"
-  f" {', '.join(patterns.NAMES)} made for each length; by default dense.",
-)
-_TOKENIZER = flags.DEFINE_string(
-  "tokenizer",
-  None,
-  "tokenizer.model or tokenizer.json for text; by default the model's.",
+  f"Attention pattern, made for each length: {shared_flags.TRAINING} (the"
+  f" adapter's), or {shared_flags.PATTERN_HELP}. By default dense.",
 )
 _ROPE_SCALING = flags.DEFINE_string(
   "rope_scaling",
@@ -88,36 +78,10 @@ _ROPE_FACTOR = flags.DEFINE_float(
   "Its factor; by default the longest of --context_lens / the model's context"
   " length.",
 )
-_DTYPE = flags.DEFINE_enum(
-  "dtype",
-  "float32",
-  ("float32", "bfloat16", "float16"),
-  "Dtype of weights and computation; losses are float32.",
-)
 _BATCH_TOKENS = flags.DEFINE_integer(
-  "batch_tokens", 8192, "Tokens of a batch of windows."
-)
-_IMPLEMENTATION = flags.DEFINE_string(
-  "implementation",
-  None,
-  "Attention back end; by default the best for the device.",
+  "batch_tokens", 8192, "Tokens per batch of windows."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Results, a .json.")
-
-
-def _read_context_lens() -> tuple[int, ...] | None:
-  if _CONTEXT_LENS.value is None:
-    return None
-  try:
-    lens = tuple(dict.fromkeys(int(n) for n in _CONTEXT_LENS.value))
-  except ValueError as error:
-    raise ValueError(
-      "--context_lens must be lengths in tokens such as 1024,2048, got"
-      f" {','.join(_CONTEXT_LENS.value)}."
-    ) from error
-  if not lens:
-    raise ValueError("--context_lens is empty: give lengths such as 1024,2048.")
-  return lens
 
 
 def _check_protocol(context_lens: tuple[int, ...]) -> None:
@@ -130,10 +94,10 @@ def _check_protocol(context_lens: tuple[int, ...]) -> None:
     )
 
 
-def _check_flags(context_lens: tuple[int, ...] | None) -> None:
+def _check_flags() -> None:
   """Checks what can be checked before a file is read."""
-  _check_protocol(context_lens or ())
-  if context_lens is None and _ROPE_SCALING.value is not None:
+  _check_protocol(_CONTEXT_LENS.value or ())
+  if _CONTEXT_LENS.value is None and _ROPE_SCALING.value is not None:
     raise ValueError("--rope_scaling needs the lengths, --context_lens=….")
   if _ROPE_SCALING.value is None and _ROPE_FACTOR.value is not None:
     raise ValueError("--rope_factor needs --rope_scaling=linear or another.")
@@ -142,82 +106,20 @@ def _check_flags(context_lens: tuple[int, ...] | None) -> None:
       "--rope_scaling is for models without an adapter: an adapter brings the"
       " one it was tuned with."
     )
-  if _PATTERN.value == _TRAINING and _ADAPTER.value is None:
-    raise ValueError("--pattern=training needs the --adapter that was trained.")
-  if _PATTERN.value not in (None, _TRAINING, *patterns.NAMES):
-    raise ValueError(
-      f"unknown --pattern={_PATTERN.value}: use {_TRAINING} or one of"
-      f" {', '.join(patterns.NAMES)}."
-    )
+  shared_flags.check_trained(_PATTERN, _ADAPTER)
   if _BATCH_TOKENS.value < 1:
     raise ValueError(
       f"--batch_tokens must be at least 1, got {_BATCH_TOKENS.value}."
     )
   dispatch.check_implementation(_IMPLEMENTATION.value)
-  for flag in (_MODEL, _ADAPTER, _DATA, _TOKENIZER):
-    if flag.value is not None and not pathlib.Path(flag.value).exists():
-      raise FileNotFoundError(f"--{flag.name}={flag.value} is not there.")
-  if _OUTPUT.value is not None:
-    output = pathlib.Path(_OUTPUT.value)
-    if output.suffix != ".json" or output.is_dir():
-      raise ValueError(f"--output must be a file in .json, got {output}.")
-    output.parent.mkdir(parents=True, exist_ok=True)
+  shared_flags.check_exist(_MODEL, _ADAPTER, _DATA, _TOKENIZER)
+  shared_flags.check_output(_OUTPUT, ".json")
 
 
-def _extended(
-  config: LlamaConfig, context_lens: tuple[int, ...]
-) -> LlamaConfig:
-  """Returns the model's configuration with the rope scaling asked for."""
-  if _ROPE_SCALING.value is None:
-    return config
-  if config.rope_scaling is not None:
-    raise ValueError(
-      f"the model has {config.rope_scaling.kind} rope scaling already: leave"
-      " out --rope_scaling to keep it."
-    )
-  longest = max(context_lens)
-  factor = _ROPE_FACTOR.value
-  if factor is None:
-    factor = max(1.0, longest / config.context_len)
-  return dataclasses.replace(
-    config,
-    context_len=max(longest, config.context_len),
-    rope_scaling=RopeScaling(
-      kind=_ROPE_SCALING.value,
-      factor=factor,
-      original_max_position_embeddings=config.context_len,
-    ),
-  )
-
-
-def _load(folder: pathlib.Path, config: LlamaConfig) -> Any:
+def _load(folder: pathlib.Path, config: LlamaConfig | None) -> Llama:
   dtype = jnp.dtype(_DTYPE.value)
-  if _ADAPTER.value is None:
-    return convert.load_model(
-      folder, config=config, dtype=dtype, param_dtype=dtype
-    )
-  return adapters.load_adapter(
-    folder, pathlib.Path(_ADAPTER.value), dtype=dtype, param_dtype=dtype
-  )
-
-
-def _make_patterns(config: LlamaConfig, context_len: int) -> Any:
-  """Returns the pattern of each layer, or None for dense."""
-  if _PATTERN.value is None:
-    return None
-  if _PATTERN.value == _TRAINING and _ADAPTER.value is not None:
-    schedule = adapters.load_patterns(_ADAPTER.value)
-    if schedule is None:
-      raise ValueError(
-        f"the adapter {_ADAPTER.value} does not say what pattern it was tuned"
-        " with: give --pattern=NAME."
-      )
-    return schedule
-  return patterns.make_schedule(
-    _PATTERN.value,
-    num_heads=config.num_heads,
-    num_layers=config.num_layers,
-    seq_len=context_len,
+  return resolve.load_model(
+    folder, _ADAPTER.value, config=config, dtype=dtype, param_dtype=dtype
   )
 
 
@@ -228,10 +130,10 @@ def _open_tokens(
   path = pathlib.Path(_DATA.value or assets.BOOKS_TEST)
   if path.suffix == ".bin":
     return TokenFile.open(path, vocab_size=config.vocab_size), None
-  words = tokenizer.load(_TOKENIZER.value or folder)
-  tokens = resolve.open_tokens(path, words, cache)
+  vocabulary = tokenizer.load(_TOKENIZER.value or folder)
+  tokens = resolve.open_tokens(path, vocabulary, cache)
   # Messages should name what the user gave, not the file in the cache.
-  return dataclasses.replace(tokens, name=str(path)), words.bos_id
+  return dataclasses.replace(tokens, name=str(path)), vocabulary.bos_id
 
 
 def print_table(results: dict[int, perplexity.Perplexity]) -> None:
@@ -259,22 +161,25 @@ def main() -> None:
   """Runs the command.
 
   Raises:
-    ValueError: A flag is out of range, or the input is not what it should be.
+    ValueError: A flag is out of range, or the input is damaged or too short.
     OSError: A file is missing or cannot be written.
   """
-  context_lens = _read_context_lens()
-  _check_flags(context_lens)
+  _check_flags()
   folder = pathlib.Path(_MODEL.value or assets.MODEL)
   config = convert.load_config(folder)
   model = None
   if _ADAPTER.value is not None:
     model = _load(folder, config)
     config = model.config
-  if context_lens is None:
-    context_lens = (config.context_len,)
-    _check_protocol(context_lens)
-  config = _extended(config, context_lens)
-  schedules = {n: _make_patterns(config, n) for n in context_lens}
+  context_lens = _CONTEXT_LENS.value or (config.context_len,)
+  _check_protocol(context_lens)
+  config = resolve.extended(
+    config, _ROPE_SCALING.value, _ROPE_FACTOR.value, max(context_lens)
+  )
+  layers = {
+    n: resolve.trained_or_made(_PATTERN.value, _ADAPTER.value, config, n)
+    for n in context_lens
+  }
   with tempfile.TemporaryDirectory() as cache:
     tokens, bos_id = _open_tokens(folder, config, pathlib.Path(cache))
     num_windows = sum(
@@ -304,7 +209,7 @@ def main() -> None:
           tokens,
           context_len=context_len,
           protocol=_PROTOCOL.value,
-          patterns=schedules[context_len],
+          patterns=layers[context_len],
           num_windows=_NUM_WINDOWS.value,
           stride=_STRIDE.value,
           batch_size=max(1, _BATCH_TOKENS.value // context_len),

@@ -14,28 +14,22 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags
 
-from experiments.shared import cli
+from experiments.shared import cli, resolve
+from experiments.shared import flags as shared_flags
 from scca_jax import adapters, assets, convert
 
-_MODEL = flags.DEFINE_string(
-  "model",
-  None,
-  "Hugging Face folder or .gguf file; by default the embedded model.",
+_MODEL = shared_flags.define_model()
+_ADAPTER = shared_flags.define_adapter(
+  "Folder of the adapter to fuse or write."
 )
-_ADAPTER = flags.DEFINE_string(
-  "adapter", None, "Folder of the adapter to fuse or to write."
+_DTYPE = shared_flags.define_dtype(
+  None, "Dtype of the tensors; by default that of the files read."
 )
 _FORMAT = flags.DEFINE_enum(
   "format", "hf", ("hf", "peft"), "hf: a fused model; peft: the adapter."
 )
 _OUTPUT_DIR = flags.DEFINE_string(
-  "output_dir", None, "Folder to write; empty or not there yet."
-)
-_DTYPE = flags.DEFINE_enum(
-  "dtype",
-  None,
-  ("float32", "bfloat16", "float16"),
-  "Dtype of the tensors; by default that of the files read.",
+  "output_dir", None, "Folder to write; new or empty."
 )
 _MAX_SHARD_GB = flags.DEFINE_float(
   "max_shard_gb", 5.0, "Largest file of weights, in 10^9 bytes."
@@ -59,9 +53,7 @@ def _check_flags() -> pathlib.Path:
     raise ValueError(
       f"--max_shard_gb must be above 0, got {_MAX_SHARD_GB.value}."
     )
-  for flag in (_MODEL, _ADAPTER):
-    if flag.value is not None and not pathlib.Path(flag.value).exists():
-      raise FileNotFoundError(f"--{flag.name}={flag.value} is not there.")
+  shared_flags.check_exist(_MODEL, _ADAPTER)
   return output_dir
 
 
@@ -69,19 +61,15 @@ def main() -> None:
   """Runs the command.
 
   Raises:
-    ValueError: A flag is out of range, or the input is not what it should be.
+    ValueError: A flag is out of range, or the input is damaged.
     OSError: A file is missing or cannot be written.
   """
   output_dir = _check_flags()
   source = pathlib.Path(_MODEL.value or assets.MODEL)
   param_dtype = convert.stored_dtype(source)
-  model: Any
-  if _ADAPTER.value is None:
-    model = convert.load_model(source, param_dtype=param_dtype)
-  else:
-    model = adapters.load_adapter(
-      source, _ADAPTER.value, param_dtype=param_dtype
-    )
+  model: Any = resolve.load_model(
+    source, _ADAPTER.value, param_dtype=param_dtype
+  )
   if _FORMAT.value == "hf":
     dtype = jnp.dtype(_DTYPE.value or param_dtype)
     convert.copy_tokenizer(source, output_dir)

@@ -8,9 +8,8 @@ untuned, with rope scaling alone, and tuned, all with dense attention.
 """
 
 import dataclasses
-import functools
 import math
-import pathlib
+import re
 from typing import Any
 
 import jax
@@ -28,17 +27,12 @@ from scca_jax import (
   dispatch,
   lora,
   memory,
-  perplexity,
-  sharding,
   tokenizer,
 )
-from scca_jax.batches import make_batches
 from scca_jax.llama_config import LlamaConfig
+from scca_jax.perplexity import Perplexity
 
-_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-
-_CONFIG = cli.define_config(_CONFIGS / "tiny.py")
-flags.declare_key_flag("config")
+_CONFIG = cli.define_config("tiny")
 _MODEL = flags.DEFINE_string(
   "model",
   None,
@@ -52,8 +46,8 @@ _DATA = flags.DEFINE_string(
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir",
   None,
-  "Where the run is kept, and goes on from if it was interrupted; by default"
-  " runs/ and the pattern's name.",
+  "Folder of the run, from which an interrupted run resumes; by default runs/"
+  " and the pattern.",
 )
 
 
@@ -68,10 +62,32 @@ def _read_settings() -> FinetuneConfig:
   return run
 
 
-def print_table(rows: dict[str, dict[int, perplexity.Perplexity]]) -> None:
-  """Prints perplexity by context length, a line a model.
+def _load(
+  run: FinetuneConfig,
+  config: LlamaConfig,
+  adapter: lora.LoraConfig | None,
+  mesh: Any,
+) -> Any:
+  """Returns the model of a run, with a new adapter or without."""
+  train = run.training
+  return loop.load(
+    lambda: convert.load_model(
+      resolve.model_path(run.model),
+      config=config,
+      lora=adapter,
+      dtype=jnp.dtype(train.dtype),
+      param_dtype=jnp.dtype(train.param_dtype),
+      quantize_by=train.quantize,
+      rngs=nnx.Rngs(train.seed),
+    ),
+    mesh,
+  )
 
-  The last columns are of the last quarter of the longest windows.
+
+def print_table(rows: dict[str, dict[int, Perplexity]]) -> None:
+  """Prints perplexity by context length, a line per model.
+
+  The last column is the last quarter of the longest windows.
   """
   context_lens = sorted(next(iter(rows.values())))
   longest = context_lens[-1]
@@ -90,6 +106,37 @@ def print_table(rows: dict[str, dict[int, perplexity.Perplexity]]) -> None:
     )
 
 
+def _summary(
+  run: FinetuneConfig,
+  pretrained_len: int,
+  final_loss: float,
+  speed: float | None,
+  rows: dict[str, dict[int, Perplexity]],
+) -> dict[str, Any]:
+  """Returns what `summary.json` holds."""
+
+  def by_length(results: dict[int, Perplexity], field: str) -> dict[str, Any]:
+    return {str(n): getattr(result, field) for n, result in results.items()}
+
+  return {
+    "pattern": run.pattern,
+    "pretrained_len": pretrained_len,
+    "target_len": run.training.seq_len,
+    "steps": run.training.steps,
+    "final_loss": final_loss,
+    "tokens_per_second": speed,
+    "peak_bytes": memory.measured_bytes(jax.local_devices()),
+    "perplexity": {
+      "protocol": run.evaluation.protocol,
+      "num_windows": by_length(rows["tuned"], "num_windows"),
+      **{name: by_length(x, "perplexity") for name, x in rows.items()},
+    },
+    "last_quarter_perplexity": {
+      name: by_length(x, "last_quarter") for name, x in rows.items()
+    },
+  }
+
+
 def main() -> None:
   """Runs the command."""
   cluster.start()
@@ -97,152 +144,75 @@ def main() -> None:
   train = run.training
   dispatch.check_implementation(train.implementation)
   model_folder = resolve.model_path(run.model)
-  base_config = convert.load_config(model_folder)
-  target_config = resolve.extended(base_config, run)
-  schedule = resolve.make_patterns(run.pattern, base_config, train.seq_len)
-  mesh = resolve.make_mesh(run.mesh, train, base_config, schedule)
-  words = tokenizer.load(run.data.tokenizer or model_folder)
+  resolved = resolve.resolve(run)
+  base, target, mesh = resolved.base, resolved.target, resolved.mesh
+  vocabulary = tokenizer.load(run.data.tokenizer or model_folder)
+  folder_name = re.sub(r"[^\w.-]+", "-", run.pattern).strip("-")
   output_dir = loop.open_output_dir(
-    _OUTPUT_DIR.value or f"runs/{run.pattern.name}", to_json(run)
+    _OUTPUT_DIR.value or f"runs/{folder_name}", to_json(run)
   )
   cache = output_dir / "tokens"
   train_tokens = resolve.open_tokens(
-    run.data.train or assets.BOOKS_TUNE, words, cache
+    run.data.train or assets.BOOKS_TUNE, vocabulary, cache
   )
   test_tokens = resolve.open_tokens(
-    run.data.test or assets.BOOKS_TEST, words, cache
+    run.data.test or assets.BOOKS_TEST, vocabulary, cache
   )
-  shard_index, num_shards = sharding.data_shard(mesh, train.batch_size)
-  batches = make_batches(
-    train_tokens,
-    seq_len=train.seq_len,
-    batch_size=train.batch_size,
-    seed=train.seed,
-    packing=run.data.packing,
-    shard_index=shard_index,
-    num_shards=num_shards,
+  batches = resolve.make_batches(run, train_tokens, mesh)
+  evaluator = resolve.Evaluator(
+    run,
+    test_tokens,
+    base,
+    mesh,
+    bos_id=vocabulary.bos_id,
+    context_lens=tuple(sorted({base.context_len, train.seq_len})),
   )
-  dtype = jnp.dtype(train.dtype)
-  param_dtype = jnp.dtype(train.param_dtype)
-
-  def load(config: LlamaConfig, adapter: lora.LoraConfig | None) -> Any:
-    def make() -> Any:
-      return convert.load_model(
-        model_folder,
-        config=config,
-        lora=adapter,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        quantize_by=train.quantize,
-        rngs=nnx.Rngs(train.seed),
-      )
-
-    return loop.load(make, mesh)
-
-  pretrained_len = base_config.context_len
-  context_lens = run.evaluation.context_lens or tuple(
-    sorted({pretrained_len, train.seq_len})
-  )
-
-  resolve.check_evaluation(
-    test_tokens, context_lens, run.evaluation, base_config, words.bos_id
-  )
-  measure = functools.partial(
-    resolve.perplexities,
-    tokens=test_tokens,
-    config=run.evaluation,
-    bos_id=words.bos_id,
-    implementation=train.implementation,
-    mesh=mesh,
-  )
-
-  def on_the_way(model: Any) -> dict[str, Any]:
-    results = measure(
-      model,
-      context_lens=(train.seq_len,),
-      num_windows=run.evaluation.windows_on_the_way,
-    )
-    return {str(n): result.perplexity for n, result in results.items()}
-
   print(
-    f"{model_folder.name}: {pretrained_len:,} -> {train.seq_len:,} tokens,"
-    f" {run.pattern.name}, LoRA rank {run.lora.rank},"
+    f"{model_folder.name}: {base.context_len:,} -> {train.seq_len:,} tokens,"
+    f" {run.pattern}, LoRA rank {run.lora.rank},"
     f" {len(train_tokens):,} tokens to train on; {output_dir}",
     flush=True,
   )
   trainable = lora.trainable(run.lora)
   result = loop.fit(
-    load(target_config, run.lora),
+    _load(run, target, run.lora, mesh),
+    run=run,
+    step=resolved.step,
     trainable=trainable,
     batches=batches,
-    step_config=resolve.step_config(train, schedule, mesh),
-    optimizer_config=run.optimizer,
-    config=train,
     output_dir=output_dir,
-    settings=to_json(run),
-    mesh=mesh,
-    evaluate=on_the_way,
-    evaluate_every=run.evaluation.every,
+    evaluate=evaluator.on_the_way,
   )
   adapter = output_dir / "adapter"
   trained = loop.to_host(result.model, trainable)
   if cluster.is_primary():
     adapters.save_adapter(
-      trained, adapter, base_model=str(model_folder), patterns=schedule
+      trained,
+      adapter,
+      base_model=str(model_folder),
+      patterns=resolved.patterns,
     )
   final_loss, speed = result.final_loss, result.tokens_per_second
-  measure_all = functools.partial(
-    measure,
-    context_lens=context_lens,
-    num_windows=run.evaluation.num_windows,
-  )
-  tuned = measure_all(result.model)
-  # One model is gone before the next is read: the device that trained one may
-  # have no room for two.
+  tuned = evaluator.at_end(result.model)
+  # Free one model before the next is read: the device may not hold two.
   del result, trained
   rows = {
-    "untuned": measure_all(load(base_config, None)),
-    "interpolated": measure_all(load(target_config, None)),
+    "untuned": evaluator.at_end(_load(run, base, None, mesh)),
+    "interpolated": evaluator.at_end(_load(run, target, None, mesh)),
     "tuned": tuned,
   }
   if not cluster.is_primary():
     return
-  peak_bytes = memory.measured_bytes(jax.local_devices())
-  atomic_file.write_json(
-    output_dir / "summary.json",
-    {
-      "pattern": run.pattern.name,
-      "pretrained_len": pretrained_len,
-      "target_len": train.seq_len,
-      "steps": train.steps,
-      "final_loss": final_loss,
-      "tokens_per_second": speed,
-      "peak_bytes": peak_bytes,
-      "perplexity": {
-        "protocol": run.evaluation.protocol,
-        "num_windows": {
-          str(n): rows["tuned"][n].num_windows for n in context_lens
-        },
-        **{
-          name: {str(n): r.perplexity for n, r in results.items()}
-          for name, results in rows.items()
-        },
-      },
-      "last_quarter_perplexity": {
-        name: {str(n): r.last_quarter for n, r in results.items()}
-        for name, results in rows.items()
-      },
-    },
-  )
-  longest = max(context_lens)
-  windows = rows["tuned"][longest].num_windows
+  summary = _summary(run, base.context_len, final_loss, speed, rows)
+  atomic_file.write_json(output_dir / "summary.json", summary)
+  windows = tuned[max(tuned)].num_windows
   print(
-    f"\n{run.evaluation.protocol} protocol, {windows} windows a length,"
+    f"\n{run.evaluation.protocol} protocol, {windows} windows per length,"
     " dense attention"
   )
   print_table(rows)
-  if peak_bytes is not None:
-    print(f"\nmost memory on a device: {peak_bytes / 2**30:.2f} GiB")
+  if summary["peak_bytes"] is not None:
+    print(f"\npeak memory of a device: {summary['peak_bytes'] / 2**30:.2f} GiB")
   print(f"\nadapter: {adapter}\nsummary: {output_dir / 'summary.json'}")
 
 

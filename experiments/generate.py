@@ -10,40 +10,28 @@ through the model together.
 
 import json
 import pathlib
-from typing import Any
 
 import jax.numpy as jnp
 from absl import flags, logging
 
-from experiments.shared import cli
+from experiments.shared import cli, resolve
+from experiments.shared import flags as shared_flags
 from scca_jax import (
-  adapters,
   assets,
   atomic_file,
-  convert,
   dispatch,
   documents,
   generation,
-  patterns,
   tokenizer,
 )
 
-_TRAINING = "training"
-_DENSE = "dense"
-
-_MODEL = flags.DEFINE_string(
-  "model",
-  None,
-  "Hugging Face folder or .gguf file; by default the embedded model.",
+_MODEL = shared_flags.define_model()
+_ADAPTER = shared_flags.define_adapter()
+_TOKENIZER = shared_flags.define_tokenizer()
+_DTYPE = shared_flags.define_dtype(
+  "float32", "Dtype of weights and computation."
 )
-_ADAPTER = flags.DEFINE_string(
-  "adapter", None, "Folder of an adapter to put on it."
-)
-_TOKENIZER = flags.DEFINE_string(
-  "tokenizer",
-  None,
-  "tokenizer.model or tokenizer.json; by default the model's.",
-)
+_IMPLEMENTATION = shared_flags.define_implementation()
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _PROMPTS = flags.DEFINE_string(
   "prompts",
@@ -62,26 +50,17 @@ _TOP_K = flags.DEFINE_integer(
 _TOP_P = flags.DEFINE_float(
   "top_p", 1.0, "Draw among the likeliest that reach this probability."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the randomness.")
-_PATTERN_HELP = f"{_TRAINING} (the adapter's) or one of " + ", ".join(
-  patterns.NAMES
-)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
 _PREFILL_PATTERN = flags.DEFINE_string(
-  "prefill_pattern", _DENSE, f"Attention in the prompt: {_PATTERN_HELP}."
+  "prefill_pattern",
+  None,
+  f"Attention in the prompt: {shared_flags.TRAINING} (the adapter's), or"
+  f" {shared_flags.PATTERN_HELP}. By default dense.",
 )
 _DECODE_PATTERN = flags.DEFINE_string(
-  "decode_pattern", _DENSE, f"Attention of new tokens: {_PATTERN_HELP}."
-)
-_DTYPE = flags.DEFINE_enum(
-  "dtype",
-  "float32",
-  ("float32", "bfloat16", "float16"),
-  "Dtype of weights and computation.",
-)
-_IMPLEMENTATION = flags.DEFINE_string(
-  "implementation",
+  "decode_pattern",
   None,
-  "Attention back end; by default the best for the device.",
+  "Attention of new tokens, in the same form; by default dense.",
 )
 _OUTPUT = flags.DEFINE_string(
   "output", None, "Prompts and continuations, a .jsonl."
@@ -92,25 +71,12 @@ def _check_flags() -> None:
   """Checks what can be checked before a file is read."""
   if (_PROMPT.value is None) == (_PROMPTS.value is None):
     raise ValueError("give either --prompt=TEXT or --prompts=FILE.")
-  for flag in (_PREFILL_PATTERN, _DECODE_PATTERN):
-    if flag.value not in (_TRAINING, *patterns.NAMES):
-      raise ValueError(
-        f"unknown --{flag.name}={flag.value}: use {_TRAINING} or one of"
-        f" {', '.join(patterns.NAMES)}."
-      )
-    if flag.value == _TRAINING and _ADAPTER.value is None:
-      raise ValueError(
-        f"--{flag.name}=training needs the --adapter that was trained."
-      )
+  for pattern in (_PREFILL_PATTERN, _DECODE_PATTERN):
+    shared_flags.check_trained(pattern, _ADAPTER)
   dispatch.check_implementation(_IMPLEMENTATION.value)
   documents.check_text("--prompt", _PROMPT.value or "")
-  for flag in (_MODEL, _ADAPTER, _TOKENIZER, _PROMPTS):
-    if flag.value is not None and not pathlib.Path(flag.value).exists():
-      raise FileNotFoundError(f"--{flag.name}={flag.value} is not there.")
-  if _OUTPUT.value is not None:
-    output = pathlib.Path(_OUTPUT.value)
-    if output.suffix != ".jsonl" or output.is_dir():
-      raise ValueError(f"--output must be a file in .jsonl, got {output}.")
+  shared_flags.check_exist(_MODEL, _ADAPTER, _TOKENIZER, _PROMPTS)
+  shared_flags.check_output(_OUTPUT, ".jsonl")
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
@@ -128,25 +94,6 @@ def read_prompts(path: pathlib.Path) -> list[str]:
   return prompts
 
 
-def _make_patterns(name: str, config: Any, seq_len: int) -> Any:
-  if name == _DENSE:
-    return None
-  if name == _TRAINING:
-    schedule = adapters.load_patterns(_ADAPTER.value or "")
-    if schedule is None:
-      raise ValueError(
-        f"the adapter {_ADAPTER.value} does not say what pattern it was tuned"
-        " with: give the name of a pattern."
-      )
-    return schedule
-  return patterns.make_schedule(
-    name,
-    num_heads=config.num_heads,
-    num_layers=config.num_layers,
-    seq_len=seq_len,
-  )
-
-
 class _Printer:
   """Prints the text of tokens as they come.
 
@@ -154,15 +101,15 @@ class _Printer:
   before it, so all are decoded and what is new is printed.
   """
 
-  def __init__(self, words: tokenizer.Tokenizer, prompt: list[int]):
-    self._words = words
+  def __init__(self, vocabulary: tokenizer.Tokenizer, prompt: list[int]):
+    self._vocabulary = vocabulary
     self._ids = list(prompt)
-    self._shown = words.decode(self._ids)
+    self._shown = vocabulary.decode(self._ids)
 
   def show(self, token: int) -> None:
     """Prints what a token adds, once its character is whole."""
     self._ids.append(token)
-    text = self._words.decode(self._ids)
+    text = self._vocabulary.decode(self._ids)
     if text.startswith(self._shown) and not text.endswith("\ufffd"):
       print(text[len(self._shown) :], end="", flush=True)
       self._shown = text
@@ -172,7 +119,7 @@ def main() -> None:
   """Runs the command.
 
   Raises:
-    ValueError: A flag is out of range, or the input is not what it should be.
+    ValueError: A flag is out of range, or the input is damaged.
     OSError: A file is missing or cannot be written.
   """
   _check_flags()
@@ -188,16 +135,17 @@ def main() -> None:
     else read_prompts(pathlib.Path(_PROMPTS.value or ""))
   )
   source = pathlib.Path(_MODEL.value or assets.MODEL)
-  words = tokenizer.load(_TOKENIZER.value or source)
-  bos = [words.bos_id] if words.adds_bos and words.bos_id is not None else []
-  prompts = [[*bos, *ids] for ids in words.encode_batch(texts)]
+  vocabulary = tokenizer.load(_TOKENIZER.value or source)
+  bos = (
+    [vocabulary.bos_id]
+    if vocabulary.adds_bos and vocabulary.bos_id is not None
+    else []
+  )
+  prompts = [[*bos, *ids] for ids in vocabulary.encode_batch(texts)]
   dtype = jnp.dtype(_DTYPE.value)
-  if _ADAPTER.value is None:
-    model = convert.load_model(source, dtype=dtype, param_dtype=dtype)
-  else:
-    model = adapters.load_adapter(
-      source, _ADAPTER.value, dtype=dtype, param_dtype=dtype
-    )
+  model = resolve.load_model(
+    source, _ADAPTER.value, dtype=dtype, param_dtype=dtype
+  )
   total = max(map(len, prompts)) + _MAX_NEW_TOKENS.value
   if total > model.config.context_len:
     logging.warning(
@@ -206,20 +154,22 @@ def main() -> None:
       f"{total:,}",
       f"{model.config.context_len:,}",
     )
+  prefill_layers, decode_layers = (
+    resolve.trained_or_made(flag.value, _ADAPTER.value, model.config, total)
+    for flag in (_PREFILL_PATTERN, _DECODE_PATTERN)
+  )
   printer = None
   if _PROMPT.value is not None:
     print(_PROMPT.value, end="", flush=True)
-    printer = _Printer(words, prompts[0])
+    printer = _Printer(vocabulary, prompts[0])
   answers: list[list[int]] = [[] for _ in prompts]
   for tokens in generation.stream(
     model,
     prompts,
     max_new_tokens=_MAX_NEW_TOKENS.value,
     sampling=sampling,
-    prefill_patterns=_make_patterns(
-      _PREFILL_PATTERN.value, model.config, total
-    ),
-    decode_patterns=_make_patterns(_DECODE_PATTERN.value, model.config, total),
+    prefill_patterns=prefill_layers,
+    decode_patterns=decode_layers,
     implementation=_IMPLEMENTATION.value,
   ):
     for answer, token in zip(answers, tokens, strict=True):
@@ -232,11 +182,11 @@ def main() -> None:
   rows = []
   for text, prompt, answer in zip(texts, prompts, answers, strict=True):
     kept = [token for token in answer if token not in ends]
-    whole = words.decode([*prompt, *kept])
+    whole = vocabulary.decode([*prompt, *kept])
     rows.append(
       {
         "prompt": text,
-        "continuation": whole[len(words.decode(prompt)) :],
+        "continuation": whole[len(vocabulary.decode(prompt)) :],
         "tokens": len(answer),
         "ended": len(kept) < len(answer),
       }

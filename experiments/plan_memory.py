@@ -1,9 +1,9 @@
-"""Says how much GPU memory training takes, without the GPU.
+"""Plans how much GPU memory training takes, without the GPU.
 
-The training step of the config (or its evaluation, or generation with its
-model) is compiled for a described GPU; see `scca_jax.memory`. It needs the
-compiler: `pip install 'scca_jax[plan]'`. Weights are not read: a config.json is
-enough.
+It compiles the training step of the config (or evaluation, or generation with
+its model) for a GPU that this machine need not have; see `scca_jax.memory`. The
+compiler is in `pip install 'scca_jax[plan]'`. Weights are not read: config.json
+is enough.
 
     python -m experiments.plan_memory --config=configs/llama2_7b_8k.py \
       --gpu=v100-32gb --output=plan.json
@@ -14,21 +14,18 @@ enough.
 """
 
 import dataclasses
-import pathlib
 
 import jax
 from absl import flags
 
 from experiments.shared import cli, resolve
 from experiments.shared.config import FinetuneConfig, from_config_dict
-from scca_jax import atomic_file, convert, deviceless, memory, sharding
+from scca_jax import atomic_file, deviceless, memory, sharding
 
-_CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # Contexts that --search tries are multiples of it, in tokens.
 _SEARCH_MULTIPLE = 1024
 
-_CONFIG = cli.define_config(_CONFIGS / "tiny.py")
-flags.declare_key_flag("config")
+_CONFIG = cli.define_config("tiny")
 _MODEL = flags.DEFINE_string(
   "model", None, "Folder with a config.json; overrides config.model."
 )
@@ -52,9 +49,8 @@ _SEARCH = flags.DEFINE_enum(
 _MESH = flags.DEFINE_string(
   "mesh",
   None,
-  "GPUs to lay the step out on, such as fsdp=2,sequence=4; overrides"
-  " config.mesh. Each copy of the model, along data and fsdp, has a micro batch"
-  " of its own.",
+  "GPUs that share the step, such as fsdp=2,sequence=4; overrides config.mesh."
+  " Each copy of the model, along data and fsdp, has a micro batch of its own.",
 )
 _FRACTION = flags.DEFINE_float(
   "memory_fraction",
@@ -77,10 +73,10 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
     ),
   )
   train = run.training
-  base = convert.load_config(resolve.model_path(run.model))
+  resolved = resolve.resolve(run, find_devices=False)
   setup = memory.Setup(
     gpu=_GPU.value,
-    config=resolve.extended(base, run),
+    config=resolved.target,
     lora=run.lora,
     dtype=train.dtype,
     param_dtype=train.param_dtype,
@@ -89,12 +85,10 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
     memory_fraction=_FRACTION.value,
   )
   if _TASK.value == "train":
-    schedule = resolve.make_patterns(run.pattern, base, seq_len)
-    resolve.check_mesh(run.mesh, train, base, schedule)
     return memory.plan_step(
       setup,
       optimizer=run.optimizer,
-      step=resolve.step_config(train, schedule),
+      step=resolved.step,
       batch_size=train.batch_size,
       seq_len=seq_len,
       mesh_config=run.mesh,
@@ -138,8 +132,7 @@ def main() -> None:
     ValueError: A setting or flag does not fit, nothing fits, or the compiler
       is missing.
   """
-  # Nothing is run: no GPU is looked for, which would take its memory or warn of
-  # what it lacks.
+  # Nothing runs, so a GPU of this machine should keep its memory.
   jax.config.update("jax_platforms", "cpu")
   run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
   if _MODEL.value is not None:
@@ -151,7 +144,7 @@ def main() -> None:
   if _TASK.value == "train":
     batch_size = train.batch_size // train.num_micro_batches
   elif _TASK.value == "evaluate":
-    # As finetune measures its result.
+    # As `finetune` does at its end.
     seq_len = max(run.evaluation.context_lens or (seq_len,))
     batch_size = max(1, run.evaluation.batch_tokens // seq_len)
   else:

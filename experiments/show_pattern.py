@@ -1,42 +1,33 @@
 """Draws an attention pattern: each head's mask, their union, the reach.
 
 python -m experiments.show_pattern --pattern=longmixed --seq_len=64
+python -m experiments.show_pattern --pattern='scca_flow(rotate="layer")'
 """
 
+import functools
 import math
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 from absl import flags
 
 from experiments.shared import cli
+from experiments.shared import flags as shared_flags
 from scca_jax import patterns, receptive_field
 
 _PATTERN = flags.DEFINE_string(
-  "pattern", "scca_fixed", f"One of {', '.join(patterns.NAMES)}."
+  "pattern", "scca_fixed", f"A pattern: {shared_flags.PATTERN_HELP}."
 )
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 64, "Length, in tokens.")
 _NUM_HEADS = flags.DEFINE_integer("num_heads", 8, "Query heads.")
+_NUM_KV_HEADS = flags.DEFINE_integer(
+  "num_kv_heads",
+  None,
+  "Key and value heads, for interleaved=True; by default as query heads.",
+)
 _NUM_LAYERS = flags.DEFINE_integer(
   "num_layers", 3, "Layers to show the receptive field after."
-)
-_CHUNK_SIZE = flags.DEFINE_integer(
-  "chunk_size", None, "Tokens; by default a quarter of the length."
-)
-_SHIFT = flags.DEFINE_integer("shift", None, "Tokens (scca_fixed).")
-_NUM_CHUNKS = flags.DEFINE_integer("num_chunks", None, "Chunks (scca_flow).")
-_WINDOW = flags.DEFINE_integer("window", None, "Slots (sliding, dna, sda).")
-_DILATION = flags.DEFINE_integer(
-  "dilation", None, "Tokens between keys (dilated, dna, sda)."
-)
-_BOUNDARY = flags.DEFINE_string("boundary", "drop", '"drop" or "local".')
-_CAUSALITY = flags.DEFINE_string(
-  "causality", "position", '"position", or "slot", which leaks.'
-)
-_ROTATE_BY_LAYER = flags.DEFINE_boolean(
-  "rotate_by_layer", False, "Whether layers rotate the shifts of scca_flow."
 )
 _OUTPUT = flags.DEFINE_string("output", "pattern.png", "The picture.")
 
@@ -96,21 +87,12 @@ def main() -> None:
   output = pathlib.Path(_OUTPUT.value)
   if output.suffix != ".png":
     raise ValueError(f"--output must end in .png, got {output}.")
-  settings: dict[str, Any] = {
-    flag.name: flag.value
-    for flag in (_CHUNK_SIZE, _SHIFT, _NUM_CHUNKS, _WINDOW, _DILATION)
-    if flag.value is not None
-  }
-  if _ROTATE_BY_LAYER.value:
-    settings["rotate"] = "layer"
-  layers = patterns.make_schedule(
+  layers = patterns.parse(
     _PATTERN.value,
     num_heads=_NUM_HEADS.value,
+    num_kv_heads=_NUM_KV_HEADS.value or _NUM_HEADS.value,
     num_layers=_NUM_LAYERS.value,
     seq_len=seq_len,
-    boundary=_BOUNDARY.value,
-    causality=_CAUSALITY.value,
-    **settings,
   )
   output.parent.mkdir(parents=True, exist_ok=True)
   first = layers[0]
@@ -120,18 +102,16 @@ def main() -> None:
     f"{_PATTERN.value}: {first.num_heads} heads, {seq_len:,} tokens, {pairs:,}"
     f" pairs, {pairs / (first.num_heads * causal_pairs):.1%} of dense"
   )
-  panels = [
-    (f"head {head}", mask) for head, mask in enumerate(first.visible(seq_len))
-  ]
+  # A head of a mixture attends by all members.
+  masks = functools.reduce(
+    np.logical_or, (x.visible(seq_len) for x in patterns.members(first))
+  )
+  panels = [(f"head {head}", mask) for head, mask in enumerate(masks)]
   panels.append(("heads together", receptive_field.union(first, seq_len)))
-  for layer, (share, field) in enumerate(
-    zip(
-      receptive_field.coverage(layers, seq_len),
-      receptive_field.reach(layers, seq_len),
-      strict=True,
-    ),
-    start=1,
+  for layer, field in enumerate(
+    receptive_field.reach(layers, seq_len), start=1
   ):
+    share = receptive_field.share(field)
     panels.append((f"reach after {layer}: {share:.1%}", field))
     print(f"receptive field after {layer} layers: {share:.1%}")
   _draw(output, f"{_PATTERN.value}, {seq_len} tokens", panels)

@@ -21,7 +21,7 @@ SMALL = (
   "--num_heads=4",
   "--num_kv_heads=2",
   "--head_dim=8",
-  "--chunk_size=16",
+  "--patterns=scca_fixed(chunk_size=16)",
   "--repeats=2",
 )
 
@@ -61,7 +61,7 @@ def test_what_is_wrong_is_not_timed(run_command, capsys, monkeypatch):
   monkeypatch.setattr(xla, "attention", wrong)
   assert run_command("benchmark_attention", *SMALL) == 2
   printed = capsys.readouterr()
-  assert "xla is wrong for scca_fixed" in printed.err
+  assert "xla is wrong for scca_fixed(chunk_size=16)" in printed.err
   assert "scca_fixed" not in printed.out
 
 
@@ -71,7 +71,7 @@ def test_cases_choose_what_is_timed(run_command, capsys, tmp_path):
   assert not run_command(
     "benchmark_attention",
     *SMALL,
-    "--cases=sda:32,scca_flow:48",
+    "--cases=sda(dilation=4, chunk_size=8):32,scca_flow:48",
     "--implementations=xla,reference",
     "--dtypes=float32,bfloat16",
     "--max_peer_len=32",
@@ -89,7 +89,10 @@ def test_cases_choose_what_is_timed(run_command, capsys, tmp_path):
     (*case, dtype, implementation)
     for dtype in ("float32", "bfloat16")
     for case, who in (
-      (("sda", 32), ("xla", "reference", "jax.nn dense")),
+      (
+        ("sda(dilation=4, chunk_size=8)", 32),
+        ("xla", "reference", "jax.nn dense"),
+      ),
       (("scca_flow", 48), ("xla", "reference")),
     )
     for implementation in who
@@ -243,7 +246,8 @@ def test_peers_compute_what_they_are_named_for(name, pattern, kv_heads):
   [
     ("--seq_lens=many", "many"),
     ("--seq_lens=0", "seq_lens"),
-    ("--patterns=flow", "flow"),
+    ("--patterns=flow", "scca_flow"),
+    ("--patterns=s2,local(chunk=8)", "chunk_size"),
     ("--implementations=cuda", "cuda"),
     ("--implementations=triton", "triton"),
     ("--repeats=0", "repeats"),

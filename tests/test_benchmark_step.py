@@ -7,7 +7,6 @@ import pytest
 
 from experiments.shared.config import (
   FinetuneConfig,
-  PatternConfig,
   TrainingConfig,
 )
 from experiments.timing import flops, step_timing
@@ -35,7 +34,7 @@ def small(tmp_path):
     "--random_weights",
     "--seq_lens=64",
     "--config.training.batch_size=2",
-    "--config.pattern.chunk_size=16",
+    "--config.pattern=scca_fixed(chunk_size=16)",
     "--config.training.remat=layer",
     "--warmup=1",
     "--repeats=3",
@@ -50,14 +49,15 @@ def test_steps_are_written_with_their_rates(
   assert not run_command(
     "benchmark_step",
     *small,
-    "--patterns=scca_fixed,dense",
+    "--patterns=scca_fixed(chunk_size=16, shift=8),dense",
     f"--output={output}",
     f"--plot={plot}",
   )
   result = json.loads(output.read_text())
   assert result["config"]["lora"]["rank"] == 64
   fixed, dense = result["rows"]
-  assert (fixed["pattern"], dense["pattern"]) == ("scca_fixed", "dense")
+  assert fixed["pattern"] == "scca_fixed(chunk_size=16, shift=8)"
+  assert dense["pattern"] == "dense"
   assert fixed["num_pairs"] == (
     2 * 2 * patterns.scca_fixed(4, 16).visible(64).sum()
   )
@@ -114,22 +114,19 @@ def test_operations_are_those_of_arithmetic():
   assert found["model"] == model + 2 * 5 * 800
 
 
-def test_other_patterns_have_the_chunks_of_the_configuration():
+def test_a_case_is_one_micro_batch_at_its_length():
   run = FinetuneConfig(
-    pattern=PatternConfig(name="scca_fixed", chunk_size=32, shift=8),
+    pattern="scca_fixed(shift=8)",
     training=TrainingConfig(batch_size=6, num_micro_batches=3),
   )
-
-  def case(name):
-    return step_timing.make_case(
-      run, name, 128, random_weights=True, warmup=1, repeats=1
-    )
-
-  heads = case("dense").base.num_heads
-  assert case("dense").schedule[0] == patterns.dense(heads)
-  assert case("local").schedule[0] == patterns.local(heads, 32)
-  assert case("scca_fixed").schedule[0] == patterns.scca_fixed(heads, 32, 8)
-  assert case("dense").tokens().shape == (2, 128)
+  case = step_timing.make_case(
+    run, 128, random_weights=True, warmup=1, repeats=1
+  )
+  heads = case.resolved.base.num_heads
+  # What the string leaves out follows from the length.
+  assert case.resolved.patterns[0] == patterns.scca_fixed(heads, 32, 8)
+  assert case.resolved.target.context_len >= 128
+  assert case.tokens().shape == (2, 128)
 
 
 @pytest.mark.parametrize("method", quantize.METHODS)
@@ -140,10 +137,9 @@ def test_the_step_that_is_timed_has_the_weights_of_the_configuration(
   case = step_timing.make_case(
     FinetuneConfig(
       model=str(tmp_path),
-      pattern=PatternConfig(chunk_size=16),
+      pattern="scca_fixed(chunk_size=16)",
       training=TrainingConfig(batch_size=2, quantize=method),
     ),
-    "scca_fixed",
     64,
     random_weights=True,
     warmup=1,

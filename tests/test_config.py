@@ -28,7 +28,7 @@ def test_every_config_file_is_a_run_and_opens_with_its_claim(path):
   assert isinstance(from_config_dict(kind, settings), kind)
   assert "python -m experiments." in module["__doc__"]
   # Flags set what has a type.
-  for group in (settings, settings.training, settings.pattern):
+  for group in (settings, settings.training, settings.evaluation):
     assert type(None) not in {group.get_type(name) for name in group}
 
 
@@ -40,12 +40,12 @@ def test_defaults_go_through_a_config_dict_unchanged(kind):
 
 def test_a_setting_that_is_none_keeps_its_type():
   settings = to_config_dict(FinetuneConfig())
-  settings.pattern.chunk_size = 128
-  assert from_config_dict(FinetuneConfig, settings).pattern.chunk_size == 128
-  settings.pattern.chunk_size = None
-  settings.pattern.chunk_size = 64
+  settings.training.mlp_chunk = 128
+  assert from_config_dict(FinetuneConfig, settings).training.mlp_chunk == 128
+  settings.training.mlp_chunk = None
+  settings.training.mlp_chunk = 64
   with pytest.raises(TypeError):
-    settings.pattern.chunk_size = "long"
+    settings.training.mlp_chunk = "long"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,7 @@ def test_a_setting_that_is_none_keeps_its_type():
     ({"training": {"dtype": "float8"}}, "training.dtype.*'float8'"),
     ({"training": {"seed": -1}}, "training.seed must not be negative, got -1"),
     ({"training": 3}, "setting training must be a group"),
+    ({"pattern": {"name": "s2"}}, "setting pattern must be of type str"),
     ({"data": {"packing": "tight"}}, "data.packing must be.* got 'tight'"),
     ({"evaluation": {"batch_tokens": 0}}, "batch_tokens must be at least 1"),
     ({"evaluation": {"every": -5}}, "evaluation.every must be.*0, got -5"),
@@ -69,7 +70,7 @@ def test_a_setting_that_is_none_keeps_its_type():
     ({"lora": {"targets": ("q_proj", 3)}}, "lora.targets must be of type str"),
     (
       {"training": {"batch_size": 4, "num_micro_batches": 3}},
-      "training.batch_size=4 is no multiple",
+      "training.batch_size=4 is not divisible",
     ),
   ],
 )

@@ -182,7 +182,7 @@ def watch(module, name):
     return function(*args, **kwargs)
   setattr(module, name, watched)
 watch(training, "compile_step")
-watch(resolve, "perplexities")
+watch(resolve.Evaluator, "at_end")
 cli.run(finetune.main)
 """
 
@@ -319,8 +319,9 @@ def test_a_full_disk_keeps_earlier_checkpoints(finished, arguments, tmp_path):
     (["--data={tmp}/beyond.bin"], "60000"),
     (["--data={tmp}/short.bin"], "short"),
     (["--data={tmp}/latin1.txt"], "latin1.txt"),
-    (["--config.pattern.name=flow"], "flow"),
-    (["--config.pattern.dilation=2"], "dilation"),
+    (["--config.pattern=flow"], "'flow': did you mean 'scca_flow'"),
+    (["--config.pattern=scca_fixed(dilation=2)"], "dilation"),
+    (["--config.pattern.name=s2"], "pattern"),
     (["--config.training.steps=many"], "steps"),
     (["--config.training.stepz=3"], "stepz"),
     (["--config={tmp}/none.py"], "none.py"),

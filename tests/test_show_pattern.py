@@ -17,17 +17,42 @@ def test_a_picture_is_drawn(run_command, capsys, tmp_path):
   assert list(output.parent.iterdir()) == [output]
 
 
+def test_layers_and_mixtures_are_drawn(run_command, capsys, tmp_path):
+  for pattern, reach in (
+    (
+      "layers(local, mixture(local, sda(dilation=2)))",
+      "after 2 layers: 100.0%",
+    ),
+    (
+      "mix(local, dense, heads=(1, 7), interleaved=True)",
+      "after 1 layers: 100",
+    ),
+  ):
+    output = tmp_path / "pattern.png"
+    assert not run_command(
+      "show_pattern",
+      f"--pattern={pattern}",
+      "--seq_len=32",
+      "--num_kv_heads=4",
+      f"--output={output}",
+    )
+    assert output.read_bytes().startswith(PNG)
+    assert reach in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
   ("flag", "said"),
   [
     ("--pattern=flow", "scca_flow"),
+    ("--pattern=scca_fixed(shfit=2)", "shift"),
+    ("--pattern=scca_fixed(chunk_size=-2)", "-2"),
+    ("--pattern=scca_fixed(window=3)", "window"),
+    ("--pattern=s2(causality='none')", "none"),
+    ("--pattern=s2(", "s2("),
     ("--seq_len=0", "got 0"),
     ("--seq_len=100000", "100000"),
     ("--num_heads=0", "num_heads"),
-    ("--chunk_size=-2", "-2"),
-    ("--window=3", "window"),
     ("--output=pattern.gif", "pattern.gif"),
-    ("--causality=none", "none"),
   ],
 )
 def test_bad_flags_are_one_line(run_command, capsys, tmp_path, flag, said):

@@ -1,11 +1,12 @@
 """How every command starts, and how it ends on bad input.
 
-A bad flag, file or setting is the user's to mend, so it ends in one line on
-standard error and exit status 2. `--traceback` shows where it came from.
+A bad flag, file or setting is for the user to correct, so the command ends with
+one line on standard error and exit status 2. `--traceback` shows where the
+error came from.
 
 What jax compiles is kept between runs, in `scca_jax/compiled` of the user's
-cache folder ($XDG_CACHE_HOME, ~/.cache); JAX_COMPILATION_CACHE_DIR names
-another, JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+cache folder ($XDG_CACHE_HOME, ~/.cache). JAX_COMPILATION_CACHE_DIR names
+another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
 import functools
@@ -27,6 +28,11 @@ _TRACEBACK = flags.DEFINE_boolean(
 )
 EXIT_BAD_INPUT = 2
 
+_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+# `--config` belongs to the command that asks for it.
+flags.disclaim_key_flags()
+
 
 def _one_line(error: BaseException) -> str:
   text = " ".join(str(error).split())
@@ -34,7 +40,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _out_of_memory(error: Exception) -> ValueError | None:
-  """Returns what to say of an error of the device, if that is its memory."""
+  """Returns the error to report if the device ran out of memory."""
   text = str(error)
   if "RESOURCE_EXHAUSTED" not in text:
     return None
@@ -64,21 +70,26 @@ def _parse_flags(argv: list[str]) -> list[str]:
   return rest
 
 
-def define_config(default: pathlib.Path) -> flags.FlagHolder:
+def define_config(default: str) -> flags.FlagHolder:
   """Returns the flag `--config`, with `--config.name` for each setting.
 
-  The settings are read where the flag is defined, so a wrong one ends the
-  command there.
+  Defining the flag reads the settings, so a wrong one ends the command here.
 
   Args:
-    default: The config file that is taken if no other is named.
+    default: Name in `configs/` of the config if no other is given.
   """
   try:
     return config_flags.DEFINE_config_file(
-      "config", str(default), "Settings of the run (configs/*.py)."
+      "config",
+      str(_CONFIGS / f"{default}.py"),
+      "Settings of the run (configs/*.py).",
     )
   except (AttributeError, KeyError) as error:
     _fail(ValueError(f"unknown setting: {str(error.args[0]).strip()}"))
+  except TypeError:
+    # One of them has a dot behind a setting that is not a group.
+    given = [a.split("=")[0] for a in sys.argv if a.startswith("--config.")]
+    _fail(ValueError(f"unknown setting among {', '.join(given)}."))
   except Exception as error:  # A config file may fail in any way of its own.
     _fail(error)
 
@@ -96,7 +107,9 @@ def read_config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
       _ = settings.settings
     except Exception as error:
       raise ValueError(f"the config file cannot be read: {error}") from error
-    raise ValueError("get_config() of the config file returns no ConfigDict.")
+    raise ValueError(
+      "get_config() of the config file must return a ConfigDict."
+    )
   return settings
 
 
@@ -113,25 +126,24 @@ def _keep_compiled() -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError:
-    # A home that cannot be written: every run compiles.
+    # The cache folder is not writable: skip caching.
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 @functools.cache
 def _quieten_orbax() -> None:
-  """Keeps what Orbax logs off the screen: its errors reach the command."""
+  """Hides what Orbax logs; the command reports its errors."""
   logging.get_absl_handler().addFilter(
     lambda record: "orbax" not in pathlib.PurePath(record.pathname).parts
   )
-  # Of the writes that fail at once Orbax raises one. asyncio, which nothing
-  # else here uses, reports the others when they are collected, or not: it is a
-  # race.
+  # When several writes fail at once, Orbax raises one error; asyncio, which
+  # nothing else here uses, may report the others when it collects them.
   getLogger("asyncio").setLevel(CRITICAL)
   hook = sys.unraisablehook
 
   def unraisable(raised: Any) -> None:
-    # Writes that failed with others end when nothing waits for them any more.
+    # Writes that failed with others end after their event loop has closed.
     if str(raised.exc_value) != "Event loop is closed":
       hook(raised)
 
@@ -142,9 +154,9 @@ def run(main: Callable[[], None]) -> None:
   """Runs `main()` with the flags parsed; does not return.
 
   Args:
-    main: The command. ValueError, OSError and NotImplementedError that it
-      raises speak of its input: their message is printed as one line and the
-      exit status is 2. So does a device that is out of memory.
+    main: The command. Its ValueError, OSError and NotImplementedError are about
+      its input: their message is printed as one line and the exit status is 2.
+      The same holds for a device that is out of memory.
   """
 
   def guarded(argv: list[str]) -> None:

@@ -40,37 +40,6 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PatternConfig:
-  """The attention pattern of training; None leaves a setting to the pattern.
-
-  Attributes:
-    name: A constructor of `scca_jax.patterns`, such as "scca_fixed".
-    chunk_size: Tokens; a quarter of the training length by default.
-    shift: Tokens (scca_fixed).
-    num_chunks: Chunks of the training length (scca_flow).
-    rotate: Chunks by which the shifts of `scca_flow` are rotated.
-    rotate_by_layer: Whether each layer rotates them by one chunk more.
-    window: Slots (sliding, dna, sda).
-    dilation: Tokens between neighbouring keys (dilated, dna, sda).
-    boundary: "drop" or "local".
-    causality: "position", or "slot", which leaks the future.
-    interleaved: Whether the heads of a GQA group get different shifts.
-  """
-
-  name: str = "scca_fixed"
-  chunk_size: int | None = None
-  shift: int | None = None
-  num_chunks: int | None = None
-  rotate: int | None = None
-  rotate_by_layer: bool = False
-  window: int | None = None
-  dilation: int | None = None
-  boundary: str = "drop"
-  causality: str = "position"
-  interleaved: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
   """The texts.
 
@@ -98,30 +67,30 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-  """The loop.
+  """The training loop.
 
   Attributes:
-    seq_len: Length of a training sequence, in tokens: the target context.
-    batch_size: Sequences an optimiser step.
-    num_micro_batches: Parts the batch is cut in (gradient accumulation).
+    seq_len: Length of a training sequence in tokens: the target context.
+    batch_size: Sequences per optimiser step.
+    num_micro_batches: Parts that a batch is cut into (gradient accumulation).
     steps: Optimiser steps.
-    seed: Of initialisation, shuffling and dropout.
+    seed: Seed of initialisation, shuffling and dropout.
     dtype: Compute dtype, "float32", "bfloat16" or "float16".
-    param_dtype: Dtype that frozen weights are held in.
-    quantize: How the frozen matrices of the layers are held: "int8" or "nf4";
-      None holds them in `param_dtype`.
-    remat: What the backward pass has of each layer: "none", all activations;
-      "layer", its input, from which it is computed anew; "attention", beside
-      it what the attention kernels save; "offload", the inputs of attention
-      and MLP, which wait in the host's memory.
-    offload_optimizer: Whether the optimiser's moments wait in the host's
+    param_dtype: Dtype of the frozen weights.
+    quantize: "int8" or "nf4" for the frozen matrices of the layers; None keeps
+      them in `param_dtype`.
+    remat: What is saved of each layer for the backward pass: "none", all
+      activations; "layer", its input alone, from which the rest is recomputed;
+      "attention", also what the attention kernels save; "offload", the inputs
+      of attention and MLP, in the host's memory.
+    offload_optimizer: Whether the optimiser's moments stay in the host's
       memory between updates.
     mlp_chunk: Tokens of each sequence whose MLP is computed at once; None
       takes all.
     loss_chunk: Tokens of each sequence whose logits are held at once.
     log_every: Steps between writes of the metrics (each step has its line).
-    checkpoint_every: Steps between checkpoints; one is kept at the end too.
-    keep_checkpoints: How many of the newest are kept.
+    checkpoint_every: Steps between checkpoints; the last step has one too.
+    keep_checkpoints: How many of the newest checkpoints are kept.
     implementation: Attention back end; None takes the best for the device.
   """
 
@@ -169,23 +138,23 @@ class TrainingConfig:
       )
     if self.batch_size % self.num_micro_batches:
       raise ValueError(
-        f"training.batch_size={self.batch_size} is no multiple of"
+        f"training.batch_size={self.batch_size} is not divisible by"
         f" training.num_micro_batches={self.num_micro_batches}."
       )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-  """Perplexity, on the way and at the end.
+  """Perplexity, during training and at its end.
 
   Attributes:
     context_lens: Lengths in tokens; None takes the pretrained and the target.
     protocol: "longlora", "strided" or "document".
-    num_windows: Evenly spaced windows a length; None takes all.
+    num_windows: Evenly spaced windows per length; None takes all.
     stride: Tokens between windows; "longlora" has 256.
-    batch_tokens: Tokens of a batch of windows.
-    every: Steps between evaluations on the way; 0 has none.
-    windows_on_the_way: Windows of those, at the target length.
+    batch_tokens: Tokens per batch of windows.
+    every: Steps between evaluations during training; 0 means none.
+    windows_on_the_way: Number of windows of those, at the target length.
   """
 
   context_lens: tuple[int, ...] | None = None
@@ -223,19 +192,20 @@ class FinetuneConfig:
   Attributes:
     model: Hugging Face folder; None takes the embedded model.
     rope: Rope scaling.
-    lora: Adapter.
-    pattern: Attention pattern of training.
+    lora: Adapter, and what else is trained.
+    pattern: Attention pattern of training, as `scca_jax.patterns.parse` reads
+      it.
     data: Texts.
     optimizer: Optimiser.
     training: Loop.
-    mesh: Devices that the run is laid out on.
+    mesh: Layout of the run on several devices.
     evaluation: Perplexity.
   """
 
   model: str | None = None
   rope: RopeConfig = RopeConfig()
   lora: LoraConfig = LoraConfig()
-  pattern: PatternConfig = PatternConfig()
+  pattern: str = "scca_fixed"
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   training: TrainingConfig = TrainingConfig()
@@ -274,18 +244,19 @@ class PretrainConfig:
 
   Attributes:
     architecture: Sizes of the model.
-    save_dtype: Dtype of the weights that the run writes at its end.
-    pattern: Attention pattern of training.
+    save_dtype: Dtype of the weights written at the end.
+    pattern: Attention pattern of training, as `scca_jax.patterns.parse` reads
+      it.
     data: Texts; `data.tokenizer` must be given.
     optimizer: Optimiser.
     training: Loop.
-    mesh: Devices that the run is laid out on.
+    mesh: Layout of the run on several devices.
     evaluation: Perplexity.
   """
 
   architecture: ArchitectureConfig = ArchitectureConfig()
   save_dtype: str = "float32"
-  pattern: PatternConfig = PatternConfig(name="dense")
+  pattern: str = "dense"
   data: DataConfig = DataConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   training: TrainingConfig = TrainingConfig()
@@ -327,7 +298,7 @@ def to_config_dict(settings: Any) -> ml_collections.ConfigDict:
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:
-  """Returns the value if it is of the annotated type."""
+  """Returns the value if it has the annotated type."""
   allowed = _without_none(kind)
   # A flag cannot say None otherwise.
   if allowed is not kind and (value is None or value in ("None", "none")):

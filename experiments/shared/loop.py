@@ -2,14 +2,13 @@
 
 What a run leaves in its output folder:
 
-    config.json      the settings; a run that goes on must have the same, but
-                     may be laid out on other devices
+    config.json      the settings; a run that resumes must have the same, but
+                     may use another mesh
     metrics.jsonl    one line a step, and one an evaluation
     tensorboard/     the same, for TensorBoard
     checkpoints/     the newest few, through Orbax
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
@@ -18,7 +17,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -28,7 +27,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from experiments.shared import cluster
-from experiments.shared.config import TrainingConfig
+from experiments.shared.config import (
+  FinetuneConfig,
+  PretrainConfig,
+  TrainingConfig,
+  to_json,
+)
 from scca_jax import atomic_file, checkpoint, sharding, training
 
 # Steps at the start that say nothing about speed: the first one compiles.
@@ -39,11 +43,11 @@ def open_output_dir(path: str, settings: dict[str, Any]) -> pathlib.Path:
   """Returns the run's folder, if no other run is in it; writes nothing.
 
   Args:
-    path: The folder; it need not be there.
-    settings: The run's settings, of JSON types.
+    path: The folder; it need not exist.
+    settings: The run's settings, as JSON types.
 
   Raises:
-    ValueError: A run with other settings is there.
+    ValueError: It holds a run with other settings.
   """
   folder = pathlib.Path(path)
   file = folder / "config.json"
@@ -87,10 +91,10 @@ class Metrics:
   """`metrics.jsonl` and TensorBoard: one line a step, one an evaluation."""
 
   def __init__(self, folder: pathlib.Path, step: int):
-    """Opens the files to go on after `step`; later lines are dropped.
+    """Opens the files to continue after `step`; later lines are dropped.
 
-    They are of steps that an interrupted run did after its last checkpoint,
-    and that will be done again.
+    An interrupted run wrote them after its last checkpoint; their steps will be
+    done again.
     """
     self._path = folder / "metrics.jsonl"
     self._board = None
@@ -111,7 +115,7 @@ class Metrics:
     )
 
   def write(self, lines: list[dict[str, Any]]) -> None:
-    """Adds lines; each has `step` and numbers, or dicts of numbers."""
+    """Appends lines; each has `step` and numbers, or dicts of numbers."""
     if self._board is None:
       return
     with self._path.open("a", encoding="utf8") as file:
@@ -127,7 +131,7 @@ class Metrics:
     self._board.flush()
 
   def read(self) -> list[dict[str, Any]]:
-    """Returns all lines so far; every process must call it."""
+    """Returns all lines so far; all processes must call it."""
     cluster.barrier("metrics")
     text = self._path.read_text(encoding="utf8")
     return [json.loads(line) for line in text.splitlines()]
@@ -161,13 +165,13 @@ def _stop_requests() -> Iterator[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What training ends with.
+  """How training ended.
 
   Attributes:
     model: The trained model.
     tokens_per_second: Median over the steps, in all the run's processes; None
       if there were too few.
-    final_loss: Of the last step, nats a token.
+    final_loss: Loss of the last step, in nats per token.
   """
 
   model: Any
@@ -191,10 +195,10 @@ def _check_finite(line: dict[str, Any], dtype: str) -> None:
 
 
 def load(make: Callable[[], Any], mesh: Mesh | None) -> Any:
-  """Returns a model, placed on a mesh; no device has to hold all of it.
+  """Returns a model on a mesh; no single device has to hold all of it.
 
   Args:
-    make: Reads it.
+    make: Reads the model.
     mesh: From `sharding.make_mesh`, or None.
   """
   if mesh is None:
@@ -205,7 +209,7 @@ def load(make: Callable[[], Any], mesh: Mesh | None) -> Any:
 
 
 def to_host(model: Any, trainable: Any) -> Any:
-  """Returns the model with what was trained on the host, to be saved.
+  """Returns the model with its trained parameters on the host, to be saved.
 
   All processes must call it.
   """
@@ -213,59 +217,182 @@ def to_host(model: Any, trainable: Any) -> Any:
   return nnx.merge(graphdef, sharding.to_host(params), frozen)
 
 
+def _show(progress: tqdm.tqdm, line: dict[str, Any]) -> None:
+  """Puts the loss and the speed of a step beside the progress bar."""
+  shown = {"loss": f"{line['loss']:.3f}"}
+  if "tokens_per_second" in line:
+    shown["tok/s"] = f"{line['tokens_per_second']:,.0f}"
+  progress.set_postfix(shown, refresh=False)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Run:
+  """A run between two steps: what it has computed, written and saved.
+
+  Attributes:
+    graphdef: Structure of the model.
+    state: The training state.
+    frozen: Parameters that are not trained.
+    step_fn: From `training.compile_step`.
+    batches: Iterator of batches.
+    checkpoints: Where the state is saved.
+    metrics: Where the metrics are written.
+    rates: The learning rate by step.
+    config: Settings of the loop.
+    mesh: Devices of the run; None is one.
+    done: Steps so far.
+  """
+
+  graphdef: Any
+  state: training.TrainState
+  frozen: Any
+  step_fn: Callable[..., Any]
+  batches: Any
+  checkpoints: checkpoint.Checkpointer
+  metrics: Metrics
+  rates: Callable[..., Any]
+  config: TrainingConfig
+  mesh: Mesh | None
+  done: int
+
+  def __post_init__(self):
+    # Speed counts from here on: compiling slows down the steps before.
+    self.timed_from = self.done + _UNTIMED_STEPS
+    self._saved = self.done
+    # Steps that are not written yet, with their metrics on the device.
+    self._waiting: list[tuple[int, Any]] = []
+    self._last_flush = time.perf_counter()
+
+  @property
+  def model(self) -> Any:
+    """The model as trained so far."""
+    return nnx.merge(self.graphdef, self.state.params, self.frozen)
+
+  def step(self) -> None:
+    """Starts the next step; the device may still be busy with it."""
+    self.done += 1
+    batch = sharding.place_batch(
+      next(self.batches), self.mesh, self.config.batch_size
+    )
+    self.state, values = self.step_fn(self.state, self.frozen, batch)
+    self._waiting.append((self.done, values))
+
+  def flush(self) -> dict[str, Any]:
+    """Waits for the steps since the last call; writes and checks their metrics.
+
+    Returns:
+      The metrics of the last one.
+
+    Raises:
+      ValueError: Training diverged.
+    """
+    fetched = jax.device_get([values for _, values in self._waiting])
+    now = time.perf_counter()
+    lines: list[dict[str, Any]] = []
+    for (step, _), values in zip(self._waiting, fetched, strict=True):
+      rate = float(np.asarray(self.rates(step - 1)))
+      lines.append({"step": step, "learning_rate": rate})
+      lines[-1] |= {name: float(value) for name, value in values.items()}
+    if lines[0]["step"] > self.timed_from:
+      tokens = sum(line["num_targets"] for line in lines)
+      for line in lines:
+        line["tokens_per_second"] = tokens / (now - self._last_flush)
+    self._waiting.clear()
+    self._last_flush = now
+    self.metrics.write(lines)
+    for line in lines:
+      _check_finite(line, self.config.dtype)
+    return lines[-1]
+
+  def evaluate(self, evaluate: Callable[[Any], dict[str, Any]]) -> None:
+    """Writes what an evaluation of the model gives."""
+    numbers = evaluate(self.model)
+    self.metrics.write([{"step": self.done, "evaluation": numbers}])
+    self._last_flush = time.perf_counter()
+
+  def save(self) -> None:
+    """Starts to save a checkpoint, unless this step has one."""
+    if self.done != self._saved:
+      self.checkpoints.save(self.done, self.state, self.batches.get_state())
+      self._saved = self.done
+    self._last_flush = time.perf_counter()
+
+  def stop(self, number: int) -> NoReturn:
+    """Ends the process on a signal, once the checkpoint is saved."""
+    self.checkpoints.wait()
+    print(
+      f"Stopped by {signal.Signals(number).name} after step {self.done}; the"
+      " same command goes on from there.",
+      flush=True,
+    )
+    raise SystemExit(128 + number)
+
+  def result(self) -> Result:
+    """Returns what the run ends with, once everything is saved."""
+    self.checkpoints.wait()
+    lines = [line for line in self.metrics.read() if "loss" in line]
+    speeds = [
+      line["tokens_per_second"] for line in lines if "tokens_per_second" in line
+    ]
+    return Result(
+      self.model,
+      statistics.median(speeds) if speeds else None,
+      lines[-1]["loss"],
+    )
+
+  def close(self) -> None:
+    """Closes the files."""
+    self.metrics.close()
+    self.checkpoints.close()
+
+
 def fit(
   model: Any,
   *,
+  run: FinetuneConfig | PretrainConfig,
+  step: training.StepConfig,
   trainable: Any,
   batches: Any,
-  step_config: training.StepConfig,
-  optimizer_config: training.OptimizerConfig,
-  config: TrainingConfig,
   output_dir: pathlib.Path,
-  settings: dict[str, Any] | None = None,
-  mesh: Mesh | None = None,
   evaluate: Callable[[Any], dict[str, Any]] | None = None,
-  evaluate_every: int = 0,
 ) -> Result:
   """Trains a model, from the newest checkpoint in `output_dir` if there is one.
 
-  On SIGINT or SIGTERM the step in hand is finished, a checkpoint saved, and
+  On SIGINT or SIGTERM the current step is finished, a checkpoint saved, and
   the process ends with status 128 + the signal's number.
 
   Args:
     model: The model as it is before the first step.
+    run: The settings. They are written to `config.json` only now, when all
+      input has been read, so that bad input leaves no run behind.
+    step: What a step does, and on which devices; a checkpoint may come from a
+      run on others.
     trainable: The nnx filter of the parameters to train.
     batches: Iterator of batches with `get_state` and `set_state`.
-    step_config: What a step does.
-    optimizer_config: The optimiser.
-    config: The loop.
     output_dir: Where checkpoints and metrics go.
-    settings: What goes to `config.json` there: only now, when all input has
-      been read, so that bad input leaves no run behind.
-    mesh: Devices that the run is laid out on; a checkpoint may be of a run on
-      others.
-    evaluate: Gives numbers for the log from a model.
-    evaluate_every: Steps between calls of it; 0 has none.
+    evaluate: Gives numbers for the log from a model, every
+      `run.evaluation.every` steps.
 
   Raises:
     ValueError: A checkpoint cannot be read, or training diverged.
     OSError: A checkpoint or the metrics cannot be written.
   """
+  config, every = run.training, run.evaluation.every
   file = output_dir / "config.json"
-  if settings is not None and cluster.is_primary() and not file.exists():
-    atomic_file.write_json(file, settings)
-  optimizer = training.make_optimizer(optimizer_config, config.steps)
-  schedule = training.learning_rate_schedule(optimizer_config, config.steps)
+  if cluster.is_primary() and not file.exists():
+    atomic_file.write_json(file, to_json(run))
+  optimizer = training.make_optimizer(run.optimizer, config.steps)
   graphdef, params, frozen = nnx.split(model, trainable, ...)
-  params, frozen = sharding.place((params, frozen), mesh)
+  params, frozen = sharding.place((params, frozen), step.mesh)
   state = training.init_state(
     params,
     optimizer,
     config.dtype,
-    mesh,
+    step.mesh,
     offload_optimizer=config.offload_optimizer,
   )
-  # The state has them; a checkpoint's come in their place, not beside them.
+  # The state holds their arrays; a checkpoint replaces them, which frees them
+  # if nothing else does.
   del model, params
   checkpoints = checkpoint.Checkpointer(
     output_dir / "checkpoints", keep=config.keep_checkpoints
@@ -275,46 +402,20 @@ def fit(
     state, position = checkpoints.restore(done, state)
     batches.set_state(position)
     print(f"Going on from the checkpoint of step {done}.", flush=True)
-  metrics = Metrics(output_dir, done)
-  step_fn = training.compile_step(
-    graphdef, optimizer, step_config, state, frozen
+  current = _Run(
+    graphdef=graphdef,
+    state=state,
+    frozen=frozen,
+    step_fn=training.compile_step(graphdef, optimizer, step, state, frozen),
+    batches=batches,
+    checkpoints=checkpoints,
+    metrics=Metrics(output_dir, done),
+    rates=training.learning_rate_schedule(run.optimizer, config.steps),
+    config=config,
+    mesh=step.mesh,
+    done=done,
   )
-  waiting: collections.deque[tuple[int, Any]] = collections.deque()
-  last_flush = time.perf_counter()
-  timed_from = done + _UNTIMED_STEPS
-  saved = done
-
-  def flush() -> dict[str, Any]:
-    """Writes the steps done since, and returns the last; waits for them."""
-    nonlocal last_flush
-    fetched = jax.device_get([values for _, values in waiting])
-    now = time.perf_counter()
-    first = waiting[0][0]
-    lines = []
-    for (step, _), values in zip(waiting, fetched, strict=True):
-      line = {
-        "step": step,
-        "learning_rate": float(np.asarray(schedule(step - 1))),
-      }
-      line |= {name: float(value) for name, value in values.items()}
-      lines.append(line)
-    if first > timed_from:
-      tokens = sum(line["num_targets"] for line in lines)
-      for line in lines:
-        line["tokens_per_second"] = tokens / (now - last_flush)
-    waiting.clear()
-    last_flush = now
-    metrics.write(lines)
-    for line in lines:
-      _check_finite(line, config.dtype)
-    return lines[-1]
-
-  def save(step: int) -> None:
-    nonlocal saved
-    if step != saved:
-      checkpoints.save(step, state, batches.get_state())
-      saved = step
-
+  del state
   progress = tqdm.tqdm(
     total=config.steps,
     initial=done,
@@ -322,55 +423,26 @@ def fit(
     dynamic_ncols=True,
     disable=not cluster.is_primary(),
   )
-  try:
+  with contextlib.closing(current):
     with _stop_requests() as received, progress:
-      for step in range(done + 1, config.steps + 1):
-        batch = sharding.place_batch(next(batches), mesh, config.batch_size)
-        state, values = step_fn(state, frozen, batch)
-        waiting.append((step, values))
-        last = step == config.steps
-        logging = step % config.log_every == 0
+      while current.done < config.steps:
+        current.step()
+        done, last = current.done, current.done == config.steps
+        logging = done % config.log_every == 0
+        evaluating = every and (done % every == 0 or last)
         stopping = bool(received)
         if jax.process_count() > 1:
-          # They stop after the same step: one at which all look up.
+          # All stop after the same step: one at which all of them ask.
           stopping = logging and cluster.agree(stopping)
-        evaluating = evaluate_every and (step % evaluate_every == 0 or last)
-        saving = step % config.checkpoint_every == 0 or last or stopping
-        if logging or saving or evaluating or step == timed_from:
-          line = flush()
-          shown = {"loss": f"{line['loss']:.3f}"}
-          if "tokens_per_second" in line:
-            shown["tok/s"] = f"{line['tokens_per_second']:,.0f}"
-          progress.set_postfix(shown, refresh=False)
+        saving = done % config.checkpoint_every == 0 or last or stopping
+        if logging or saving or evaluating or done == current.timed_from:
+          _show(progress, current.flush())
         progress.update()
         if evaluating and evaluate is not None:
-          numbers = evaluate(nnx.merge(graphdef, state.params, frozen))
-          metrics.write([{"step": step, "evaluation": numbers}])
-          last_flush = time.perf_counter()
+          current.evaluate(evaluate)
         if saving:
-          save(step)
-          last_flush = time.perf_counter()
+          current.save()
         if stopping and not last:
-          checkpoints.wait()
-          number = received[0] if received else signal.SIGTERM
-          name = signal.Signals(number).name
           progress.close()
-          print(
-            f"Stopped by {name} after step {step}; the same command goes on"
-            " from there.",
-            flush=True,
-          )
-          raise SystemExit(128 + number)
-    checkpoints.wait()
-    lines = [line for line in metrics.read() if "loss" in line]
-  finally:
-    metrics.close()
-    checkpoints.close()
-  speeds = [
-    line["tokens_per_second"] for line in lines if "tokens_per_second" in line
-  ]
-  return Result(
-    nnx.merge(graphdef, state.params, frozen),
-    statistics.median(speeds) if speeds else None,
-    lines[-1]["loss"],
-  )
+          current.stop(received[0] if received else signal.SIGTERM)
+    return current.result()

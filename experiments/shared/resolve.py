@@ -1,167 +1,46 @@
-"""Turns the settings of a run into what training takes: tokens, patterns."""
+"""Turns the settings of a run into what training and evaluation take.
+
+Three parts: the model with its patterns and devices (`resolve`), the texts
+(`open_tokens`), and perplexity (`Evaluator`). Commands that have flags in place
+of settings use the functions that `resolve` is made of.
+"""
 
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
 from jax.sharding import Mesh
 
 from experiments.shared import cluster
-from experiments.shared.config import (
-  EvaluationConfig,
-  FinetuneConfig,
-  PatternConfig,
-  TrainingConfig,
+from experiments.shared import flags as shared_flags
+from experiments.shared.config import FinetuneConfig, PretrainConfig
+from scca_jax import (
+  adapters,
+  assets,
+  batches,
+  convert,
+  patterns,
+  perplexity,
+  sharding,
 )
-from scca_jax import assets, patterns, perplexity, sharding
 from scca_jax.documents import read_documents
+from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
+from scca_jax.perplexity import Perplexity
 from scca_jax.rope import RopeScaling
 from scca_jax.token_file import TokenFile, write_token_file
 from scca_jax.tokenizer import Tokenizer
 from scca_jax.training import StepConfig
 
-# Read at once when a file is hashed, in bytes.
+Layers = tuple[Any, ...]
+
+# Bytes read at once when a file is hashed.
 _BLOCK = 1 << 20
 
 
-def open_tokens(
-  path: str | pathlib.Path, tokenizer: Tokenizer, cache: pathlib.Path
-) -> TokenFile:
-  """Returns the tokens of a token file or of text.
-
-  Args:
-    path: A `.bin`, or text: .txt, .jsonl, .jsonl.gz/.xz/.zst or a folder.
-    tokenizer: Used for text; and its vocabulary bounds the ids of a `.bin`.
-    cache: Folder in which the token file of a text is kept. Its name has a
-      hash of text and tokenizer, so it is made anew when either changes.
-
-  Raises:
-    FileNotFoundError: The path is not there.
-    ValueError: It holds no usable tokens or text.
-  """
-  path = pathlib.Path(path)
-  if path.suffix == ".bin":
-    return TokenFile.open(path, vocab_size=tokenizer.vocab_size)
-  if not path.exists():
-    raise FileNotFoundError(f"{path} is not there: name a file or folder.")
-  digest = hashlib.sha256(tokenizer.fingerprint.encode())
-  files = sorted(path.rglob("*")) if path.is_dir() else [path]
-  for file in files:
-    if file.is_file():
-      with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-          digest.update(block)
-  name = path.name.split(".")[0]
-  target = cache / f"{name}-{digest.hexdigest()[:16]}.bin"
-  with cluster.primary_first(str(target)):
-    if not target.exists():
-      print(f"Tokenising {path.name}.", flush=True)
-      target.parent.mkdir(parents=True, exist_ok=True)
-      write_token_file(read_documents(path), tokenizer, target)
-  return TokenFile.open(target, vocab_size=tokenizer.vocab_size)
-
-
-def make_patterns(
-  config: PatternConfig, model: LlamaConfig, seq_len: int
-) -> tuple[patterns.AttentionPattern, ...]:
-  """Returns the pattern of each layer for training at `seq_len` tokens.
-
-  Raises:
-    ValueError: The pattern is unknown, or a setting does not fit it.
-  """
-  settings = {
-    name: getattr(config, name)
-    for name in (
-      "chunk_size",
-      "shift",
-      "num_chunks",
-      "rotate",
-      "window",
-      "dilation",
-      "boundary",
-      "causality",
-    )
-    if getattr(config, name) is not None
-  }
-  if config.rotate_by_layer:
-    settings["rotate"] = "layer"
-  schedule = patterns.make_schedule(
-    config.name,
-    num_heads=model.num_heads,
-    num_layers=model.num_layers,
-    seq_len=seq_len,
-    **settings,
-  )
-  if config.interleaved:
-    schedule = tuple(p.interleaved(model.num_kv_heads) for p in schedule)
-  return schedule
-
-
-def check_mesh(
-  config: sharding.MeshConfig,
-  train: TrainingConfig,
-  model: LlamaConfig,
-  schedule: tuple[patterns.AttentionPattern, ...],
-) -> None:
-  """Checks that a run can be cut as a mesh says.
-
-  Raises:
-    ValueError: It cannot; the message says what can.
-  """
-  sharding.check(
-    config,
-    num_kv_heads=model.num_kv_heads,
-    batch_size=train.batch_size,
-    num_micro_batches=train.num_micro_batches,
-    seq_len=train.seq_len,
-    chunk_sizes={h.chunk_size for pattern in schedule for h in pattern.heads},
-  )
-
-
-def make_mesh(
-  config: sharding.MeshConfig,
-  train: TrainingConfig,
-  model: LlamaConfig,
-  schedule: tuple[patterns.AttentionPattern, ...],
-) -> Mesh | None:
-  """Returns the devices of a run, or None for one device.
-
-  Raises:
-    ValueError: The run cannot be cut in that way, or there are not so many
-      devices.
-  """
-  check_mesh(config, train, model, schedule)
-  return sharding.make_mesh(config)
-
-
-def step_config(
-  train: TrainingConfig,
-  schedule: tuple[patterns.AttentionPattern, ...],
-  mesh: Mesh | None = None,
-) -> StepConfig:
-  """Returns what a training step does.
-
-  Args:
-    train: The settings of the loop.
-    schedule: The pattern of each layer.
-    mesh: Devices of the run.
-  """
-  return StepConfig(
-    patterns=schedule,
-    num_micro_batches=train.num_micro_batches,
-    loss_chunk=train.loss_chunk,
-    remat=train.remat,
-    mlp_chunk=train.mlp_chunk,
-    seed=train.seed,
-    implementation=train.implementation,
-    dtype=train.dtype,
-    mesh=mesh,
-    offload_optimizer=train.offload_optimizer,
-  )
+# The model, its patterns and devices.
 
 
 def model_path(name: str | None) -> pathlib.Path:
@@ -172,89 +51,321 @@ def model_path(name: str | None) -> pathlib.Path:
   return path if path.exists() else assets.SHAPES.get(name, path)
 
 
-def extended(config: LlamaConfig, run: FinetuneConfig) -> LlamaConfig:
-  """Returns the model's configuration for the target length.
+def load_model(
+  source: pathlib.Path, adapter: str | None, *, config: Any = None, **dtypes
+) -> Llama:
+  """Returns a model, with its adapter if there is one.
+
+  Args:
+    source: Hugging Face folder or GGUF file.
+    adapter: Folder of the adapter, which brings its own rope scaling.
+    config: Configuration of a model without adapter; None takes its own.
+    **dtypes: `dtype` and `param_dtype`.
+  """
+  if adapter is not None:
+    return adapters.load_adapter(source, adapter, **dtypes)
+  return convert.load_model(source, config=config, **dtypes)
+
+
+def extended(
+  config: LlamaConfig, kind: str | None, factor: float | None, target_len: int
+) -> LlamaConfig:
+  """Returns the model's configuration for a longer context.
+
+  Args:
+    config: The model as it was pretrained.
+    kind: Kind of rope scaling; None leaves the model as it is.
+    factor: Its factor; None takes target length / pretrained length.
+    target_len: Longest sequence, in tokens.
 
   Raises:
     ValueError: The rope scaling is unknown or would be applied twice.
   """
-  target_len = run.training.seq_len
-  if run.rope.kind is None:
-    if target_len > config.context_len:
-      logging.warning(
-        "The target length %d exceeds the pretrained length %d and no rope"
-        " scaling is set: set config.rope.kind=linear unless this is meant.",
-        target_len,
-        config.context_len,
-      )
+  if kind is None:
     return config
   if config.rope_scaling is not None:
     raise ValueError(
-      f"the model has {config.rope_scaling.kind} rope scaling already: set"
-      " config.rope.kind=None to keep it."
+      f"the model already has {config.rope_scaling.kind} rope scaling: to keep"
+      " it, ask for none (config.rope.kind=None, or no --rope_scaling)."
     )
-  factor = run.rope.factor
-  if factor is None:
-    factor = max(1.0, target_len / config.context_len)
   return dataclasses.replace(
     config,
     context_len=max(target_len, config.context_len),
     rope_scaling=RopeScaling(
-      kind=run.rope.kind,
-      factor=factor,
+      kind=kind,
+      factor=max(1.0, target_len / config.context_len)
+      if factor is None
+      else factor,
       original_max_position_embeddings=config.context_len,
     ),
   )
 
 
-def check_evaluation(
-  tokens: TokenFile,
-  context_lens: Iterable[int],
-  config: EvaluationConfig,
-  model: LlamaConfig,
-  bos_id: int | None,
-) -> None:
-  """Checks what evaluation after a run will need, before the run.
+def make_patterns(text: str, model: LlamaConfig, seq_len: int) -> Layers:
+  """Returns the pattern of each layer of a model at `seq_len` tokens.
 
   Raises:
-    ValueError: A setting is out of range, or the corpus is too short.
+    ValueError: The string is not a pattern, or does not fit the model.
   """
-  for length in context_lens:
-    perplexity.count_windows(
-      tokens,
-      vocab_size=model.vocab_size,
-      context_len=length,
-      protocol=config.protocol,
-      num_windows=config.num_windows,
-      stride=config.stride,
-      bos_id=bos_id,
+  return patterns.parse(
+    text,
+    num_heads=model.num_heads,
+    num_kv_heads=model.num_kv_heads,
+    num_layers=model.num_layers,
+    seq_len=seq_len,
+  )
+
+
+def trained_or_made(
+  text: str | None, adapter: str | None, model: LlamaConfig, seq_len: int
+) -> Layers | None:
+  """Returns the pattern of each layer that a flag asks for; None is dense.
+
+  Args:
+    text: A pattern, or `flags.TRAINING` for that of the adapter.
+    adapter: Folder of the adapter.
+    model: Sizes of the model.
+    seq_len: Length in tokens, from which sizes follow that are left out.
+
+  Raises:
+    ValueError: The adapter does not say its pattern; or see `make_patterns`.
+  """
+  if text is None:
+    return None
+  if text != shared_flags.TRAINING or adapter is None:
+    return make_patterns(text, model, seq_len)
+  layers = adapters.load_patterns(adapter)
+  if layers is None:
+    raise ValueError(
+      f"the adapter {adapter} does not say what pattern it was tuned with: name"
+      f" one in place of {shared_flags.TRAINING}."
     )
+  return layers
 
 
-def perplexities(
-  model: Any,
-  tokens: TokenFile,
-  context_lens: Iterable[int],
-  config: EvaluationConfig,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resolved:
+  """What the settings of a run mean for its model.
+
+  Attributes:
+    base: Sizes of the model before training.
+    target: The same at the length of training.
+    mesh: Devices of the run; None is one.
+    step: What a training step does.
+  """
+
+  base: LlamaConfig
+  target: LlamaConfig
+  mesh: Mesh | None
+  step: StepConfig
+
+  @property
+  def patterns(self) -> Layers:
+    """The pattern of each layer."""
+    layers: Any = self.step.patterns
+    return layers
+
+
+def lay_out(
+  run: FinetuneConfig | PretrainConfig,
+  base: LlamaConfig,
+  target: LlamaConfig,
   *,
-  num_windows: int | None,
-  bos_id: int | None,
-  implementation: str | None,
-  mesh: Mesh | None = None,
-) -> dict[int, perplexity.Perplexity]:
-  """Returns the perplexity at each length, with dense attention."""
-  return {
-    length: perplexity.perplexity(
+  find_devices: bool = True,
+) -> Resolved:
+  """Returns what the settings of a run mean for a model.
+
+  Args:
+    run: The settings.
+    base: Sizes of the model before training.
+    target: The same at the length of training.
+    find_devices: Whether to look for the devices of the mesh; otherwise it is
+      only checked that the run can be cut like that, and `mesh` is None.
+
+  Raises:
+    ValueError: A pattern does not fit the model, the run cannot be cut as the
+      mesh says, or there are too few devices.
+  """
+  train = run.training
+  layers = make_patterns(run.pattern, base, train.seq_len)
+  sharding.check(
+    run.mesh,
+    num_kv_heads=base.num_kv_heads,
+    batch_size=train.batch_size,
+    num_micro_batches=train.num_micro_batches,
+    seq_len=train.seq_len,
+    chunk_sizes={
+      head.chunk_size
+      for layer in layers
+      for pattern in patterns.members(layer)
+      for head in pattern.heads
+    },
+  )
+  mesh = sharding.make_mesh(run.mesh) if find_devices else None
+  step = StepConfig(
+    patterns=layers,
+    num_micro_batches=train.num_micro_batches,
+    loss_chunk=train.loss_chunk,
+    remat=train.remat,
+    mlp_chunk=train.mlp_chunk,
+    seed=train.seed,
+    implementation=train.implementation,
+    dtype=train.dtype,
+    mesh=mesh,
+    offload_optimizer=train.offload_optimizer,
+  )
+  return Resolved(base=base, target=target, mesh=mesh, step=step)
+
+
+def resolve(run: FinetuneConfig, *, find_devices: bool = True) -> Resolved:
+  """Returns what the settings of a run of `finetune` mean; reads no weights.
+
+  Raises:
+    OSError: The model has no configuration.
+    ValueError: The rope scaling is unknown or would be applied twice; or see
+      `lay_out`.
+  """
+  base = convert.load_config(model_path(run.model))
+  target_len = run.training.seq_len
+  if run.rope.kind is None and target_len > base.context_len:
+    logging.warning(
+      "The target length %d exceeds the pretrained length %d and no rope"
+      " scaling is set: set config.rope.kind=linear unless this is meant.",
+      target_len,
+      base.context_len,
+    )
+  target = extended(base, run.rope.kind, run.rope.factor, target_len)
+  return lay_out(run, base, target, find_devices=find_devices)
+
+
+# The texts.
+
+
+def open_tokens(
+  path: str | pathlib.Path, tokenizer: Tokenizer, cache: pathlib.Path
+) -> TokenFile:
+  """Returns the tokens of a token file or of text.
+
+  Args:
+    path: A `.bin`, or text: .txt, .jsonl, .jsonl.gz/.xz/.zst or a folder.
+    tokenizer: Used for text; its vocabulary bounds the ids of a `.bin`.
+    cache: Folder in which the token file of a text is kept. Its name has a
+      hash of text and tokenizer, so that a change of either makes a new one.
+
+  Raises:
+    FileNotFoundError: The path does not exist.
+    ValueError: It holds no usable tokens or text.
+  """
+  path = pathlib.Path(path)
+  if path.suffix == ".bin":
+    return TokenFile.open(path, vocab_size=tokenizer.vocab_size)
+  if not path.exists():
+    raise FileNotFoundError(f"{path} does not exist: name a file or folder.")
+  digest = hashlib.sha256(tokenizer.fingerprint.encode())
+  files = sorted(path.rglob("*")) if path.is_dir() else [path]
+  for file in files:
+    if file.is_file():
+      with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+          digest.update(block)
+  name = path.name.split(".")[0]
+  target = cache / f"{name}-{digest.hexdigest()[:16]}.bin"
+  with cluster.primary_first():
+    if not target.exists():
+      print(f"Tokenising {path.name}.", flush=True)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      write_token_file(read_documents(path), tokenizer, target)
+  return TokenFile.open(target, vocab_size=tokenizer.vocab_size)
+
+
+def make_batches(
+  run: FinetuneConfig | PretrainConfig, tokens: TokenFile, mesh: Mesh | None
+) -> Any:
+  """Returns the batches of a run, those of this process if there are several.
+
+  Raises:
+    ValueError: The text is shorter than a sequence.
+  """
+  train = run.training
+  shard_index, num_shards = sharding.data_shard(mesh, train.batch_size)
+  return batches.make_batches(
+    tokens,
+    seq_len=train.seq_len,
+    batch_size=train.batch_size,
+    seed=train.seed,
+    packing=run.data.packing,
+    shard_index=shard_index,
+    num_shards=num_shards,
+  )
+
+
+# Perplexity.
+
+
+class Evaluator:
+  """Measures the perplexity of a run's models, with dense attention."""
+
+  def __init__(
+    self,
+    run: FinetuneConfig | PretrainConfig,
+    tokens: TokenFile,
+    model: LlamaConfig,
+    mesh: Mesh | None,
+    *,
+    bos_id: int | None,
+    context_lens: tuple[int, ...],
+  ):
+    """Checks before the run what evaluation after it will need.
+
+    Args:
+      run: Its settings.
+      tokens: Text to measure perplexity on.
+      model: Sizes of the model.
+      mesh: Devices of the run.
+      bos_id: Token that starts a document, or None.
+      context_lens: Lengths in tokens, unless the settings have others.
+
+    Raises:
+      ValueError: A setting is out of range, or the text is too short.
+    """
+    self._run, self._tokens, self._mesh = run, tokens, mesh
+    self._bos_id = bos_id
+    self.context_lens = run.evaluation.context_lens or context_lens
+    for length in self.context_lens:
+      perplexity.count_windows(
+        tokens,
+        vocab_size=model.vocab_size,
+        context_len=length,
+        protocol=run.evaluation.protocol,
+        num_windows=run.evaluation.num_windows,
+        stride=run.evaluation.stride,
+        bos_id=bos_id,
+      )
+
+  def _measure(
+    self, model: Llama, context_len: int, num_windows: int | None
+  ) -> Perplexity:
+    config = self._run.evaluation
+    return perplexity.perplexity(
       model,
-      tokens,
-      context_len=length,
+      self._tokens,
+      context_len=context_len,
       protocol=config.protocol,
       num_windows=num_windows,
       stride=config.stride,
-      batch_size=max(1, config.batch_tokens // length),
-      bos_id=bos_id,
-      implementation=implementation,
-      mesh=mesh,
+      batch_size=max(1, config.batch_tokens // context_len),
+      bos_id=self._bos_id,
+      implementation=self._run.training.implementation,
+      mesh=self._mesh,
     )
-    for length in context_lens
-  }
+
+  def at_end(self, model: Llama) -> dict[int, Perplexity]:
+    """Returns the perplexity at each length."""
+    num_windows = self._run.evaluation.num_windows
+    return {n: self._measure(model, n, num_windows) for n in self.context_lens}
+
+  def on_the_way(self, model: Llama) -> dict[str, float]:
+    """Returns a quick measurement at the length of training, for the log."""
+    length = self._run.training.seq_len
+    num_windows = self._run.evaluation.windows_on_the_way
+    return {str(length): self._measure(model, length, num_windows).perplexity}

@@ -13,7 +13,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.patterns import (
+  AttentionPattern,
+  HeadPattern,
+  Mixture,
+  members,
+)
 
 # The peers by the names of the flag, with those that tables show.
 LABELS = {
@@ -21,6 +26,10 @@ LABELS = {
   "sdpa": "SDPA dense",
   "longlora_s2": "LongLoRA S2",
 }
+# Fields of `HeadPattern` that the mask of flex_attention obeys.
+_FLEX_FIELDS = frozenset(
+  ("chunk_size", "offset", "shift", "dilation", "window", "select")
+)
 # Patterns of more runs of heads than this are looked up in tables.
 _MAX_RUNS = 8
 
@@ -51,13 +60,13 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def s2_chunk_size(pattern: AttentionPattern, seq_len: int) -> int:
+def s2_chunk_size(pattern: AttentionPattern | Mixture, seq_len: int) -> int:
   """Returns the chunks of LongLoRA's S2 beside a pattern, in tokens.
 
   They are those of the pattern's first head, or else a quarter of the sequence,
   as in LongLoRA.
   """
-  own = pattern.heads[0].chunk_size
+  own = members(pattern)[0].heads[0].chunk_size
   return own or max(1, seq_len // 4)
 
 
@@ -215,7 +224,9 @@ def _tabled_mask(pattern: AttentionPattern, device: str) -> Callable[..., Any]:
   return mask
 
 
-def mask_mod(pattern: AttentionPattern, device: str) -> Callable[..., Any]:
+def mask_mod(
+  pattern: AttentionPattern | Mixture, device: str
+) -> Callable[..., Any]:
   """Returns the `mask_mod` of flex_attention for a pattern.
 
   Args:
@@ -223,8 +234,14 @@ def mask_mod(pattern: AttentionPattern, device: str) -> Callable[..., Any]:
     device: Of the tables of a pattern that no formula describes.
 
   Raises:
-    NotImplementedError: The pattern has another boundary or causality.
+    NotImplementedError: The pattern is a mixture, has another boundary or
+      causality, or restricts keys in a way that the mask does not know.
   """
+  if isinstance(pattern, Mixture):
+    raise NotImplementedError("flex is given single patterns, no mixtures.")
+  used = frozenset().union(*(head.in_use() for head in pattern.heads))
+  if unknown := sorted(used - _FLEX_FIELDS):
+    raise NotImplementedError(f"the mask of flex has no {', '.join(unknown)}.")
   if pattern.boundary != "drop" or pattern.causality != "position":
     raise NotImplementedError(
       'flex is given boundary="drop" and causality="position" alone, not'
@@ -262,7 +279,9 @@ def _compiled_flex() -> Callable[..., Any]:
   return torch.compile(flex_attention.flex_attention, dynamic=False)
 
 
-def _flex(pattern: AttentionPattern, seq_len: int, device: str) -> Any:
+def _flex(
+  pattern: AttentionPattern | Mixture, seq_len: int, device: str
+) -> Any:
   """Returns flex_attention with the pattern's mask."""
   from torch.nn.attention import flex_attention
 
@@ -406,7 +425,7 @@ class Peer:
 
 def make(
   name: str,
-  pattern: AttentionPattern,
+  pattern: AttentionPattern | Mixture,
   *,
   shapes: Sequence[Sequence[int]],
   chunk_size: int,

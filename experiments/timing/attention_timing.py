@@ -13,7 +13,7 @@ import numpy as np
 import scca_jax
 from experiments.timing import attention_peers, clock
 from scca_jax import patterns
-from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.patterns import AttentionPattern, HeadPattern, Mixture
 
 # Peers by the names of the flag; those of PyTorch are in `attention_peers`.
 PEERS = ("jax.nn", "xla", *attention_peers.LABELS)
@@ -28,6 +28,7 @@ _CHECKED_LEN = 1024
 # Two products a pair forward, seven in all, of 2 head_dim operations each.
 _WORK = {"forward": 4.0, "forward_backward": 14.0}
 
+Pattern = AttentionPattern | Mixture
 Function = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -46,7 +47,7 @@ class Case:
   """
 
   name: str
-  pattern: AttentionPattern
+  pattern: Pattern
   seq_len: int
   dtype: str
   batch_size: int
@@ -93,9 +94,15 @@ def _shortened(case: Case) -> Case:
       window=head.window and max(1, scaled(head.window) or 0),
     )
 
-  pattern = dataclasses.replace(
-    case.pattern, heads=tuple(map(shorten, case.pattern.heads))
-  )
+  def shortened(pattern: AttentionPattern) -> AttentionPattern:
+    heads = tuple(map(shorten, pattern.heads))
+    return dataclasses.replace(pattern, heads=heads)
+
+  pattern = case.pattern
+  if isinstance(pattern, Mixture):
+    pattern = Mixture(tuple(map(shortened, pattern.members)))
+  else:
+    pattern = shortened(pattern)
   return dataclasses.replace(case, pattern=pattern, seq_len=seq_len)
 
 
@@ -111,7 +118,7 @@ def _inputs(
   ]
 
 
-def attend(pattern: AttentionPattern, implementation: str) -> Function:
+def attend(pattern: Pattern, implementation: str) -> Function:
   """Returns `scca_jax.attention` with a pattern, by one implementation."""
   return functools.partial(
     scca_jax.attention, pattern=pattern, implementation=implementation
@@ -186,7 +193,7 @@ def time_part(
 def check(
   case: Case,
   implementation: str,
-  make: Callable[[AttentionPattern], Function] | None = None,
+  make: Callable[[Pattern], Function] | None = None,
 ) -> None:
   """Compares output and gradients with the reference, in float32.
 

@@ -45,7 +45,7 @@ def problem() -> str | None:
 def _chunk_size(case: Case) -> int:
   """Returns the chunks of S2, in tokens."""
   seq_len = case.run.training.seq_len
-  size = attention_peers.s2_chunk_size(case.schedule[0], seq_len)
+  size = attention_peers.s2_chunk_size(case.resolved.patterns[0], seq_len)
   if seq_len % size:
     raise NotImplementedError(
       f"LongLoRA S2 needs a multiple of {size} tokens, not {seq_len}."
@@ -55,7 +55,7 @@ def _chunk_size(case: Case) -> int:
 
 def num_pairs(name: str, case: Case) -> int:
   """Returns the pairs that a peer sees, over sequences, heads and layers."""
-  train, config = case.run.training, case.base
+  train, config = case.run.training, case.resolved.base
   length = _chunk_size(case) if name == "hf_s2" else train.seq_len
   of_head = train.seq_len // length * length * (length + 1) // 2
   return train.batch_size * config.num_layers * config.num_heads * of_head
@@ -110,7 +110,7 @@ def make_model(name: str, case: Case, device: str) -> Any:
       attention, functools.partial(_s2, chunk_size=_chunk_size(case))
     )
   config = transformers.LlamaConfig.from_dict(
-    convert.config_to_json(case.model, train.dtype)
+    convert.config_to_json(case.resolved.target, train.dtype)
   )
   torch.manual_seed(train.seed)
   with torch.device(device):

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from experiments.shared import loop, resolve
-from experiments.shared.config import FinetuneConfig, PatternConfig
+from experiments.shared.config import FinetuneConfig
+from experiments.shared.resolve import Resolved
 from experiments.timing import clock
 from scca_jax import (
   convert,
@@ -30,11 +31,7 @@ from scca_jax import (
   training,
 )
 from scca_jax.llama import Llama
-from scca_jax.llama_config import LlamaConfig
 from scca_jax.training import TrainState
-
-# Patterns whose chunks the configuration may set.
-_CHUNKED = ("local", "s2", "scca_fixed", "scca_flow", "dilated", "longmixed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +41,10 @@ class Case:
   Attributes:
     run: Settings; the step takes `training.batch_size` sequences of
       `training.seq_len` tokens at once.
-    random_weights: Whether weights are drawn where they are used, and those of
-      the model not read: its config.json is enough.
-    warmup: Steps that are not timed.
-    repeats: Steps that are.
+    random_weights: Whether weights are drawn on the device instead of read: a
+      config.json is enough.
+    warmup: Steps before those that are timed.
+    repeats: Steps that are timed.
   """
 
   run: FinetuneConfig
@@ -56,103 +53,72 @@ class Case:
   repeats: int
 
   @property
-  def base(self) -> LlamaConfig:
-    """Sizes of the model as it was pretrained."""
-    return convert.load_config(resolve.model_path(self.run.model))
-
-  @property
-  def model(self) -> LlamaConfig:
-    """Sizes of the model at the length of the case."""
-    return resolve.extended(self.base, self.run)
-
-  @property
-  def schedule(self) -> tuple[patterns.AttentionPattern, ...]:
-    """The pattern of each layer."""
-    return resolve.make_patterns(
-      self.run.pattern, self.base, self.run.training.seq_len
-    )
-
-  def make_mesh(self) -> Mesh | None:
-    """Returns the devices of the step, or None for one.
-
-    Raises:
-      ValueError: The step cannot be cut in that way, or there are not so many.
-    """
-    return resolve.make_mesh(
-      self.run.mesh, self.run.training, self.base, self.schedule
-    )
+  def resolved(self) -> Resolved:
+    """Model and step, without the devices of the mesh."""
+    return resolve.resolve(self.run, find_devices=False)
 
   def tokens(self) -> np.ndarray:
     """Returns the tokens of the step, drawn once, `[batch, seq]`."""
     train = self.run.training
     return np.random.default_rng(train.seed).integers(
-      0, self.base.vocab_size, (train.batch_size, train.seq_len), np.int32
+      0,
+      self.resolved.base.vocab_size,
+      (train.batch_size, train.seq_len),
+      np.int32,
     )
 
 
 def make_case(
   run: FinetuneConfig,
-  pattern: str,
   seq_len: int,
   *,
   random_weights: bool,
   warmup: int,
   repeats: int,
 ) -> Case:
-  """Returns the case of a pattern at a length.
+  """Returns the case of a run at a length.
 
-  Each copy of the model, along `data` and `fsdp`, has one micro batch. The
-  pattern of the configuration keeps its settings; others have its
-  `chunk_size`, if they have chunks.
+  Each copy of the model, along `data` and `fsdp`, has one micro batch.
 
   Raises:
-    ValueError: The pattern is unknown, or a setting does not fit it.
+    ValueError: The pattern is unknown, or a setting does not fit.
   """
   train = run.training
-  if pattern != run.pattern.name:
-    run = dataclasses.replace(
-      run,
-      pattern=PatternConfig(
-        name=pattern,
-        chunk_size=run.pattern.chunk_size if pattern in _CHUNKED else None,
-      ),
-    )
+  copies = run.mesh.data * run.mesh.fsdp
+  train = dataclasses.replace(
+    train,
+    seq_len=seq_len,
+    batch_size=train.batch_size // train.num_micro_batches * copies,
+    num_micro_batches=1,
+  )
   case = Case(
-    run=dataclasses.replace(
-      run,
-      training=dataclasses.replace(
-        train,
-        seq_len=seq_len,
-        batch_size=train.batch_size
-        // train.num_micro_batches
-        * (run.mesh.data * run.mesh.fsdp),
-        num_micro_batches=1,
-      ),
-    ),
+    run=dataclasses.replace(run, training=train),
     random_weights=random_weights,
     warmup=warmup,
     repeats=repeats,
   )
-  _ = case.model, case.schedule
-  resolve.check_mesh(run.mesh, case.run.training, case.base, case.schedule)
+  # Checks the settings.
+  _ = case.resolved
   return case
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A step, and what it is called with.
+  """A step and its arguments.
 
   Attributes:
     step: From `training.compile_step`.
-    state: The training state; the step takes its buffers.
+    state: The training state; the step donates its buffers.
     frozen: All other parameters.
     batch: See `training.train_step`.
+    mesh: Devices of the step; None is one.
   """
 
   step: Any
   state: TrainState
   frozen: nnx.State
   batch: dict[str, jax.Array]
+  mesh: Mesh | None
 
 
 def prepare(case: Case) -> Prepared:
@@ -169,11 +135,12 @@ def prepare(case: Case) -> Prepared:
     "param_dtype": jnp.dtype(train.param_dtype),
   }
   optimizer = training.make_optimizer(run.optimizer, train.steps)
-  mesh = case.make_mesh()
+  resolved = resolve.resolve(run)
+  config, mesh = resolved.target, resolved.mesh
   if case.random_weights:
 
     def make() -> Llama:
-      model = Llama(case.model, rngs=nnx.Rngs(train.seed), **settings)
+      model = Llama(config, rngs=nnx.Rngs(train.seed), **settings)
       return quantize.quantize_model(model, train.quantize)
 
     # Under jit they are drawn on the device, each in its own dtype.
@@ -189,7 +156,7 @@ def prepare(case: Case) -> Prepared:
     model = loop.load(
       lambda: convert.load_model(
         resolve.model_path(run.model),
-        config=case.model,
+        config=config,
         quantize_by=train.quantize,
         rngs=nnx.Rngs(train.seed),
         **settings,
@@ -207,7 +174,7 @@ def prepare(case: Case) -> Prepared:
   step = training.compile_step(
     graphdef,
     optimizer,
-    resolve.step_config(train, case.schedule, mesh),
+    resolved.step,
     state,
     frozen,
   )
@@ -223,7 +190,7 @@ def prepare(case: Case) -> Prepared:
   if mesh is None:
     batch = jax.tree.map(jnp.asarray, batch)
   batch = sharding.place_batch(batch, mesh, train.batch_size)
-  return Prepared(step, state, frozen, batch)
+  return Prepared(step, state, frozen, batch, mesh)
 
 
 def moved_bytes(case: Case, compiled: Any) -> dict[str, Any]:
@@ -234,18 +201,18 @@ def moved_bytes(case: Case, compiled: Any) -> dict[str, Any]:
     compiled: The step.
 
   Returns:
-    `compiled`, by kind of collective, as read from the program; of what
-    attention moves between pieces of a sequence, `attention`, in closed form,
-    and `ring_attention`, the same for keys and values that go round all
-    devices. A layer goes forward once, once more where it is computed anew for
-    the backward pass, and back.
+    `compiled`, by kind of collective, as read from the program; `attention`,
+    what attention moves between the shards of a sequence, in closed form;
+    and `ring_attention`, the same if keys and values went round all devices. A
+    layer runs forward once, once more where the backward pass recomputes it,
+    and backward.
   """
-  run, mesh = case.run, case.run.mesh
+  run, mesh, resolved = case.run, case.run.mesh, case.resolved
   sizes = {
     "seq_len": run.training.seq_len,
     "num_pieces": mesh.sequence,
-    "num_kv_heads": case.base.num_kv_heads // mesh.tensor,
-    "head_dim": case.base.head_dim,
+    "num_kv_heads": resolved.base.num_kv_heads // mesh.tensor,
+    "head_dim": resolved.base.head_dim,
     "itemsize": jnp.dtype(run.training.dtype).itemsize,
     "batch": run.training.batch_size // (mesh.data * mesh.fsdp),
   }
@@ -258,10 +225,12 @@ def moved_bytes(case: Case, compiled: Any) -> dict[str, Any]:
   }
   if mesh.sequence > 1 and mesh.tensor == 1:
     result["attention"] = (forward + 1) * sum(
-      parallel.bytes_received(pattern, **sizes) for pattern in case.schedule
+      parallel.bytes_received(pattern, **sizes)
+      for layer in resolved.patterns
+      for pattern in patterns.members(layer)
     )
     result["ring_attention"] = (
-      (forward + 2) * len(case.schedule) * traffic.ring_bytes(**sizes)
+      (forward + 2) * len(resolved.patterns) * traffic.ring_bytes(**sizes)
     )
   return result
 
@@ -270,7 +239,7 @@ def check_loss(loss: float, who: str) -> float:
   """Returns the loss.
 
   Raises:
-    ValueError: It is not finite: what computes that is not timed.
+    ValueError: It is not finite, so the step is wrong and not timed.
   """
   if not math.isfinite(loss):
     raise ValueError(f"the loss of {who} is {loss}: its step is not timed.")
@@ -280,7 +249,7 @@ def check_loss(loss: float, who: str) -> float:
 def measure(case: Case) -> dict[str, Any]:
   """Returns what a step of this package takes.
 
-  Steps are timed one by one, each from its call until all it gives is there.
+  Steps are timed one by one, each from its call until its results are ready.
 
   Raises:
     ValueError: The loss is not finite.
@@ -288,10 +257,11 @@ def measure(case: Case) -> dict[str, Any]:
   """
   prepared = prepare(case)
   state, frozen, batch = prepared.state, prepared.frozen, prepared.batch
+  mesh = prepared.mesh
   started = time.perf_counter()
   compiled = prepared.step.lower(state, frozen, batch).compile()
   compile_seconds = time.perf_counter() - started
-  # The step takes the buffers of the state it is given.
+  # The step donates the buffers of its state.
   del prepared
   times, loss = [], math.nan
   for i in range(case.warmup + case.repeats):
@@ -304,12 +274,11 @@ def measure(case: Case) -> dict[str, Any]:
   check_loss(float(metrics["loss"]), "scca_jax")
   num_devices = case.run.mesh.num_devices
   peak = memory.measured_bytes(jax.devices()[:num_devices])
-  mesh = case.make_mesh()
   moved = moved_bytes(case, compiled) if mesh is not None else None
   del state, frozen, batch, metrics
   train = case.run.training
   num_pairs = train.batch_size * sum(
-    pattern.num_pairs(train.seq_len) for pattern in case.schedule
+    pattern.num_pairs(train.seq_len) for pattern in case.resolved.patterns
   )
   return clock.spread(times) | {
     "first_loss": loss,
@@ -324,7 +293,7 @@ def measure(case: Case) -> dict[str, Any]:
       "python": platform.python_version(),
       "jax": jax.__version__,
     },
-    # Of the same process and heat.
+    # In the same process, so that the chip has the same temperature.
     "matmul_tflops": clock.matmul_tflops(train.dtype),
     "link_bytes_per_second": None if mesh is None else clock.link_rate(mesh),
   }

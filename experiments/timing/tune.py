@@ -14,9 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments.timing import attention_timing
-from experiments.timing.attention_timing import Case, Function, JaxRun
+from experiments.timing.attention_timing import Case, Function, JaxRun, Pattern
 from scca_jax import atomic_file, target
-from scca_jax.patterns import AttentionPattern
+from scca_jax.patterns import Mixture
 
 
 def _module(implementation: str) -> Any:
@@ -28,9 +28,9 @@ def can_tune(implementation: str) -> bool:
   return hasattr(_module(implementation), "candidates")
 
 
-def _with_sizes(
-  pattern: AttentionPattern, implementation: str, sizes: Any
-) -> Function:
+def _with_sizes(pattern: Pattern, implementation: str, sizes: Any) -> Function:
+  if isinstance(pattern, Mixture):
+    raise ValueError("sizes are found by single patterns, not by mixtures.")
   module = _module(implementation)
 
   def attend(query, key, value):

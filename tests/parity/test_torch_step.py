@@ -14,7 +14,6 @@ pytest.importorskip("peft", reason=_WHY)
 
 from experiments.shared.config import (  # noqa: E402
   FinetuneConfig,
-  PatternConfig,
   RopeConfig,
   TrainingConfig,
 )
@@ -39,8 +38,8 @@ SIZES = {
 SEQ_LEN, STEPS = 64, 3
 # What each peer computes, said in our terms: S2 of LongLoRA sees the wrap.
 PATTERNS = {
-  "hf_sdpa": PatternConfig(name="dense"),
-  "hf_s2": PatternConfig(name="s2", chunk_size=16, causality="slot"),
+  "hf_sdpa": "dense",
+  "hf_s2": "s2(chunk_size=16, causality='slot')",
 }
 
 
@@ -57,7 +56,7 @@ def _case(name, folder, all_trained=True, **settings):
     training=TrainingConfig(batch_size=2, remat="layer", **settings),
   )
   return step_timing.make_case(
-    run, run.pattern.name, SEQ_LEN, random_weights=True, warmup=1, repeats=2
+    run, SEQ_LEN, random_weights=True, warmup=1, repeats=2
   )
 
 
@@ -107,7 +106,7 @@ def test_the_losses_of_steps_are_the_peers(
 def test_pairs_are_those_of_the_pattern(name, tmp_path):
   case = _case(name, tmp_path)
   assert step_peers.num_pairs(name, case) == 2 * sum(
-    pattern.visible(SEQ_LEN).sum() for pattern in case.schedule
+    pattern.visible(SEQ_LEN).sum() for pattern in case.resolved.patterns
   )
 
 
@@ -123,9 +122,7 @@ def test_what_a_peer_cannot_do_is_refused(tmp_path):
   with pytest.raises(NotImplementedError, match="float16"):
     step_peers.make_model("hf_sdpa", half, "cpu")
   case = _case("hf_s2", tmp_path)
-  pattern = dataclasses.replace(case.run.pattern, chunk_size=24)
-  case = dataclasses.replace(
-    case, run=dataclasses.replace(case.run, pattern=pattern)
-  )
+  run = dataclasses.replace(case.run, pattern="s2(chunk_size=24)")
+  case = dataclasses.replace(case, run=run)
   with pytest.raises(NotImplementedError, match="24"):
     step_peers.make_model("hf_s2", case, "cpu")

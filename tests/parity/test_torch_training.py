@@ -17,7 +17,7 @@ peft = pytest.importorskip("peft", reason=_WHY)
 import torch_attention  # noqa: E402
 
 from experiments.shared import loop  # noqa: E402
-from experiments.shared.config import TrainingConfig  # noqa: E402
+from experiments.shared.config import FinetuneConfig, TrainingConfig  # noqa: E402
 from scca_jax import (  # noqa: E402
   adapters,
   assets,
@@ -90,11 +90,10 @@ def _train_ours(model, tokens, folder):
     model,
     trainable=lora.trainable(model.lora),
     batches=_batches(tokens),
-    step_config=training.StepConfig(
+    run=FinetuneConfig(optimizer=OPTIMIZER, training=config),
+    step=training.StepConfig(
       patterns=patterns.scca_fixed(model.config.num_heads, CHUNK_SIZE)
     ),
-    optimizer_config=OPTIMIZER,
-    config=config,
     output_dir=folder,
   )
   lines = (folder / "metrics.jsonl").read_text(encoding="utf8").splitlines()

@@ -1,0 +1,188 @@
+"""Flags that several commands take, and the checks that go with them.
+
+A command calls these functions at its top; the flags then count as its own, in
+`--help` too.
+"""
+
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from absl import flags
+
+from experiments.shared.config import DTYPES
+from scca_jax import patterns
+
+Holder = flags.FlagHolder[Any]
+
+# The pattern that an adapter was trained with, as a value of a pattern flag.
+TRAINING = "training"
+PATTERN_HELP = (
+  "a name, or name(argument=value, ...), as `scca_jax.patterns.parse` reads it:"
+  f" {', '.join(patterns.NAMES)}, mix, mixture, layers"
+)
+
+# What follows belongs to the commands that call it.
+flags.disclaim_key_flags()
+
+
+def split_patterns(text: str) -> list[str]:
+  """Returns the parts between commas that are not in parentheses."""
+  parts, depth = [""], 0
+  for letter in text:
+    depth += (letter in "([") - (letter in ")]")
+    if letter == "," and depth == 0:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  return [part.strip() for part in parts if part.strip()]
+
+
+class _CommasSerializer(flags.ArgumentSerializer[Any]):
+  """Writes a list as the parsers below read it."""
+
+  def serialize(self, value: Any) -> str:
+    """Returns the list with commas between."""
+    return ",".join(map(str, value))
+
+
+class _PatternsParser(flags.ArgumentParser[list[str]]):
+  """Reads patterns, or what holds one each, separated by commas."""
+
+  syntactic_help = "patterns, separated by commas"
+
+  def parse(self, argument: Any) -> list[str]:
+    """Returns the patterns, as strings."""
+    return (
+      split_patterns(argument) if isinstance(argument, str) else list(argument)
+    )
+
+
+class _LengthsParser(flags.ArgumentParser[tuple[int, ...]]):
+  """Reads lengths in tokens, separated by commas."""
+
+  syntactic_help = "lengths in tokens, separated by commas"
+
+  def __init__(self, least: int):
+    """Takes the smallest number of lengths."""
+    self._least = least
+
+  def parse(self, argument: Any) -> tuple[int, ...]:
+    """Returns the lengths, each once.
+
+    Raises:
+      ValueError: One is not a whole number above 0, or there are too few.
+    """
+    words = argument.split(",") if isinstance(argument, str) else argument
+    words = [str(word).strip() for word in words if str(word).strip()]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+      raise ValueError(
+        f"must be lengths in tokens such as 1024,2048, got {argument}."
+      )
+    if len(words) < self._least:
+      raise ValueError("is empty: give lengths such as 1024,2048.")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def define_lengths(
+  name: str, default: Iterable[int] | None, text: str, *, least: int = 1
+) -> Holder:
+  """Returns a flag of lengths in tokens, separated by commas.
+
+  Args:
+    name: The flag.
+    default: Its value if it is not given.
+    text: Its help.
+    least: The smallest number of lengths.
+  """
+  return flags.DEFINE(
+    _LengthsParser(least),
+    name,
+    default,
+    text,
+    serializer=_CommasSerializer(),
+  )
+
+
+def define_patterns(name: str, default: list[str] | None, text: str) -> Holder:
+  """Returns a flag of patterns, separated by commas outside parentheses."""
+  return flags.DEFINE(
+    _PatternsParser(),
+    name,
+    default,
+    text,
+    serializer=_CommasSerializer(),
+  )
+
+
+def define_model() -> Holder:
+  """Returns the flag `--model`."""
+  return flags.DEFINE_string(
+    "model",
+    None,
+    "Hugging Face folder or .gguf file; by default the embedded model.",
+  )
+
+
+def define_adapter(text: str = "Folder of an adapter to apply.") -> Holder:
+  """Returns the flag `--adapter`."""
+  return flags.DEFINE_string("adapter", None, text)
+
+
+def define_tokenizer() -> Holder:
+  """Returns the flag `--tokenizer`."""
+  return flags.DEFINE_string(
+    "tokenizer",
+    None,
+    "tokenizer.model or tokenizer.json; by default the model's.",
+  )
+
+
+def define_dtype(default: str | None, text: str) -> Holder:
+  """Returns the flag `--dtype`."""
+  return flags.DEFINE_enum("dtype", default, DTYPES, text)
+
+
+def define_implementation() -> Holder:
+  """Returns the flag `--implementation`."""
+  return flags.DEFINE_string(
+    "implementation",
+    None,
+    "Attention back end; by default the best for the device.",
+  )
+
+
+def check_exist(*paths: Holder) -> None:
+  """Checks that what some flags name exists.
+
+  Raises:
+    FileNotFoundError: It does not.
+  """
+  for flag in paths:
+    if flag.value is not None and not pathlib.Path(flag.value).exists():
+      raise FileNotFoundError(f"--{flag.name}={flag.value} does not exist.")
+
+
+def check_output(flag: Holder, suffix: str) -> None:
+  """Checks that a flag, if given, names a file of a kind to be written.
+
+  Raises:
+    ValueError: It names a folder or a file of another kind.
+  """
+  if flag.value is None:
+    return
+  path = pathlib.Path(flag.value)
+  if path.suffix != suffix or path.is_dir():
+    raise ValueError(f"--{flag.name} must be a {suffix} file, got {path}.")
+
+
+def check_trained(pattern: Holder, adapter: Holder) -> None:
+  """Checks that there is an adapter if its pattern is asked for.
+
+  Raises:
+    ValueError: There is none.
+  """
+  if pattern.value == TRAINING and adapter.value is None:
+    raise ValueError(
+      f"--{pattern.name}={TRAINING} needs the --adapter that was trained."
+    )
