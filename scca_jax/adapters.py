@@ -66,7 +66,7 @@ _WITHOUT_EFFECT = (
   "lora_ga_config",
   "qalora_group_size",
 )
-# Ways to begin that leave the base as it is.
+# Initialisations that leave the base unchanged.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # One of the matrices that are quantised if any are.
@@ -138,14 +138,15 @@ def save_adapter(
 
   Args:
     model: A model with adapters.
-    folder: Where to; made if it is not there.
+    folder: Output folder, made if missing.
     base_model: Name or path of the model they belong to.
-    patterns: Attention pattern of each layer in training, to be kept.
+    patterns: Attention pattern of each layer in training, to be recorded.
     dtype: Dtype of the tensors.
 
   Raises:
     OSError: A file cannot be written.
-    ValueError: The model has no adapters, or one beyond the range of `dtype`.
+    ValueError: The model has no adapters, or a value beyond the range of
+      `dtype`.
   """
   folder = pathlib.Path(folder)
   config, lora = model.config, model.lora
@@ -171,7 +172,7 @@ def save_adapter(
     folder / _OWN_CONFIG,
     {
       "context_len": config.context_len,
-      # What the adapter makes up for.
+      # The adapter compensates for this quantisation.
       "quantize": quantize.method_of(arrays[_A_KERNEL]),
       "rope_scaling": None
       if scaling is None
@@ -299,7 +300,7 @@ def _adapter_config(path: pathlib.Path) -> LoraConfig:
 
 
 def _own_config(folder: pathlib.Path) -> dict[str, Any] | None:
-  """Returns what is kept beside PEFT's files; None where PEFT wrote them."""
+  """Returns our settings beside PEFT's; None if PEFT wrote the adapter."""
   path = folder / _OWN_CONFIG
   return json_file.read(path) if path.is_file() else None
 
@@ -382,13 +383,13 @@ def load_adapter(
 ) -> Llama:
   """Returns a model with an adapter, its rope scaling and its context.
 
-  If the adapter was trained on quantised weights, it gets them.
+  An adapter trained on quantised weights gets them quantised again.
 
   Args:
     base_folder: The model's folder.
     folder: The adapter's, from `save_adapter` or from PEFT.
     dtype: Dtype of the computation.
-    param_dtype: Dtype that frozen weights are held in.
+    param_dtype: Dtype of the frozen weights.
 
   Raises:
     FileNotFoundError: A file is missing.

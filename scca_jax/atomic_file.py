@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are complete or absent."""
 
 import json
 import os
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class AtomicFile:
-  """A binary file that takes its name only when it is whole.
+  """A binary file that gets its name only when it is complete.
 
   It is written under a temporary name in the same folder, flushed to the disk
   and renamed at the end of the `with` block. An error in the block, or a full
-  disk, leaves what stood there before.
+  disk, leaves an earlier file as it was.
 
   Every failure to write raises an OSError that names the file.
   """

@@ -27,7 +27,7 @@ class Batches:
   dict that JSON can hold.
 
   Attributes:
-    windows_per_epoch: Number of windows that one pass over the corpus has.
+    windows_per_epoch: Number of windows in one pass over the corpus.
   """
 
   def __init__(
@@ -62,11 +62,11 @@ class Batches:
     return next(self._iterator)
 
   def get_state(self) -> dict[str, Any]:
-    """Returns the position: what `set_state` needs to go on from here."""
+    """Returns the position, from which `set_state` resumes."""
     return {**self._iterator.get_state(), "settings": dict(self._settings)}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to the position that `get_state` gave, in this or another process.
+    """Resumes at a position from `get_state`, of this or another process.
 
     Raises:
       ValueError: It is a position in other data, or in another order.
@@ -75,7 +75,7 @@ class Batches:
     for name, value in self._settings.items():
       if saved.get(name) != value:
         raise ValueError(
-          f"cannot go on in the data: it was left with {name}="
+          f"cannot resume the data: it was saved with {name}="
           f"{saved.get(name)!r}, and now {name}={value!r}."
         )
     try:
@@ -83,7 +83,7 @@ class Batches:
       self._iterator.set_state({"next_index": index})
     except (KeyError, TypeError, IndexError) as error:
       raise ValueError(
-        f"cannot go on in the data: no position {state.get('next_index')!r}."
+        f"cannot resume the data: no position {state.get('next_index')!r}."
       ) from error
 
 
@@ -105,14 +105,15 @@ def make_batches(
   packed, `segment_ids` and `positions` int32.
 
   "concatenate" (LongLoRA) cuts the whole corpus, document borders or not, in
-  windows of `seq_len` tokens that meet but do not overlap. The fewer than
-  `seq_len` tokens left over are divided between start and end by the seed.
+  windows of `seq_len` tokens that meet but do not overlap. Fewer than `seq_len`
+  tokens are left over; the seed decides how many of them before the first
+  window.
 
   "packed" cuts each document in windows of its own and fills windows with what
-  is shorter, the longest first, each where it leaves the least room. Segments
-  count from 1 in every window and positions from 0 in every segment; padding
-  is segment 0, token 0. Every token of the corpus is seen once an epoch, and
-  every one that is not the first of its document is a target once.
+  is shorter: the longest first, each into the window where it fits most
+  tightly. Segments count from 1 in every window and positions from 0 in every
+  segment; padding is segment 0, token 0. In an epoch every token of the corpus
+  is seen once, and every token but the first of a document is a target once.
 
   Args:
     token_file: The corpus; packed, its document ends must be known.
@@ -120,12 +121,11 @@ def make_batches(
     batch_size: Windows of a batch over all shards.
     seed: Draws the order; equal seeds give equal batches.
     packing: "concatenate" or "packed".
-    epochs: Passes over the corpus; None goes on for ever. Batches run across
-      the border of epochs. The last batch of all is filled up with windows
-      whose mask is 0.
-    shard_index: Which part of every batch to return, from 0.
-    num_shards: Number of equal parts that a batch is divided in, one for each
-      process of a run over several hosts.
+    epochs: Passes over the corpus; None repeats for ever. A batch may span
+      two epochs. The very last batch is padded with windows whose mask is 0.
+    shard_index: Which shard of every batch to return, from 0.
+    num_shards: Number of equal shards of a batch, one for each process of a
+      run over several hosts.
 
   Raises:
     ValueError: A setting is out of range, the corpus is shorter than a window
@@ -223,8 +223,8 @@ class _ConcatenatedWindows:
 class _PackedWindows:
   """Windows filled with whole or cut documents, by number.
 
-  Which documents share a window follows from the document ends by arithmetic,
-  once, so that any window can be had without those before it. (Grain's own
+  Which documents share a window is computed once from the document ends, so
+  that any window can be made without those before it. (Grain's own
   packing works along an iterator and does not know how many windows it makes.)
   """
 
@@ -268,14 +268,14 @@ class _PackedWindows:
 def _best_fit(
   document_ends: np.ndarray, seq_len: int
 ) -> list[list[tuple[int, int, int]]]:
-  """Returns which pieces of documents fill each window.
+  """Returns the document spans that fill each window.
 
   Args:
     document_ends: `[documents]` offsets.
     seq_len: Length of a window, in tokens.
 
   Returns:
-    For each window its pieces (start, stop, end of the document), offsets in
+    The spans of each window as (start, stop, end of the document), offsets in
     tokens.
   """
   windows: list[list[tuple[int, int, int]]] = []

@@ -62,7 +62,7 @@ _TOKENIZER_SETTINGS = (
   "generation_config.json",
 )
 
-# As many tensors are read at once: with four an H200 waits for the disk alone.
+# Tensors read at once: with four, an H200 waits only for the disk.
 _NUM_READERS = 4
 
 _Path = tuple[str, ...]
@@ -257,13 +257,13 @@ def config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
 
   Args:
     config: Sizes of the model.
-    dtype: That it names for the weights.
+    dtype: Dtype of the weights, which the file names.
   """
   theta, scaling = config.rope_theta, config.rope_scaling
   context_len = config.context_len
   rope = {"rope_type": "default"}
   if scaling is not None and scaling.kind == "ntk":
-    # Other code need not know it: it is another base.
+    # A larger base says the same, in terms that other tools know.
     theta *= scaling.factor ** (config.head_dim / (config.head_dim - 2))
   elif scaling is not None:
     # Transformers requires some of them, default or not.
@@ -386,12 +386,12 @@ def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
 def _turn(
   value: jax.Array, dtype: jnp.dtype, is_matrix: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns a tensor of a file as we have it, and where it is finite.
+  """Returns a tensor of a file in our layout, and whether it is finite.
 
   Args:
-    value: As the file has it.
-    dtype: That we have it in.
-    is_matrix: Whether the file has it transposed.
+    value: The tensor in the file's layout.
+    dtype: Dtype to convert to.
+    is_matrix: Whether the file holds it transposed.
 
   Returns:
     The tensor, whether it was finite in the file, and whether it still is.
@@ -405,7 +405,7 @@ def _turn(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _place(stack: jax.Array, tensor: jax.Array, index: int) -> jax.Array:
-  """Returns the bits of a stack with those of a tensor in their place."""
+  """Returns the bits of a stack with those of a tensor put at `index`."""
   bits = jax.lax.bitcast_convert_type(tensor, stack.dtype)
   return jax.lax.dynamic_update_index_in_dim(stack, bits, index, 0)
 
@@ -418,7 +418,7 @@ def _room(
   def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     dtype = leaf.dtype
     if platform == "cpu" and jnp.issubdtype(dtype, jnp.floating):
-      # As bits: to update 16-bit floats a CPU makes all of them float32.
+      # As bits: to update 16-bit floats, a CPU converts all of them to 32.
       dtype = jnp.dtype(f"uint{8 * dtype.itemsize}")
     return jnp.zeros(leaf.shape, dtype)
 
@@ -444,7 +444,7 @@ def _fill(
   *,
   quantize_by: str | None = None,
 ) -> Any:
-  """Returns a parameter from the tensors of its layers, checked.
+  """Returns a parameter, read from the tensors of its layers and checked.
 
   Reads up to `_NUM_READERS` tensors concurrently.
 
@@ -482,10 +482,10 @@ def _fill(
         f"{source}: the tensor {shown(name)} is {value.dtype}; float32,"
         " bfloat16 and float16 can be read."
       )
-    # What is the default is so in its own thread.
+    # A default device is set per thread.
     with jax.default_device(device):
       if is_matrix and device.platform == "cpu":
-        # Turned as it is copied: afterwards it takes twice as long.
+        # Transpose while copying: doing it afterwards takes twice as long.
         turned = _turn(jax.device_put(value.T), target.dtype, False)
       else:
         turned = _turn(value, target.dtype, is_matrix)
@@ -510,7 +510,7 @@ def _fill(
         raise ValueError(f"{source}: the tensor {shown(name)} {reason}.")
       if room is None:
         return tensor
-      # A step of its own: a CPU is slow where a transposition is part of an
+      # A separate step: a CPU is slow if a transposition is fused into an
       # update.
       room = jax.tree.map(functools.partial(_place, index=i), room, tensor)
   return jax.tree.map(
@@ -548,8 +548,8 @@ def read_parameters(
   in_layers, others = [], []
   for path in sorted(targets):
     (in_layers if path[0] == "layers" else others).append(path)
-  # What stays is allocated first, and all of it before what comes and goes as
-  # layers are read: a training step needs the rest in one piece.
+  # Allocate what stays before the temporaries of reading: a training step needs
+  # the rest of the memory in one piece.
   arrays = {
     path: _fill(None, targets[path], path, names[path], tensors, source)
     for path in others
@@ -628,20 +628,21 @@ def load_model(
 ) -> Llama:
   """Returns the model of a folder or GGUF file, with new adapters if wanted.
 
-  A few tensors are read at a time, so that the model is never held twice.
+  Only a few tensors are in flight at a time, so that the model is never held
+  twice.
 
   Args:
     source: A Hugging Face folder, which holds `config.json` and
       `model.safetensors`, or shards and their index; or a GGUF file, which is
       dequantised.
-    config: What to take instead of the source's; for a longer context. The
-      sizes must be those of the weights.
-    lora: New adapters: they change nothing yet.
+    config: Replaces the source's, for example for a longer context. The sizes
+      must be those of the weights.
+    lora: New adapters, which start as zero.
     dtype: Dtype of the computation.
     param_dtype: Dtype that weights are held in.
     quantize_by: How the layers' matrices are quantised as they are read, one of
       `quantize.METHODS`; None leaves them as they are.
-    rngs: Its stream `params` draws the adapters; None has seed 0.
+    rngs: Its stream `params` draws the adapters; None uses seed 0.
 
   Raises:
     FileNotFoundError: A file is missing.
@@ -665,7 +666,7 @@ def load_model(
   }
   known = {name for of_path in names.values() for name in of_path}
   for name in tensors:
-    # Old files keep the frequencies of RoPE, tied ones may keep the head.
+    # Old files have the frequencies of RoPE, and tied ones may have the head.
     ignored = name.endswith("rotary_emb.inv_freq") or (
       config.tie_embeddings and name == "lm_head.weight"
     )
@@ -700,8 +701,8 @@ def file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
   Raises:
     ValueError: A value is beyond the range of float16.
   """
-  # safetensors writes memory as it lies: a numpy array that is turned would be
-  # written unturned.
+  # safetensors writes memory as it lies: a transposed view in numpy would be
+  # written untransposed.
   part = jnp.asarray(part)
   tensor = (part.T if _is_matrix(path) else part).astype(dtype)
   if jnp.dtype(dtype) == jnp.float16 and not jnp.all(jnp.isfinite(tensor)):
@@ -715,9 +716,9 @@ def write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
   """Writes a safetensors file, whole or not at all.
 
   Raises:
-    OSError: It cannot be written; what stood there before still does.
+    OSError: It cannot be written; a file from before is kept.
   """
-  # The metadata is what transformers looks for.
+  # Transformers requires this metadata.
   content = safetensors.flax.save(tensors, metadata={"format": "pt"})
   atomic_file.write(path, content)
 
@@ -725,7 +726,7 @@ def write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
 def _fused(
   arrays: dict[_Path, jax.Array], path: _Path, layer: int, scaling: float
 ) -> jax.Array:
-  """Returns a parameter of one layer with its adapter in it."""
+  """Returns a parameter of one layer, its adapter fused into it."""
   array = arrays[path]
   part = array[layer] if path[0] == "layers" else array
   lora_a = arrays.get((*path[:-1], "lora_a"))
@@ -771,17 +772,17 @@ def save_model(
 ) -> None:
   """Writes a model in Hugging Face's layout, adapters fused into the weights.
 
-  The products of the adapters are summed in float32. No more than one shard is
-  held beside the model. `config.json` comes last: a folder without it is not
-  whole.
+  The products of the adapters are summed in float32. Only one shard is held
+  beside the model. `config.json` is written last: a folder without it is
+  incomplete.
 
   Args:
     model: The model.
-    folder: Where to; made if it is not there.
+    folder: Output folder, made if missing.
     dtype: Dtype of the tensors.
     tokenizer_file: A `.model` or `tokenizer.json` to copy beside them.
-    max_shard_bytes: Size from which on the weights are written in several
-      files with an index.
+    max_shard_bytes: Larger weights are written in several files of at most
+      this size, with an index.
 
   Raises:
     OSError: A file cannot be written.
@@ -802,7 +803,7 @@ def save_model(
   num_layers = model.config.num_layers
   scaling = model.lora.scaling if model.lora is not None else 0.0
   arrays = parameters(model)
-  # By name: where it is, layer for layer as other tools have them.
+  # The parameter and layer of each tensor, in the order of other tools.
   places: dict[str, tuple[_Path, int]] = {}
   sizes: dict[str, int] = {}
   for path, array in arrays.items():
@@ -833,11 +834,11 @@ def save_model(
 def copy_tokenizer(
   source: str | os.PathLike[str], folder: str | os.PathLike[str]
 ) -> None:
-  """Writes the tokenizer of a model beside another, as other tools read it.
+  """Writes a model's tokenizer to a folder, in files that other tools read.
 
   Args:
     source: A model's folder, whose tokenizer files are copied, or a GGUF file.
-    folder: Where to; made if it is not there.
+    folder: Output folder, made if missing.
 
   Raises:
     OSError: A file cannot be written.

@@ -67,7 +67,7 @@ def document_files(path: str | os.PathLike[str]) -> list[pathlib.Path]:
   Args:
     path: A file of text, or a folder: every file below it whose name ends in
       .txt or .jsonl, alone or with .gz, .xz or .zst, sorted by path. Other
-      and hidden files are passed over.
+      files and hidden ones are skipped.
 
   Raises:
     FileNotFoundError: No such path, or no text file in the folder.
@@ -106,15 +106,15 @@ def read_documents(
   """Yields the text of every document of a file or folder.
 
   A `.txt` is one document, a line of a `.jsonl` another; blank lines of the
-  latter are passed over. The text is kept as it is, line ends included; only a
-  byte order mark at the start of a file goes. A line ends at LF or CRLF, not
+  latter are skipped. The text is kept as it is, line ends included; only a byte
+  order mark at the start of a file is dropped. A line ends at LF or CRLF, not
   at the other characters that Unicode counts as line breaks.
 
   Args:
     path: See `document_files`.
     text_field: Name of the field that holds the text, in `.jsonl`.
     by_line: Makes each line of a `.txt` a document too, without its line end;
-      blank lines are passed over.
+      blank lines are skipped.
     on_read: Called with the number of stored bytes read since the last call.
 
   Raises:
@@ -135,7 +135,7 @@ def _read_file(
   kind, compression = _suffixes(path)
   whole = kind == ".txt" and not by_line
   with open(path, "rb") as stored:
-    # Some readers take nothing for a whole archive of nothing.
+    # Some readers accept an empty file as an archive of nothing.
     if compression and not stored.peek(1):
       raise ValueError(f"{path} is cut short: an archive is never empty.")
     stream: Any = stored
@@ -165,7 +165,7 @@ def _read_file(
 def _pieces(
   path: pathlib.Path, stream: BinaryIO, *, whole: bool
 ) -> Iterator[tuple[str, bytes]]:
-  """Yields the stream whole or in lines, each with the words to name it by."""
+  """Yields the stream whole or in lines, each with a name for messages."""
   number = 0
   while True:
     try:

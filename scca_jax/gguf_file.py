@@ -67,9 +67,9 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
 
     Raises:
       FileNotFoundError: There is no such file.
-      ValueError: It is damaged, or no model of the Llama architecture.
+      ValueError: It is damaged, or not a model of the Llama architecture.
     """
-    # Here, so that only those who read GGUF need what it imports.
+    # Imported here, so that only those who read GGUF pay for it.
     import gguf
 
     self.path = pathlib.Path(path)
@@ -80,7 +80,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       self._fields = {
         name: field.contents()
         for name, field in reader.fields.items()
-        # Long, and of no use but for the tokenizer.
+        # Long, and only for the tokenizer.
         if not name.startswith("tokenizer.ggml.")
       }
     except (
@@ -105,7 +105,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     self.config = self._read_config()
 
   def name_in_file(self, name: str) -> str:
-    """Returns what a tensor of a Hugging Face name is called in the file."""
+    """Returns the name in the file of a tensor, given its Hugging Face name."""
     if name in self._names:
       return self._names[name]
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
@@ -139,7 +139,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
         ("q_proj.weight", self.config.num_heads),
         ("k_proj.weight", self.config.num_kv_heads),
       ):
-        # One of another size is refused by whoever knows which it should be.
+        # A tensor of another size is refused by the caller.
         if name.endswith(suffix) and values.shape[0] == (
           num_heads * self.config.head_dim
         ):
@@ -231,7 +231,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     if _ROPE_FACTORS in self._tensors:
       return self._llama_3_scaling(head_dim, theta)
     kind = self._field("rope.scaling.type", "none")
-    # Before there were kinds.
+    # The key of files from before there were kinds.
     factor = self._field("rope.scale_linear")
     if factor is not None:
       kind = "linear"
@@ -252,7 +252,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     scaling = RopeScaling(
       kind="llama3",
       factor=float(factors.max()),
-      # Of every Llama 3.1 to 3.3.
+      # The same in every Llama 3.1 to 3.3.
       original_max_position_embeddings=8192,
       low_freq_factor=1.0,
       high_freq_factor=4.0,

@@ -11,15 +11,15 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from scca_jax.gguf_file import GgufFile
 
-# How text is cut before byte pairs are merged, by the name that GGUF has for
-# it; the expressions are those of the models' own tokenizer.json.
+# How text is split before byte pairs are merged, by GGUF's name for it; the
+# expressions are those of the models' own tokenizer.json.
 _LLAMA_3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA_3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _PRE_TOKENIZERS = ("gpt-2", "smollm", *_LLAMA_3_NAMES)
-# Kinds of pieces: GGUF takes SentencePiece's numbers.
+# Types of tokens; GGUF uses SentencePiece's numbers.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 

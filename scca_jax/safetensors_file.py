@@ -1,8 +1,8 @@
 """Tensors of safetensors files, mapped to memory.
 
-The library checks a file, and says what is in it; it copies what it reads. Here
-a tensor is an array over the file itself, so that it goes to a device as fast
-as the disk gives it. Files must not be changed meanwhile.
+The library checks a file and lists its tensors, but copies what it reads. Here
+a tensor is an array over the file itself, so that it reaches a device as fast
+as the disk delivers it. Files must not change meanwhile.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-# By the names of the format; jax gives numpy bfloat16.
+# By their names in the format; jax adds bfloat16 to numpy.
 _DTYPES = {
   "F64": np.float64,
   "F32": np.float32,
@@ -50,7 +50,7 @@ class _Stored:
     begin = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
     end = self.offset + self.num_bytes
     if self.num_bytes:
-      # All of it at once, while its first pages are used.
+      # Ask for all of it, so that the disk reads ahead.
       self.memory.madvise(mmap.MADV_WILLNEED, begin, end - begin)
     array = np.frombuffer(
       self.memory,
@@ -67,7 +67,7 @@ def _open(path: pathlib.Path) -> dict[str, _Stored]:
     raise FileNotFoundError(f"there is no {path}: the model lacks a file.")
   found = {}
   try:
-    # It checks that the tensors fill the file, one behind the other.
+    # It checks that the tensors fill the file without gaps.
     with safetensors.safe_open(path, framework="numpy") as file:
       with path.open("rb") as raw:
         memory = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
@@ -102,7 +102,7 @@ class SafetensorsFiles(Mapping[str, Callable[[], np.ndarray]]):
 
     Raises:
       FileNotFoundError: One is missing.
-      ValueError: One is damaged, a tensor is of a dtype that numpy has not, or
+      ValueError: One is damaged, a tensor has a dtype that numpy lacks, or is
         in two files; the message names it.
     """
     self._stored: dict[str, _Stored] = {}

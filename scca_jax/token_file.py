@@ -9,7 +9,7 @@ A JSON file of the same name beside it says what the ids are:
      "sha256", "sources", "document_ends"}
 
 `sha256` is that of the bytes of the `.bin`; `document_ends` holds, for every
-document, the offset behind its last token. Without the JSON the ids are
+document, the offset just after its last token. Without the JSON the ids are
 uint16; a JSON written by hand needs only `dtype`, which may be any of `DTYPES`.
 A file that looks like another width or byte order, or holds more than ids, is
 refused with the name of what it looks like.
@@ -29,7 +29,7 @@ import numpy as np
 from scca_jax import atomic_file
 from scca_jax.tokenizer import Tokenizer
 
-# Of ids, by their names in the JSON.
+# Dtypes of ids by their names in the JSON.
 DTYPES = {
   "uint8": np.dtype("u1"),
   "uint16": np.dtype("<u2"),
@@ -37,8 +37,7 @@ DTYPES = {
   "uint32": np.dtype("<u4"),
   "int64": np.dtype("<i8"),
 }
-# What ids may be mistaken for others: the widest first, as int64 also looks
-# like uint32.
+# Encodings that are recognised, the widest first: int64 also looks like uint32.
 _ENCODINGS = {
   "int64": np.dtype("<i8"),
   "big-endian int64": np.dtype(">i8"),
@@ -48,7 +47,7 @@ _ENCODINGS = {
   "big-endian uint16": np.dtype(">u2"),
   "uint8": np.dtype("u1"),
 }
-# By the bytes that they begin with.
+# Other kinds of file by their first bytes: name and remedy.
 _CONTAINERS = {
   b"\x93NUMPY": (
     "a .npy file",
@@ -69,10 +68,10 @@ _CONTAINERS = {
 # count of ids, which are uint16 or uint32.
 _LLM_C = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
 _LLM_C_HEADER = 1024
-# No vocabulary is larger, and none of bytes has more special tokens.
+# Larger than any vocabulary, and than any of bytes with special tokens.
 _MAX_VOCAB_SIZE = 1 << 20
 _MAX_BYTE_VOCAB_SIZE = 512
-# Bytes that are looked at in each of three places, and the fewest to judge by.
+# Bytes to inspect in each of three places, and the fewest to judge by.
 _SAMPLE = 1 << 15
 _MIN_SAMPLE = 128
 # Types of what the JSON may say, and their names in messages.
@@ -94,8 +93,8 @@ _KINDS = {
   str: "a string",
   list: "a list",
 }
-# Documents are encoded together until they have so many characters: enough to
-# keep all cores busy, and little to hold.
+# Documents are encoded in batches of about this many characters: enough to keep
+# all cores busy, and little to hold in memory.
 _BATCH_CHARACTERS = 1 << 23
 # Ids that are compared with the vocabulary at once.
 _CHECKED_IDS = 1 << 20
@@ -116,26 +115,27 @@ def write_token_file(
 ) -> dict[str, Any]:
   """Writes the tokens of `documents` to a `.bin` with its JSON beside it.
 
-  By default the file holds the tokens of the text and nothing else, which is
-  what the usual perplexity over a flat file expects. Documents without a token
-  are left out. Both files appear only when whole, the `.bin` last: where it
-  stands, the JSON that explains it does.
+  By default the file holds only the tokens of the text, which is what the usual
+  perplexity over a flat file expects. Documents without a token are left out.
+  Both files appear only when complete, the `.bin` last, so that a `.bin` always
+  has its JSON.
 
   Args:
-    documents: Their texts, read once.
-    tokenizer: Ids are uint16 where its vocabulary has less than 65,536.
+    documents: Texts of the documents, read once.
+    tokenizer: Makes the ids: uint16 if its vocabulary is below 65,536, else
+      uint32.
     output: The `.bin`.
     add_bos: Begin every document with the BOS token.
     append_eos: End every document with the EOS token.
-    sources: Names to record of where the documents came from.
+    sources: Names of the files that the documents came from, to be recorded.
 
   Returns:
     What the JSON says.
 
   Raises:
-    ValueError: `output` is no `.bin`, the tokenizer lacks a token that is
+    ValueError: `output` is not a `.bin`, the tokenizer lacks a token that is
       asked for, or the documents hold no text.
-    OSError: A file cannot be written; what stood there before still does.
+    OSError: A file cannot be written; a file from before is kept.
   """
   output = pathlib.Path(output)
   if output.suffix != ".bin":
@@ -209,8 +209,8 @@ class TokenFile:
 
   Attributes:
     tokens: `[tokens]` integer ids; of a file, mapped and not read.
-    document_ends: `[documents]` int64 offset behind each document's last
-      token; None where it is not known.
+    document_ends: `[documents]` int64 offset just after each document's
+      last token; None if not known.
     vocab_size: Vocabulary of the tokenizer that made the ids, or None.
     name: What messages call it.
     about: Everything the JSON says, empty without one.
@@ -244,8 +244,8 @@ class TokenFile:
 
     Args:
       path: The `.bin`.
-      vocab_size: Vocabulary of the model that is to read the ids: every id is
-        checked against it. None checks nothing.
+      vocab_size: Vocabulary of the model that will read the ids: every id is
+        checked against it. None skips the check.
 
     Raises:
       FileNotFoundError: The file is not there.
@@ -311,7 +311,7 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
       f'{path} describes no token file: it needs "dtype", one of'
       f" {', '.join(DTYPES)}."
     )
-  # What is null is as if it were not there.
+  # A null means the same as no entry.
   about = {name: value for name, value in about.items() if value is not None}
   known = {name: about[name] for name in _FIELDS if name in about}
   made_with = _vocab_size(about)
@@ -495,7 +495,7 @@ def _check_vocabulary(
         or (dtype.itemsize < tokens.itemsize and most_outside)
       ):
         continue
-      # Bytes are within any vocabulary but a small one.
+      # Bytes fit any but a small vocabulary.
       if dtype.itemsize == 1 and vocab_size > _MAX_BYTE_VOCAB_SIZE:
         continue
       values = _samples(path, dtype)

@@ -167,7 +167,7 @@ def _load_gguf(path: pathlib.Path) -> Tokenizer:
 def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
   processor = sentencepiece.SentencePieceProcessor()
   try:
-    # An empty proto parses, and leaves a model that answers everything with 0.
+    # An empty proto parses, to a model that answers everything with 0.
     if not content or not processor.LoadFromSerializedProto(content):
       raise RuntimeError("empty")
     vocab_size = processor.get_piece_size()
@@ -199,7 +199,7 @@ def _load_hugging_face(path: pathlib.Path, content: bytes) -> Tokenizer:
   vocabulary = processor.get_vocab(with_added_tokens=True)
   if not vocabulary:
     raise ValueError(f"{path} has an empty vocabulary.")
-  # Saved settings may cut or pad texts; ours are neither.
+  # Saved settings may truncate or pad texts, which we never want.
   processor.no_truncation()
   processor.no_padding()
   processor.encode_special_tokens = True
@@ -309,7 +309,7 @@ def train(
     output: The `.model` file; it appears only when whole.
 
   Raises:
-    ValueError: `output` is no `.model`, there is no text, or there is too
+    ValueError: `output` is not a `.model`, there is no text, or there is too
       little of it for `vocab_size` pieces.
   """
   output = pathlib.Path(output)

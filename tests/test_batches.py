@@ -163,14 +163,14 @@ def test_a_run_goes_on_exactly_where_it_stopped(packing):
 def test_a_position_in_another_order_is_refused(name, change):
   settings = {"token_file": CORPUS, "seq_len": 8, "batch_size": 4, "seed": 1}
   state = make_batches(**settings).get_state()
-  with pytest.raises(ValueError, match=f"left with {name}=.*now {name}="):
+  with pytest.raises(ValueError, match=f"saved with {name}=.*now {name}="):
     make_batches(**{**settings, **change}).set_state(state)
 
 
 @pytest.mark.parametrize("state", [{}, {"next_index": 3}])
 def test_a_position_that_is_none_is_refused(state):
   batches = make_batches(CORPUS, seq_len=8, batch_size=4, seed=1)
-  with pytest.raises(ValueError, match="cannot go on in the data"):
+  with pytest.raises(ValueError, match="cannot resume the data"):
     batches.set_state(state)
   whole = batches.get_state()
   for wrong in (None, "x", -1, 1.5):
