@@ -85,7 +85,12 @@ def define_config(default: str) -> flags.FlagHolder:
       "Settings of the run (configs/*.py).",
     )
   except (AttributeError, KeyError) as error:
-    _fail(ValueError(f"unknown setting: {str(error.args[0]).strip()}"))
+    text = str(error.args[0])
+    near = re.search(r'(\w+)\W+n?Did you mean "(\w+)"', text)
+    if near:
+      text = f"{near[1]}: did you mean {near[2]}?"
+    text = text.strip(" '\"")
+    _fail(ValueError(f"unknown setting {text}"))
   except TypeError:
     # One of them has a dot behind a setting that is not a group.
     given = [a.split("=")[0] for a in sys.argv if a.startswith("--config.")]
