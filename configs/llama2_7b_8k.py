@@ -5,8 +5,8 @@ LLaMA2-7B from 4k to 8k on a single V100. The recipe is LongLoRA's: rank 8 on
 the attention projections, embeddings and norms trained too, AdamW at 2e-5,
 1,000 steps of 64 sequences. Shift and pattern are this project's choices.
 
-Hardware: one V100 of 32 GB, float16, and 6 GiB of the host's memory for what
-waits there. Command, with the user's own weights and data:
+Hardware: one V100 of 32 GB, float16, and 6 GiB of the host's memory for
+offloaded arrays. Command, with the user's own weights and data:
 `python -m experiments.finetune --config=configs/llama2_7b_8k.py
 --model=llama2-7b/ --data=train.bin --config.data.test=test.bin`.
 Expected: the step compiles for that card to 16.0 GiB, as `python -m

@@ -1,4 +1,4 @@
-"""Turns text into a token file: ids in a `.bin`, what they are in a JSON.
+"""Turns text into a token file: ids in a `.bin`, their description in a JSON.
 
     python -m experiments.prepare_data --input=books/ \
       --tokenizer=tokenizer.model --output=books.bin
@@ -46,18 +46,18 @@ _SAMPLE_BYTES = flags.DEFINE_integer(
   20_000_000,
   "Most text to train the tokenizer on, in bytes, drawn evenly from the input.",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Draws that sample.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of that sample.")
 _TEXT_FIELD = flags.DEFINE_string(
   "text_field", "text", "Field of a .jsonl line that holds the text."
 )
 _ADD_BOS = flags.DEFINE_boolean(
-  "add_bos", False, "Begin every document with the BOS token."
+  "add_bos", False, "Start every document with the BOS token."
 )
 _APPEND_EOS = flags.DEFINE_boolean(
   "append_eos",
   False,
-  "End every document with the EOS token: for pretraining. Without, the file"
-  " holds the tokens of the text alone, which perplexity is defined over.",
+  "End every document with the EOS token: for pretraining. Without it the file"
+  " holds the tokens of the text alone, as perplexity needs them.",
 )
 
 
@@ -81,7 +81,7 @@ def main() -> None:
   """Writes the token file, and the tokenizer if one is to be trained.
 
   Raises:
-    ValueError: A flag is missing or the input is not what it should be.
+    ValueError: A flag is missing, or the input is damaged.
     OSError: A file is missing or cannot be written.
   """
   source = _INPUT.value
@@ -94,19 +94,21 @@ def main() -> None:
     raise ValueError(f"--output must end in .bin, got {output}.")
   started = time.monotonic()
   if _TOKENIZER.value is None:
-    words = tokenizer.train(
+    vocabulary = tokenizer.train(
       tokenizer.sample(
         _documents(source, "sampling"), _SAMPLE_BYTES.value, seed=_SEED.value
       ),
       _VOCAB_SIZE.value,
       output.with_suffix(".model"),
     )
-    print(f"wrote {output.with_suffix('.model')}: {words.vocab_size} pieces")
+    print(
+      f"wrote {output.with_suffix('.model')}: {vocabulary.vocab_size} pieces"
+    )
   else:
-    words = tokenizer.load(_TOKENIZER.value)
+    vocabulary = tokenizer.load(_TOKENIZER.value)
   about = write_token_file(
     _documents(source, "encoding"),
-    words,
+    vocabulary,
     output,
     add_bos=_ADD_BOS.value,
     append_eos=_APPEND_EOS.value,

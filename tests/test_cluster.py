@@ -1,4 +1,4 @@
-"""Runs of several processes, and runs that go on on other devices."""
+"""Runs of several processes, and runs that resume on other devices."""
 
 import json
 import os
@@ -245,6 +245,6 @@ def test_a_run_goes_on_on_other_devices(
   if to == "1 to 8":
     mesh = tuple(f"--config.mesh.{x}=2" for x in ("data", "tensor", "sequence"))
   printed = _run(8, f"--output_dir={run}", *arguments, *mesh)
-  assert "Going on from the checkpoint of step 2." in printed[0]
+  assert "Resuming from the checkpoint of step 2." in printed[0]
   # Each step has the loss of its own samples: none is lost or seen twice.
   _same(run, alone)

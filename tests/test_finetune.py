@@ -200,7 +200,7 @@ def test_no_model_is_held_beside_another(base, arguments, tmp_path):
   one = sum(weight.nbytes for weight in weights)
   assert len(evaluations) == 3  # Untuned, interpolated and tuned.
   assert one < max(evaluations) < 1.5 * one
-  # A run that goes on starts with no more than one that begins.
+  # A run that resumes starts with no more than a new one.
   shutil.rmtree(output / "checkpoints" / "12")
   again = _live_bytes(f"--output_dir={output}", *arguments)
   assert again == [first, *evaluations]

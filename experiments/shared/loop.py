@@ -322,7 +322,7 @@ class _Run:
     self.checkpoints.wait()
     print(
       f"Stopped by {signal.Signals(number).name} after step {self.done}; the"
-      " same command goes on from there.",
+      " same command resumes from there.",
       flush=True,
     )
     raise SystemExit(128 + number)
@@ -401,7 +401,7 @@ def fit(
   if done:
     state, position = checkpoints.restore(done, state)
     batches.set_state(position)
-    print(f"Going on from the checkpoint of step {done}.", flush=True)
+    print(f"Resuming from the checkpoint of step {done}.", flush=True)
   current = _Run(
     graphdef=graphdef,
     state=state,

@@ -1,8 +1,8 @@
 """Attention as PyTorch users run it, to be timed beside this package.
 
-PyTorch is optional: it is imported where a peer is made. Arrays are
+PyTorch is optional: it is imported when a peer is made. Arrays are
 `[1, heads, seq, head_dim]` for `flex` and `sdpa`, and `[1, seq, heads,
-head_dim]` for `longlora_s2`, whose users have them so.
+head_dim]` for `longlora_s2`, as its users have them.
 """
 
 # Types are checked without PyTorch too.
@@ -231,7 +231,7 @@ def mask_mod(
 
   Args:
     pattern: With boundary "drop" and causality "position".
-    device: Of the tables of a pattern that no formula describes.
+    device: Where the tables lie of a pattern that no formula describes.
 
   Raises:
     NotImplementedError: The pattern is a mixture, has another boundary or

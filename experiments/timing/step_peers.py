@@ -1,11 +1,11 @@
 """The training step of Hugging Face's transformers with PEFT, to be timed.
 
-PyTorch is optional: it is imported where a peer is made. A peer is what its
+PyTorch is optional: it is imported when a peer is made. A peer is what its
 users run: `LlamaForCausalLM` in one dtype, its logits and loss whole, LoRA by
-PEFT, gradient checkpointing of each layer if the configuration computes layers
-anew, fused AdamW, nothing compiled. It trains the parameters that this package
-trains, but embeddings and norms in the dtype of the model, as LongLoRA does,
-where this package holds them in float32.
+PEFT, gradient checkpointing of each layer if the configuration recomputes
+layers, fused AdamW, nothing compiled. It trains the same parameters as this
+package, but embeddings and norms in the dtype of the model, as LongLoRA does;
+this package holds them in float32.
 """
 
 # Types are checked without PyTorch too.
