@@ -154,6 +154,7 @@ def test_the_step_that_is_timed_has_the_weights_of_the_configuration(
   assert jnp.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_a_mesh_is_timed_beside_one_device(
   run_command, capsys, small, tmp_path
 ):

@@ -256,24 +256,31 @@ def test_planning_looks_for_no_gpu_and_keeps_nothing(tmp_path):
 # Most that each may take, in GiB. The pool of a V100 of 32 GB is 23.8.
 V100 = (
   # With the moments on the card, the residuals in the host's memory.
-  (
+  pytest.param(
     "llama2_7b_8k",
     "v100-32gb",
     17.5,
     ("--config.training.offload_optimizer=False",),
+    id="8k",
+    marks=pytest.mark.slow,
   ),
-  ("llama2_7b_8k", "v100-32gb", 16.1, ()),
-  ("llama2_7b_32k", "v100-32gb", 20.0, ()),
-  ("llama2_7b_8k_v100_16gb", "v100-16gb", 11.8, ()),
+  pytest.param("llama2_7b_8k", "v100-32gb", 16.1, (), id="8k offloaded"),
+  pytest.param(
+    "llama2_7b_32k", "v100-32gb", 20.0, (), id="32k", marks=pytest.mark.slow
+  ),
+  pytest.param(
+    "llama2_7b_8k_v100_16gb",
+    "v100-16gb",
+    11.8,
+    (),
+    id="8k int8",
+    marks=pytest.mark.slow,
+  ),
 )
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-  ("config", "gpu", "most", "settings"),
-  V100,
-  ids=["8k", "8k offloaded", "32k", "8k int8"],
-)
+@pytest.mark.parametrize(("config", "gpu", "most", "settings"), V100)
 def test_the_papers_model_compiles_within_a_v100(
   run_command, tmp_path, config, gpu, most, settings
 ):
