@@ -53,6 +53,7 @@ _WITHOUT_EFFECT = {
   "attn_factor": (1,),
   "finetuned": (True, False),
 }
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _TOKENIZER_SETTINGS = (
   "tokenizer_config.json",
@@ -343,7 +344,8 @@ def is_adapter(path: _Path) -> bool:
 def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
   """Returns the tensors of a model's folder."""
   path = folder / _INDEX
-  if path.is_file():
+  # Where there is a single file too, transformers takes that.
+  if path.is_file() and not (folder / _WEIGHTS).is_file():
     shard_of = json_file.read(path).get("weight_map")
     if (
       not isinstance(shard_of, dict)
@@ -664,11 +666,18 @@ def load_model(
     for path in targets
     if not is_adapter(path)
   }
+  if config.tie_embeddings and _HEAD in tensors:
+    _check_tied(tensors, source)
+    if _EMBEDDING not in tensors:
+      names = {
+        path: [_HEAD] if of_path == [_EMBEDDING] else of_path
+        for path, of_path in names.items()
+      }
   known = {name for of_path in names.values() for name in of_path}
   for name in tensors:
     # Old files have the frequencies of RoPE, and tied ones may have the head.
     ignored = name.endswith("rotary_emb.inv_freq") or (
-      config.tie_embeddings and name == "lm_head.weight"
+      config.tie_embeddings and name == _HEAD
     )
     if name not in known and not ignored:
       raise ValueError(
@@ -685,6 +694,23 @@ def load_model(
     {path: targets[path] for path in names}, names, tensors, source, quantize_by
   )
   return _merge(graphdef, state, arrays)
+
+
+def _check_tied(
+  tensors: SafetensorsFiles | gguf_file.GgufFile, source: pathlib.Path
+) -> None:
+  """Checks that a tied head is the embedding, if both are in the file.
+
+  Of two that differ, versions of transformers disagree which one counts.
+  """
+  if _EMBEDDING in tensors and not np.array_equal(
+    tensors[_HEAD](), tensors[_EMBEDDING]()
+  ):
+    raise ValueError(
+      f"{source}: tie_word_embeddings is true, but {_HEAD} is not"
+      f" {_EMBEDDING}: set it to false in config.json, or remove the wrong"
+      " tensor."
+    )
 
 
 # Writing.

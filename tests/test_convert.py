@@ -142,6 +142,33 @@ def test_tied_models_may_keep_the_head(tmp_path):
   tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(1)
   source = model_files.write(tmp_path, tensors, tie_word_embeddings=True)
   assert convert.load_model(source).lm_head is None
+  tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+  model_files.write(tmp_path, tensors, tie_word_embeddings=True)
+  with pytest.raises(ValueError, match="lm_head.weight is not model.embed_tok"):
+    convert.load_model(source)
+
+
+def test_tied_models_may_be_saved_under_the_head(tmp_path):
+  tensors = model_files.tensors(True)
+  usual = model_files.write(
+    tmp_path / "usual", tensors, tie_word_embeddings=True
+  )
+  tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+  head = model_files.write(tmp_path / "head", tensors, tie_word_embeddings=True)
+  np.testing.assert_array_equal(
+    model_files.logits(convert.load_model(head)),
+    model_files.logits(convert.load_model(usual)),
+  )
+
+
+def test_a_single_file_counts_before_an_index(folder):
+  wanted = model_files.logits(convert.load_model(folder))
+  (folder / "model.safetensors.index.json").write_text(
+    json.dumps({"weight_map": {"model.norm.weight": "of_an_older_save"}})
+  )
+  np.testing.assert_array_equal(
+    model_files.logits(convert.load_model(folder)), wanted
+  )
 
 
 def test_ntk_is_written_as_another_base(tmp_path):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch", reason="parity needs the extra parity")
 transformers = pytest.importorskip(
@@ -143,6 +144,30 @@ def test_the_old_spelling_of_rope_scaling_alone_is_enough(tmp_path, old):
   config = json.loads(path.read_text())
   del config["rope_parameters"]
   path.write_text(json.dumps(config | {"rope_scaling": old}))
+  tokens = _tokens()
+  np.testing.assert_allclose(
+    _our_logits(convert.load_model(tmp_path), tokens),
+    _their_logits(_in_transformers(tmp_path), tokens),
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("kept", ["head", "single file"])
+def test_folders_that_say_things_twice_are_read_the_same(tmp_path, kept):
+  model = _model(tie_embeddings=kept == "head")
+  convert.save_model(model, tmp_path, dtype=jnp.float32)
+  path = tmp_path / "model.safetensors"
+  tensors = load_file(path)
+  if kept == "head":
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, path, {"format": "pt"})
+  else:
+    shard = "model-00001-of-00001.safetensors"
+    older = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(older, tmp_path / shard, {"format": "pt"})
+    (tmp_path / "model.safetensors.index.json").write_text(
+      json.dumps({"metadata": {}, "weight_map": dict.fromkeys(older, shard)})
+    )
   tokens = _tokens()
   np.testing.assert_allclose(
     _our_logits(convert.load_model(tmp_path), tokens),
