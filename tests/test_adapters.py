@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import model_files
 import numpy as np
+import pattern_strings
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -55,7 +56,7 @@ def _adapted(folder, lora):
 )
 def test_an_adapter_comes_back_with_all_it_needs(folder, tmp_path, lora):
   model = _adapted(folder, lora)
-  schedule = patterns.make_schedule(
+  schedule = pattern_strings.make_layers(
     "scca_flow", num_heads=4, num_layers=3, seq_len=64, rotate="layer"
   )
   adapter = tmp_path / "adapter"

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pattern_strings
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -17,7 +18,9 @@ from scca_jax.backends import registry
 SEQ_LEN, HEADS = 13, 4
 # Every named pattern, under both rules for the start of the sequence.
 NAMED = [
-  patterns.make(name, num_heads=HEADS, seq_len=SEQ_LEN, boundary=boundary)
+  pattern_strings.make(
+    name, num_heads=HEADS, seq_len=SEQ_LEN, boundary=boundary
+  )
   for name in patterns.NAMES
   if name != "scca_near"
   for boundary in patterns.BOUNDARIES

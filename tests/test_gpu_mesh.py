@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pattern_strings
 import pytest
 from flax import nnx
 
-from scca_jax import lora, patterns, sharding, training
+from scca_jax import lora, sharding, training
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 
@@ -74,7 +75,9 @@ def _run(
     params, rule, "bfloat16", mesh, offload_optimizer=offload_optimizer
   )
   config = training.StepConfig(
-    patterns=patterns.make(pattern, num_heads=CONFIG.num_heads, seq_len=SEQ),
+    patterns=pattern_strings.make(
+      pattern, num_heads=CONFIG.num_heads, seq_len=SEQ
+    ),
     num_micro_batches=2,
     remat="layer",
     dtype="bfloat16",

@@ -5,6 +5,7 @@ import math
 import time
 
 import numpy as np
+import pattern_strings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -170,7 +171,7 @@ def named_patterns(draw):
   n = draw(st.integers(1, 40))
   num_heads = draw(st.integers(1, 9))
   return (
-    patterns.make(
+    pattern_strings.make(
       draw(st.sampled_from(patterns.NAMES)), num_heads=num_heads, seq_len=n
     ),
     n,
@@ -305,7 +306,7 @@ def test_a_union_that_falls_back_sees_its_own_chunk_once():
 
 def test_near_sees_two_chunks_of_an_eighth():
   n, w = 4096, 512
-  pattern = patterns.make("scca_near", num_heads=8, seq_len=n)
+  pattern = pattern_strings.make("scca_near", num_heads=8, seq_len=n)
   assert pattern == patterns.scca_near(8, w, 8)
   shifts = [w * c for c in (1, 1, 2, 3, 4, 5, 6, 7)]
   assert [head.shift for head in pattern.heads] == shifts
@@ -379,7 +380,7 @@ def test_mix_joins_heads():
 
 
 def test_a_schedule_asks_for_each_layer():
-  layers = patterns.make_schedule(
+  layers = pattern_strings.make_layers(
     "scca_flow", num_heads=4, num_layers=3, seq_len=16, rotate="layer"
   )
   assert [p.heads[0].shift for p in layers] == [0, 4, 8]
@@ -491,9 +492,9 @@ def test_heads_that_cannot_be_are_refused(settings_, said):
     ),
     (lambda: patterns.longmixed(4, 4, split=(1, 0)), "split"),
     (lambda: patterns.longmixed(4, 4, split=(1, 1, 1)), "sum to 1"),
-    (lambda: patterns.make("flow", num_heads=2, seq_len=8), "scca_flow"),
+    (lambda: pattern_strings.make("flow", num_heads=2, seq_len=8), "scca_flow"),
     (
-      lambda: patterns.make("local", num_heads=2, seq_len=8, window=3),
+      lambda: pattern_strings.make("local", num_heads=2, seq_len=8, window=3),
       "window.*chunk_size",
     ),
   ],
@@ -749,7 +750,7 @@ def drawn_layers(draw):
     modes,
   )
   named = st.builds(
-    lambda name, n: patterns.make(name, num_heads=num_heads, seq_len=n),
+    lambda name, n: pattern_strings.make(name, num_heads=num_heads, seq_len=n),
     st.sampled_from(patterns.NAMES),
     st.integers(1, 60),
   )

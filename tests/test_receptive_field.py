@@ -1,5 +1,6 @@
 """The receptive field against a walk through the masks."""
 
+import pattern_strings
 import pytest
 
 from scca_jax import patterns, receptive_field
@@ -24,7 +25,9 @@ def _walk(layers, n):
   "name", ["local", "s2", "scca_fixed", "dna", "dilated"]
 )
 def test_coverage_counts_what_can_be_walked_to(name):
-  layers = patterns.make_schedule(name, num_heads=4, num_layers=4, seq_len=21)
+  layers = pattern_strings.make_layers(
+    name, num_heads=4, num_layers=4, seq_len=21
+  )
   assert receptive_field.coverage(layers, 21) == pytest.approx(
     _walk(layers, 21)
   )

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pattern_strings
 import pytest
 from flax import nnx
 
@@ -40,7 +41,7 @@ MESHES = {
 # Two heads of every named pattern: one compilation serves them all.
 PATTERN = patterns.mix(
   *(
-    patterns.make(
+    pattern_strings.make(
       name,
       num_heads=2,
       seq_len=SEQ,

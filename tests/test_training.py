@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pattern_strings
 import pytest
 from flax import nnx
 
@@ -144,7 +145,7 @@ def test_remat_and_chunks_change_no_number():
 
 @pytest.mark.parametrize("rotate", [0, "layer"])
 def test_the_backward_pass_keeps_no_second_copy_of_the_weights(rotate):
-  schedule = patterns.make_schedule(
+  schedule = pattern_strings.make_layers(
     "scca_flow", num_heads=4, num_layers=8, seq_len=8, rotate=rotate
   )
   config = dataclasses.replace(CONFIG, num_layers=8)
