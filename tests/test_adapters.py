@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,33 @@ def _adapted(folder, lora):
     for key, leaf in zip(keys, leaves, strict=True)
   ]
   return nnx.merge(graphdef, jax.tree.unflatten(structure, moved), frozen)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A base and an adapter of it, made once: `base/` and `adapter/`."""
+  work = tmp_path_factory.mktemp("saved")
+  base = model_files.write(work / "base", model_files.tensors(False))
+  adapters.save_adapter(
+    _adapted(base, LoraConfig(rank=2)),
+    work / "adapter",
+    base_model="base",
+    patterns=[patterns.local(4, 8)] * 3,
+  )
+  return work
+
+
+@pytest.fixture
+def damage(saved, tmp_path):
+  """Copies the adapter with changes to one of its JSON files."""
+
+  def copy(name, change):
+    folder = shutil.copytree(saved / "adapter", tmp_path / "damaged")
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | change))
+    return folder
+
+  return copy
 
 
 @pytest.mark.parametrize(
@@ -206,13 +234,10 @@ def test_arrays_of_numpy_are_written_like_others(folder, tmp_path):
     ({"modules_to_save": None}, "lm_head.weight"),
   ],
 )
-def test_adapters_that_do_not_fit_are_named(folder, tmp_path, change, said):
-  model = _adapted(folder, LoraConfig(rank=2))
-  adapters.save_adapter(model, tmp_path / "a", base_model="base")
-  path = tmp_path / "a" / "adapter_config.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+def test_adapters_that_do_not_fit_are_named(saved, damage, change, said):
+  damaged = damage("adapter_config.json", change)
   with pytest.raises(ValueError, match=said):
-    adapters.load_adapter(folder, tmp_path / "a")
+    adapters.load_adapter(saved / "base", damaged)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -322,14 +347,10 @@ def test_patterns_are_kept_as_a_string_and_as_heads(folder, tmp_path, pattern):
     ({"num_kv_heads": None}, "scca_config.json lacks 'num_kv_heads'"),
   ],
 )
-def test_damaged_patterns_are_named(folder, tmp_path, change, said):
-  model = _adapted(folder, LoraConfig(rank=2))
-  layers = [patterns.local(4, 8)] * 3
-  adapters.save_adapter(model, tmp_path, base_model="base", patterns=layers)
-  path = tmp_path / "scca_config.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+def test_damaged_patterns_are_named(damage, change, said):
+  damaged = damage("scca_config.json", change)
   with pytest.raises(ValueError, match=said) as error:
-    adapters.load_patterns(tmp_path)
+    adapters.load_patterns(damaged)
   assert "\n" not in str(error.value)
 
 
@@ -350,13 +371,10 @@ def test_damaged_patterns_are_named(folder, tmp_path, change, said):
     ({"quantize": "nf5"}, "nf5"),
   ],
 )
-def test_damaged_settings_of_ours_are_named(folder, tmp_path, change, said):
-  model = _adapted(folder, LoraConfig(rank=2))
-  adapters.save_adapter(model, tmp_path, base_model="base")
-  path = tmp_path / "scca_config.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | change))
+def test_damaged_settings_of_ours_are_named(saved, damage, change, said):
+  damaged = damage("scca_config.json", change)
   with pytest.raises(ValueError, match=said) as error:
-    adapters.load_adapter(folder, tmp_path)
+    adapters.load_adapter(saved / "base", damaged)
   assert "\n" not in str(error.value)
 
 
