@@ -1,0 +1,42 @@
+"""Flags that commands share."""
+
+import pytest
+
+from experiments.shared import flags as shared_flags
+
+
+@pytest.mark.parametrize(
+  ("text", "parts"),
+  [
+    ("dense", ["dense"]),
+    ("s2, local", ["s2", "local"]),
+    (
+      "sda(dilation=2, window=3),mix(s2, layers(sda, s2), heads=(4, 5))",
+      ["sda(dilation=2, window=3)", "mix(s2, layers(sda, s2), heads=(4, 5))"],
+    ),
+    (
+      "longmixed(dilations=[2, 4]):64,s2:32",
+      ["longmixed(dilations=[2, 4]):64", "s2:32"],
+    ),
+    ("", []),
+    # Left to the parser of patterns to refuse.
+    ("s2(,local", ["s2(,local"]),
+  ],
+)
+def test_commas_in_parentheses_divide_no_patterns(text, parts):
+  assert shared_flags.split_patterns(text) == parts
+
+
+def parse(argument, least=1):
+  return shared_flags._LengthsParser(least).parse(argument)
+
+
+def test_lengths_are_read_once_each():
+  assert parse("64, 32,64") == (64, 32)
+  assert parse("", least=0) == ()
+
+
+@pytest.mark.parametrize("argument", ["", "many", "0", "-4", "1.5", "8,x"])
+def test_what_is_no_length_is_refused(argument):
+  with pytest.raises(ValueError, match="1024,2048"):
+    parse(argument)
