@@ -1,19 +1,25 @@
-"""Measures the perplexity of a model, or of a model with an adapter.
+"""Measures the perplexity of a model or adapter, or scores it on tasks.
 
 python -m experiments.evaluate --context_lens=256,512,1024
 python -m experiments.evaluate --model=llama2-7b --adapter=runs/a/adapter \
   --data=pg19_test.bin --context_lens=2048,8192 --output=perplexity.json
+python -m experiments.evaluate --model=smollm2.gguf --context_lens=1024,4096 \
+  --tasks=passkey,niah_single_1,vt --output=tasks.json
 
-Attention is dense unless `--pattern` asks for another.
+Attention is dense unless `--pattern` asks for another. With `--tasks`,
+perplexity is measured only where `--data` is given too.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags, logging
 from tqdm import tqdm
 
@@ -25,10 +31,12 @@ from scca_jax import (
   convert,
   dispatch,
   perplexity,
+  tasks,
   tokenizer,
 )
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
+from scca_jax.rope import RopeScaling
 from scca_jax.token_file import TokenFile
 
 _MODEL = shared_flags.define_model()
@@ -41,8 +49,9 @@ _IMPLEMENTATION = shared_flags.define_implementation()
 _DATA = flags.DEFINE_string(
   "data",
   None,
-  "Token file (.bin), or text: .txt, .jsonl, either with .gz, .xz or .zst, or a"
-  " folder of such files; by default the embedded test books.",
+  "What perplexity is measured on: a token file (.bin), or text: .txt,"
+  " .jsonl, either with .gz, .xz or .zst, or a folder of such files; by default"
+  " the embedded test books.",
 )
 _CONTEXT_LENS = shared_flags.define_lengths(
   "context_lens",
@@ -61,6 +70,15 @@ _STRIDE = flags.DEFINE_integer(
   perplexity.LONGLORA_STRIDE,
   "Tokens between windows (strided, document).",
 )
+_TASKS = flags.DEFINE_list(
+  "tasks",
+  [],
+  f"Tasks to score: {', '.join(tasks.TASKS)}; by default none, but perplexity.",
+)
+_NUM_SAMPLES = flags.DEFINE_integer(
+  "num_samples", 200, "Samples per task and length."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Draws other samples.")
 _PATTERN = flags.DEFINE_string(
   "pattern",
   None,
@@ -79,7 +97,7 @@ _ROPE_FACTOR = flags.DEFINE_float(
   " length.",
 )
 _BATCH_TOKENS = flags.DEFINE_integer(
-  "batch_tokens", 8192, "Tokens per batch of windows."
+  "batch_tokens", 8192, "Tokens per batch of windows or samples."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Results, a .json.")
 
@@ -106,6 +124,8 @@ def _check_flags() -> None:
       "--rope_scaling is for models without an adapter: an adapter brings the"
       " one it was tuned with."
     )
+  for name in _TASKS.value:
+    tasks.get(name)
   shared_flags.check_trained(_PATTERN, _ADAPTER)
   if _BATCH_TOKENS.value < 1:
     raise ValueError(
@@ -136,6 +156,14 @@ def _open_tokens(
   return dataclasses.replace(tokens, name=str(path)), vocabulary.bos_id
 
 
+def _print_rows(rows: list[list[str]]) -> None:
+  """Prints a table, its columns as wide as need be."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  for row in rows:
+    cells = [f"{c:>{w}}" for c, w in zip(row, widths, strict=True)]
+    print("  ".join(cells).rstrip())
+
+
 def print_table(results: dict[int, perplexity.Perplexity]) -> None:
   """Prints a line for each context length."""
   skipped = any(result.num_skipped for result in results.values())
@@ -152,9 +180,71 @@ def print_table(results: dict[int, perplexity.Perplexity]) -> None:
       "-" if last is None else f"{last:.3f}",
     ]
     rows.append(row + ([f"{result.num_skipped:,}"] if skipped else []))
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  for row in rows:
-    print("  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)))
+  _print_rows(rows)
+
+
+def print_scores(scores: dict[str, dict[int, tasks.Score]]) -> None:
+  """Prints a line for each task and length, then the mean over the tasks.
+
+  The mean leaves out `copy`, whose score is the loss.
+  """
+  rows = [["task", "context", "accuracy", "95 % interval", "answer loss"]]
+  for name, by_length in scores.items():
+    for context_len, score in by_length.items():
+      low, high = score.interval
+      rows.append(
+        [
+          name,
+          f"{context_len:,}",
+          f"{score.accuracy:.3f}",
+          f"{low:.3f} - {high:.3f}",
+          f"{score.answer_loss:.4f}",
+        ]
+      )
+  counted = [by_length for name, by_length in scores.items() if name != "copy"]
+  if len(counted) > 1:
+    for context_len in counted[0]:
+      mean = np.mean([by_length[context_len].accuracy for by_length in counted])
+      name = f"mean of {len(counted)}"
+      rows.append([name, f"{context_len:,}", f"{mean:.3f}", "", ""])
+  _print_rows(rows)
+
+
+def _samples(
+  name: str, vocabulary: tokenizer.Tokenizer, context_len: int
+) -> Iterator[tasks.Sample]:
+  return tasks.get(name).samples(
+    vocabulary, context_len, _NUM_SAMPLES.value, _SEED.value
+  )
+
+
+def _score_tasks(
+  model: Llama, vocabulary: tokenizer.Tokenizer, layers: dict[int, Any]
+) -> dict[str, dict[int, tasks.Score]]:
+  """Returns the score on each task at each length.
+
+  Args:
+    model: The model.
+    vocabulary: Makes the prompts.
+    layers: The patterns at each length.
+  """
+  num_samples = len(_TASKS.value) * len(layers) * _NUM_SAMPLES.value
+  with tqdm(total=num_samples, unit="sample", mininterval=0.5) as bar:
+    return {
+      name: {
+        context_len: tasks.score(
+          model,
+          _samples(name, vocabulary, context_len),
+          context_len=context_len,
+          batch_size=max(1, _BATCH_TOKENS.value // context_len),
+          patterns=of_length,
+          implementation=_IMPLEMENTATION.value,
+          on_samples=bar.update,
+        )
+        for context_len, of_length in layers.items()
+      }
+      for name in _TASKS.value
+    }
 
 
 def main() -> None:
@@ -180,20 +270,29 @@ def main() -> None:
     n: resolve.trained_or_made(_PATTERN.value, _ADAPTER.value, config, n)
     for n in context_lens
   }
+  vocabulary = None
+  if _TASKS.value:
+    vocabulary = tokenizer.load(_TOKENIZER.value or folder)
+    # Refuses lengths that are too short before the weights are loaded.
+    for name, context_len in itertools.product(_TASKS.value, context_lens):
+      _samples(name, vocabulary, context_len)
   with tempfile.TemporaryDirectory() as cache:
-    tokens, bos_id = _open_tokens(folder, config, pathlib.Path(cache))
-    num_windows = sum(
-      perplexity.count_windows(
-        tokens,
-        vocab_size=config.vocab_size,
-        context_len=context_len,
-        protocol=_PROTOCOL.value,
-        num_windows=_NUM_WINDOWS.value,
-        stride=_STRIDE.value,
-        bos_id=bos_id,
+    tokens = bos_id = None
+    num_windows = 0
+    if _DATA.value is not None or not _TASKS.value:
+      tokens, bos_id = _open_tokens(folder, config, pathlib.Path(cache))
+      num_windows = sum(
+        perplexity.count_windows(
+          tokens,
+          vocab_size=config.vocab_size,
+          context_len=context_len,
+          protocol=_PROTOCOL.value,
+          num_windows=_NUM_WINDOWS.value,
+          stride=_STRIDE.value,
+          bos_id=bos_id,
+        )
+        for context_len in context_lens
       )
-      for context_len in context_lens
-    )
     if max(context_lens) > config.context_len:
       logging.warning(
         "The context length %s exceeds the model's %s.",
@@ -202,65 +301,99 @@ def main() -> None:
       )
     if model is None:
       model = _load(folder, config)
-    with tqdm(total=num_windows, unit="window", mininterval=0.5) as bar:
-      results = {
-        context_len: perplexity.perplexity(
-          model,
-          tokens,
-          context_len=context_len,
-          protocol=_PROTOCOL.value,
-          patterns=layers[context_len],
-          num_windows=_NUM_WINDOWS.value,
-          stride=_STRIDE.value,
-          batch_size=max(1, _BATCH_TOKENS.value // context_len),
-          bos_id=bos_id,
-          implementation=_IMPLEMENTATION.value,
-          on_windows=bar.update,
-        )
-        for context_len in context_lens
-      }
-  pattern = _PATTERN.value or "dense"
+    results = {}
+    if tokens is not None:
+      with tqdm(total=num_windows, unit="window", mininterval=0.5) as bar:
+        results = {
+          context_len: perplexity.perplexity(
+            model,
+            tokens,
+            context_len=context_len,
+            protocol=_PROTOCOL.value,
+            patterns=layers[context_len],
+            num_windows=_NUM_WINDOWS.value,
+            stride=_STRIDE.value,
+            batch_size=max(1, _BATCH_TOKENS.value // context_len),
+            bos_id=bos_id,
+            implementation=_IMPLEMENTATION.value,
+            on_windows=bar.update,
+          )
+          for context_len in context_lens
+        }
+  scores = {}
+  if vocabulary is not None:
+    scores = _score_tasks(model, vocabulary, layers)
+  _print(results, scores)
+  if _OUTPUT.value is not None:
+    found = _result(results, scores, config.rope_scaling)
+    atomic_file.write_json(_OUTPUT.value, found)
+    print(f"wrote {_OUTPUT.value}")
+
+
+def _print(
+  results: dict[int, perplexity.Perplexity],
+  scores: dict[str, dict[int, tasks.Score]],
+) -> None:
+  """Prints a table of perplexities, one of scores, or both."""
   name = _MODEL.value or assets.MODEL.name
-  source = _DATA.value or assets.BOOKS_TEST.name
-  if _NUM_WINDOWS.value is None:
-    windows = f"windows every {_STRIDE.value:,} tokens"
-  else:
-    windows = f"up to {_NUM_WINDOWS.value:,} evenly spaced windows"
   adapted = f" with {_ADAPTER.value}" if _ADAPTER.value else ""
-  print(
-    f"{name}{adapted} on {source}\n"
-    f"{_PROTOCOL.value} protocol, {pattern} attention, {windows}"
-  )
-  print_table(results)
-  if _OUTPUT.value is None:
-    return
+  attention = f"{_PATTERN.value or 'dense'} attention"
+  if results:
+    if _NUM_WINDOWS.value is None:
+      windows = f"windows every {_STRIDE.value:,} tokens"
+    else:
+      windows = f"up to {_NUM_WINDOWS.value:,} evenly spaced windows"
+    print(
+      f"{name}{adapted} on {_DATA.value or assets.BOOKS_TEST.name}\n"
+      f"{_PROTOCOL.value} protocol, {attention}, {windows}"
+    )
+    print_table(results)
+  if scores:
+    print(
+      f"{name}{adapted} on tasks\n"
+      f"{_NUM_SAMPLES.value:,} samples each, {attention}, seed {_SEED.value}"
+    )
+    print_scores(scores)
+
+
+def _result(
+  results: dict[int, perplexity.Perplexity],
+  scores: dict[str, dict[int, tasks.Score]],
+  rope_scaling: RopeScaling | None,
+) -> dict[str, Any]:
+  """Returns what the JSON file holds."""
 
   def by_length(field: str) -> dict[str, Any]:
     return {str(n): getattr(result, field) for n, result in results.items()}
 
-  atomic_file.write_json(
-    _OUTPUT.value,
-    {
-      "model": name,
-      "adapter": _ADAPTER.value,
-      "data": source,
+  found: dict[str, Any] = {
+    "model": _MODEL.value or assets.MODEL.name,
+    "adapter": _ADAPTER.value,
+    "pattern": _PATTERN.value or "dense",
+    "rope_scaling": rope_scaling and dataclasses.asdict(rope_scaling),
+    "dtype": _DTYPE.value,
+    "implementation": _IMPLEMENTATION.value,
+    "jax": jax.__version__,
+    "device": jax.devices()[0].device_kind,
+  }
+  if results:
+    found |= {
+      "data": _DATA.value or assets.BOOKS_TEST.name,
       "protocol": _PROTOCOL.value,
-      "pattern": pattern,
       "stride": _STRIDE.value,
-      "rope_scaling": config.rope_scaling
-      and dataclasses.asdict(config.rope_scaling),
       "num_windows": by_length("num_windows"),
       "num_tokens": by_length("num_tokens"),
       "num_skipped": by_length("num_skipped"),
       "perplexity": by_length("perplexity"),
       "last_quarter_perplexity": by_length("last_quarter"),
-      "dtype": _DTYPE.value,
-      "implementation": _IMPLEMENTATION.value,
-      "jax": jax.__version__,
-      "device": jax.devices()[0].device_kind,
-    },
-  )
-  print(f"wrote {_OUTPUT.value}")
+    }
+  if scores:
+    found["seed"] = _SEED.value
+    found["tasks"] = {
+      name: {str(n): dataclasses.asdict(s) for n, s in of_task.items()}
+      for name, of_task in scores.items()
+    }
+  return found
 
 
 if __name__ == "__main__":

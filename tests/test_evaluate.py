@@ -17,6 +17,7 @@ from scca_jax import (
   lora,
   patterns,
   perplexity,
+  tasks,
   tokenizer,
 )
 from scca_jax.llama import Llama
@@ -106,7 +107,7 @@ def evaluate(run_command, files, tmp_path, capsys):
     status = run_command(
       "evaluate",
       f"--model={files.folder / model}",
-      f"--data={files.folder / corpus}",
+      *([f"--data={files.folder / corpus}"] if corpus else []),
       f"--output={output}",
       *args,
     )
@@ -266,6 +267,7 @@ def test_a_model_is_interpolated_to_the_longest_length(
     (["--data=no.bin"], "--data=no.bin does not exist"),
     (["--tokenizer=no.model"], "--tokenizer=no.model does not exist"),
     (["--output=results.txt"], "--output must be a .json file"),
+    (["--tasks=passkey,cew"], "unknown task 'cew': did you mean cwe?"),
     (
       ["--protocol=document", "--stride=4"],
       "needs the document ends",
@@ -332,3 +334,49 @@ def test_text_that_is_too_short_is_named_by_its_own_path(
   )
   assert status == 2
   assert f"{files.folder / 'corpus.jsonl'} has" in capsys.readouterr().err
+
+
+def test_scores_of_tasks_are_those_of_the_function(evaluate, files):
+  flags = ("--tasks=passkey,copy,vt", "--num_samples=3", "--seed=5")
+  found, printed = evaluate(*flags, "--context_lens=2000", corpus=None)
+  words = tokenizer.load(files.folder / "model")
+  assert list(found["tasks"]) == ["passkey", "copy", "vt"]
+  for name, scores in found["tasks"].items():
+    samples = tasks.get(name).samples(words, 2000, 3, 5)
+    score = tasks.score(files.model, samples, context_len=2000, batch_size=4)
+    expected = json.loads(json.dumps({"2000": dataclasses.asdict(score)}))
+    assert scores == expected
+  assert found["seed"] == 5 and "perplexity" not in found
+  lines = printed.splitlines()
+  assert lines[1] == "3 samples each, dense attention, seed 5"
+  assert [line.split()[0] for line in lines[2:6]] == [
+    "task",
+    "passkey",
+    "copy",
+    "vt",
+  ]
+  # The loss on copies is no accuracy.
+  assert lines[6].split()[:3] == ["mean", "of", "2"]
+
+
+def test_tasks_and_perplexity_are_measured_together(evaluate, files):
+  found, _ = evaluate("--tasks=copy", "--num_samples=1", "--context_lens=260")
+  expect(found, {260: measure(files.model, files, 260)})
+  assert found["tasks"]["copy"]["260"]["num_samples"] == 1
+
+
+def test_tasks_at_a_length_that_is_too_short_end_in_one_line(
+  run_command, files, capsys, monkeypatch
+):
+  monkeypatch.delattr(convert, "load_model")
+  status = run_command(
+    "evaluate",
+    f"--model={files.folder / 'model'}",
+    "--tasks=copy",
+    "--context_lens=100",
+  )
+  captured = capsys.readouterr()
+  assert status == 2 and captured.out == ""
+  assert captured.err == (
+    "error: copy needs a context_len of at least 257 tokens, got 100.\n"
+  )
