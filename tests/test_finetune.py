@@ -19,8 +19,9 @@ from experiments.shared import loop
 from scca_jax import assets, training
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Small enough that a step is a few milliseconds.
+# Small enough that a step is a few milliseconds, and quickly compiled.
 SHORT = (
+  "--config.training.implementation=reference",
   "--config.training.seq_len=64",
   "--config.training.batch_size=2",
   "--config.training.steps=12",
@@ -193,6 +194,7 @@ def _live_bytes(*args):
   return [int(n) for n in re.findall(r"^live (\d+)$", done.stdout, re.M)]
 
 
+@pytest.mark.slow
 def test_no_model_is_held_beside_another(base, arguments, tmp_path):
   output = tmp_path / "run"
   first, *evaluations = _live_bytes(f"--output_dir={output}", *arguments)
