@@ -73,7 +73,7 @@ _STRIDE = flags.DEFINE_integer(
 _TASKS = flags.DEFINE_list(
   "tasks",
   [],
-  f"Tasks to score: {', '.join(tasks.TASKS)}; by default none, but perplexity.",
+  f"Tasks to score instead of perplexity: {', '.join(tasks.TASKS)}.",
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
   "num_samples", 200, "Samples per task and length."
@@ -157,7 +157,7 @@ def _open_tokens(
 
 
 def _print_rows(rows: list[list[str]]) -> None:
-  """Prints a table, its columns as wide as need be."""
+  """Prints a table with aligned columns."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   for row in rows:
     cells = [f"{c:>{w}}" for c, w in zip(row, widths, strict=True)]
@@ -184,9 +184,9 @@ def print_table(results: dict[int, perplexity.Perplexity]) -> None:
 
 
 def print_scores(scores: dict[str, dict[int, tasks.Score]]) -> None:
-  """Prints a line for each task and length, then the mean over the tasks.
+  """Prints a line for each task and length, then the mean accuracies.
 
-  The mean leaves out `copy`, whose score is the loss.
+  The means leave out `copy`, whose score is the loss.
   """
   rows = [["task", "context", "accuracy", "95 % interval", "answer loss"]]
   for name, by_length in scores.items():
@@ -273,7 +273,7 @@ def main() -> None:
   vocabulary = None
   if _TASKS.value:
     vocabulary = tokenizer.load(_TOKENIZER.value or folder)
-    # Refuses lengths that are too short before the weights are loaded.
+    # Refuse lengths that are too short before loading the weights.
     for name, context_len in itertools.product(_TASKS.value, context_lens):
       _samples(name, vocabulary, context_len)
   with tempfile.TemporaryDirectory() as cache:

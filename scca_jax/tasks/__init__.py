@@ -1,7 +1,7 @@
-"""Evaluation tasks: is what stands far back in the context found again?
+"""Evaluation tasks: does a model find what it read long before?
 
-A task is one file here and one line of `TASKS`. Its samples are made of
-embedded text, whatever the tokenizer and the length; nothing is downloaded.
+A task is one file in this folder and one line of `TASKS`. Samples are made from
+embedded text, for any tokenizer and length; nothing is downloaded.
 """
 
 import difflib
@@ -30,10 +30,10 @@ TASKS: dict[str, Task] = {
 
 
 def get(name: str) -> Task:
-  """Returns the task of a name.
+  """Returns a task by its name.
 
   Raises:
-    ValueError: There is none of that name.
+    ValueError: There is no such task.
   """
   if name in TASKS:
     return TASKS[name]

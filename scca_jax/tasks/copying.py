@@ -1,8 +1,8 @@
-"""The loss on a segment that was there before, by how far back **[ours]**.
+"""The loss on a repeated segment, by the distance of the repetition **[ours]**.
 
-A text is interrupted twice by the same segment of another text. What a model
-loses on the second, beyond the first few tokens that tell which segment it is,
-says whether it copies from that distance.
+A text is interrupted twice by the same segment of another text. The loss on the
+second occurrence, after a few tokens that identify it, tells whether the model
+can copy over that distance.
 """
 
 import functools
@@ -13,14 +13,15 @@ from scca_jax.tasks import haystacks, prompts
 from scca_jax.tasks.task import Sample, Task
 
 _SEGMENT_LEN = 128
-# Tokens of the second segment that are given.
+# Tokens of the second occurrence that belong to the prompt.
 _NUM_GIVEN = 8
 
 
 class Copy(Task):
-  """A segment twice, 128, 256, 512, … tokens apart, or as far as there is room.
+  """A segment that occurs twice.
 
-  Its score is the loss; that all 120 tokens are the most likely ones is rare.
+  The two are 128, 256, 512, … tokens apart, or as far as the context allows.
+  The score is the loss: a model rarely gets all 120 tokens right.
   """
 
   name = "copy"
@@ -79,5 +80,5 @@ def _books(encoder: prompts.Encoder) -> list[np.ndarray]:
 def _part(
   ids: np.ndarray, num_tokens: int, rng: np.random.Generator
 ) -> list[int]:
-  """Returns so many ids from a random place on, the start behind the end."""
+  """Returns consecutive ids from a random place; the text wraps around."""
   return np.resize(np.roll(ids, -rng.integers(len(ids))), num_tokens).tolist()

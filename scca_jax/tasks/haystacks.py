@@ -1,8 +1,8 @@
-"""Text that needles are hidden in, and words to make them of.
+"""Text to hide needles in, and words to make needles from.
 
-RULER's essays, and its lists of words, cannot be redistributed or are packages
-of their own; the embedded books take their places **[ours]**. Models may be
-tuned on the tuning books, so prompts quote the test books.
+RULER downloads essays and takes words from a package. We use the embedded books
+for both **[ours]**: sentences of the test books, since models may have been
+tuned on the others, and words of the tuning books.
 """
 
 import collections
@@ -22,11 +22,11 @@ FILLER = (
   " Here we go.",
   " There and back again.",
 )
-# A word is used if it is in so many of the tuning books.
+# A word must occur in this many of the 12 tuning books.
 _NUM_BOOKS = 4
 _WORD = re.compile(r"(?<![\w'-])[a-z]{4,10}(?![\w'-])")
 _LEFT_OUT = re.compile("negro|nigg")
-# An end of a sentence, but not behind a title or an initial.
+# The end of a sentence, but not of a title or an initial.
 _SENTENCE_END = re.compile(
   r"""(?<=[.!?])(?<!\bMr.)(?<!\bMrs.)(?<!\bDr.)(?<!\bSt.)(?<!\b[A-Z].)["')]*"""
   r"""\s+(?=["'(]*[A-Z])"""
@@ -47,7 +47,7 @@ def line(parts: Sequence[str]) -> list[str]:
 
 
 def filler(num_sentences: int) -> list[str]:
-  """Returns so many sentences of the filler; each begins with a space."""
+  """Returns sentences of the filler; each begins with a space."""
   whole, rest = divmod(num_sentences, len(FILLER))
   return [*FILLER * whole, *FILLER[:rest]]
 
@@ -63,7 +63,7 @@ def filler_lines(num_sentences: int) -> list[list[str]]:
 
 @functools.cache
 def books() -> tuple[str, ...]:
-  """Returns the test books, with one space for any white space."""
+  """Returns the test books, with each run of white space as one space."""
   texts = documents.read_documents(assets.BOOKS_TEST)
   return tuple(" ".join(text.split()) for text in texts)
 
@@ -82,7 +82,7 @@ def sentences() -> tuple[str, ...]:
 
 
 def essay(num_sentences: int, start: int) -> list[str]:
-  """Returns sentences from a place on; behind the last comes the first."""
+  """Returns consecutive sentences of the test books, which wrap around."""
   all_sentences = sentences()
   whole, rest = divmod(num_sentences, len(all_sentences))
   turned = all_sentences[start:] + all_sentences[:start]
@@ -93,7 +93,7 @@ def essay(num_sentences: int, start: int) -> list[str]:
 def words() -> tuple[str, ...]:
   """Returns some 8,000 ordinary English words, in alphabetical order.
 
-  Those of 4 to 10 small letters in at least four of the tuning books.
+  They have 4 to 10 lower-case letters and occur in several tuning books.
   """
   count = collections.Counter()
   for text in documents.read_documents(assets.BOOKS_TUNE):

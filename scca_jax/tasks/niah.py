@@ -1,13 +1,14 @@
-"""Needles in a haystack, RULER's eight variants (arXiv 2404.06654, table 2).
+"""RULER's eight needle-in-a-haystack tasks (arXiv 2404.06654, table 2).
 
-A needle says that a key has a value. The question names one key or several and
-asks for all their values. The variants differ in the haystack (filler, essays,
-or needles with other keys), in the kinds of keys and values, and in how many
-there are. The prompts have the format of RULER's; its keys of an adjective and
-a noun are any two words here, and all keys of a prompt differ **[ours]**.
+A needle is a sentence that gives a key a value. The question names one or
+several keys and asks for all their values. The tasks differ in the haystack
+(filler, essays, or needles with other keys) and in the kinds and numbers of
+keys and values. Prompts have RULER's format, with these choices **[ours]**:
 
-In essays RULER puts needles at 40 depths, in lines anywhere; here they are at
-one of the 40 depths in both **[ours]**, so that all have scores by depth.
+* RULER's word keys are an adjective and a noun; ours are any two words. All
+  keys of a prompt differ.
+* RULER puts needles at one of 40 depths in essays, and at any line of the other
+  haystacks. We use the 40 depths everywhere, for scores by depth.
 """
 
 import dataclasses
@@ -22,22 +23,23 @@ from scca_jax.tasks import haystacks, prompts
 from scca_jax.tasks.task import DEPTHS, Sample, Task
 
 Kind = Literal["words", "numbers", "uuids"]
-# Drawn at once; more are drawn as a longer prompt needs them.
+# Keys or values that are drawn at a time.
 _BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needles(Task):
-  """A variant.
+  """One of the needle tasks.
 
   Attributes:
     name: As in RULER.
-    haystack: "filler" is RULER's noise, "needles" lines that are needles too.
-    key_kind: What keys are.
-    value_kind: What values are: seven-digit numbers, or version 4 UUIDs.
-    num_keys: Keys with a needle, haystacks of needles apart.
-    num_values: Values, and so needles, of each key.
-    num_queries: Keys asked for.
+    haystack: "filler" repeats five sentences (RULER's noise); "essay" quotes a
+      book; "needles" consists of needles with other keys.
+    key_kind: Kind of the keys.
+    value_kind: Kind of the values; numbers have seven digits, UUIDs version 4.
+    num_keys: Number of keys, not counting those of the haystack.
+    num_values: Values, each in its own needle, per key.
+    num_queries: Number of keys that the question asks for.
     max_new_tokens: RULER's limit.
   """
 
@@ -59,15 +61,15 @@ class Needles(Task):
   ) -> Sample:
     """Returns a sample: needles in a haystack, and the question.
 
-    The answer is the values in the order of the keys asked for, those of one
-    key in the order of the text, written like the keys in the question.
+    The answer lists the values in the order of the keys in the question; the
+    values of one key are in the order of the text.
     """
     keys, values = (_draws(k, rng) for k in (self.key_kind, self.value_kind))
     asked_keys = list(itertools.islice(keys, self.num_queries))
     num_needles = self.num_keys * self.num_values
     others = [d for d in DEPTHS if d != depth]
     depths = [depth, *map(int, rng.permutation(others))][:num_needles]
-    # The needles asked for come first, and one that is alone has its depth.
+    # Needles that are asked for come first: a single one gets `depth`.
     owners = [
       *(key for key in asked_keys for _ in range(self.num_values)),
       *itertools.islice(keys, self.num_keys - self.num_queries),
@@ -118,7 +120,7 @@ class Needles(Task):
     ]
 
   def _frame(self, query: str) -> tuple[str, list[str]]:
-    """Returns what stands before the haystack, and the parts behind it."""
+    """Returns the text before the haystack, and the parts after it."""
     if self.num_queries * self.num_values == 1:
       what = self.value_kind.removesuffix("s")
       begin, ask = f"A special magic {what} is", "What is the"
@@ -165,7 +167,7 @@ def _with_needles(
 
 
 def _draws(kind: Kind, rng: np.random.Generator) -> Iterator[str]:
-  """Yields keys or values that all differ."""
+  """Yields distinct keys or values."""
   words = haystacks.words()
   drawn = set()
   while True:

@@ -1,8 +1,8 @@
 """The passkey task of Landmark Attention (arXiv 2305.16300, section 4.2).
 
 A five-digit number is hidden in repeated filler text and asked for at the end.
-There, the filler is cut at a character, on both sides of the key; here it is
-whole sentences, and the key lies at one of 40 depths.
+The paper cuts the filler after any character, on both sides of the key; here it
+consists of whole sentences, and the key is at one of 40 depths **[ours]**.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ _QUESTION = "What is the pass key? The pass key is"
 
 
 class Passkey(Task):
-  """A number in filler text."""
+  """A number hidden in filler text."""
 
   name = "passkey"
   max_new_tokens = 10

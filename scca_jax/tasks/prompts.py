@@ -1,13 +1,13 @@
-"""Prompts that fill a context, put together from parts tokenised once.
+"""Prompts that fill a context, assembled from parts that are tokenised once.
 
-A prompt of 32,768 tokens has thousands of sentences but few different ones.
-So a task writes its prompt as a list of parts, each part is tokenised once, and
-trying another length is a sum over known numbers.
+A prompt of 32,768 tokens has thousands of sentences, but few distinct ones. So
+a task writes a prompt as a list of parts; each part is tokenised once, and
+counting the tokens of a prompt is adding up known numbers.
 
 A part begins with a space, or follows a part that ends with a line break.
-Tokenizers separate text there: the ids of all parts, each taken between
-neighbours, are the ids of the whole text. `Encoder` checks this, and tokenises
-whole prompts with a tokenizer for which it does not hold.
+Tokenizers split text at these seams, so joining the ids of the parts gives the
+ids of the whole text. `Encoder` checks this; if it does not hold for a
+tokenizer, whole prompts are tokenised instead, which is slower.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from scca_jax.tokenizer import Tokenizer
 
-# Every kind of seam between parts that the tasks make.
+# A text with every kind of seam that the tasks' prompts have.
 _SEAMS = (
   "The grass is green.",
   " Here we go.\n",
@@ -38,9 +38,9 @@ _SEAMS = (
   " 'tis so!\n",
   "Question:",
 )
-# Parts remembered; then the encoder starts over, to bound its memory.
+# With more known parts than this, the encoder forgets all, to bound its memory.
 _MOST_KNOWN = 1 << 18
-# Lengths tried by interpolation before the search halves the interval.
+# Steps of the search that interpolate; later ones bisect.
 _NUM_INTERPOLATED = 8
 
 
@@ -49,8 +49,8 @@ class Text:
   """A prompt and its answer.
 
   Attributes:
-    parts: The prompt, in at least two parts as the module says.
-    answer: What follows it; begins with a space.
+    parts: The prompt, in two or more parts (see the module).
+    answer: The text that follows; begins with a space.
   """
 
   parts: Sequence[str]
@@ -90,7 +90,7 @@ class Encoder:
 
     Raises:
       ValueError: The prompt's ids are not the first ids of prompt and answer
-        together, so no prediction of the model is that of the answer.
+        together, so the model cannot be asked for the answer alone.
     """
     first, *middle, last = text.parts
     if self._learn_all(text):
@@ -113,12 +113,12 @@ class Encoder:
     )
 
   def sizes(self, parts: Sequence[str]) -> list[int]:
-    """Returns how many tokens each part has between others."""
+    """Returns how many tokens each part has inside a text."""
     self._learn(parts)
     return [len(self._known[part]) for part in parts]
 
   def _learn_all(self, text: Text) -> bool:
-    """Tokenises the new parts of a text; False if they must not be joined."""
+    """Tokenises new parts of a text; returns whether ids may be joined."""
     first, *middle, last = text.parts
     if len(self._known) > _MOST_KNOWN:
       self._known.clear()
@@ -146,7 +146,7 @@ class Encoder:
       self._known[part] = self._inner(ids, _before(part), _after(part))
 
   def _inner(self, ids: list[int], before: str, after: str) -> list[int]:
-    """Returns `ids` without those of the neighbours."""
+    """Returns `ids` without those of the neighbouring text."""
     left, right = self._before[before], self._after[after]
     end = len(ids) - len(right)
     self._separable &= ids[: len(left)] == left and ids[end:] == right
@@ -170,12 +170,12 @@ class Encoder:
 
 @functools.lru_cache(maxsize=4)
 def encoder(tokenizer: Tokenizer) -> Encoder:
-  """Returns the encoder of a tokenizer, with the parts it knows so far."""
+  """Returns the encoder of a tokenizer, the same one each time."""
   return Encoder(tokenizer)
 
 
 def _before(part: str) -> str:
-  """Returns a text that may stand in front of a part."""
+  """Returns a text that may precede a part."""
   return "a" if part[0] == " " else "a\n"
 
 
@@ -185,7 +185,7 @@ def _after(part: str) -> str:
 
 
 def listed(items: Sequence[str]) -> str:
-  """Returns `items` as a list in a sentence: a, b, and c."""
+  """Returns `items` as a list in prose: a, b, and c."""
   *others, last = items
   return f"{', '.join(others)}, and {last}" if others else last
 
@@ -198,15 +198,15 @@ def most_units(
   minimum: int,
   name: str,
 ) -> int:
-  """Returns how many units make the longest text that fits a context.
+  """Returns the number of units of the longest text that fits a context.
 
   Args:
     encoder: Counts tokens.
-    build: Makes the text with so many units (sentences, lines, words); one more
-      unit makes it longer.
+    build: Makes the text of a number of units (sentences, lines, words); more
+      units make it longer.
     context_len: Most tokens of prompt and answer, BOS included.
     minimum: Fewest units that the task needs.
-    name: The task, for the message.
+    name: The task, for the error message.
 
   Raises:
     ValueError: The text of `minimum` units does not fit.

@@ -1,8 +1,8 @@
-"""Scores of a model on samples, by one forward pass each.
+"""Scores of a model on samples, with one forward pass per sample.
 
-The prompt and the right answer go in together ("teacher forcing"). An answer
-counts as right where each of its tokens is the most likely one after those
-before it: exactly then greedy decoding would write it.
+The model reads the prompt and the right answer together ("teacher forcing"). It
+is right if each token of the answer is the most likely one after all before it,
+which is when greedy decoding would write this answer.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from scca_jax import sharding
 from scca_jax.patterns import dense
 from scca_jax.tasks.task import Sample
 
-# 95 % of a normal distribution lie within so many standard deviations.
+# 95 % of a normal distribution is within this many standard deviations.
 _DEVIATIONS = 1.959964
-# Answer lengths are rounded up to a multiple, so that few are compiled.
+# Answers are padded to a multiple of this, so that tasks share compiled code.
 _ANSWER_BUCKET = 64
 
 
@@ -38,10 +38,10 @@ class Score:
     interval: Wilson's interval of the accuracy at 95 %.
     answer_loss: Mean loss of the answers, in nats per token.
     num_samples: Number of samples.
-    by_depth: The same by depth, rising: "depth", "accuracy", "answer_loss",
-      "num_samples", and "distance" in tokens in a task that has it. Empty
-      where what is asked for is in several places.
-    prompts_sha256: SHA-256 of the ids of all samples; equal for equal prompts.
+    by_depth: A dictionary for each depth, in ascending order: "depth",
+      "accuracy", "answer_loss", "num_samples", and "distance", in tokens, if
+      the task has it. Empty for tasks without a depth.
+    prompts_sha256: SHA-256 of the ids of all samples.
   """
 
   accuracy: float
@@ -96,13 +96,13 @@ def answer_scores(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns loss in nats and rightness of tokens, both `[batch, answer_len]`.
 
-  Logits are computed at these tokens alone.
+  Logits are computed for these tokens only.
 
   Args:
     state: The model's variables.
     tokens: `[batch, seq]` int32.
-    starts: Position of the first answer token, `[batch]`, at least 1. What is
-      computed beyond the end of an answer has no meaning.
+    starts: Position of the first answer token, `[batch]`, at least 1. Results
+      beyond the end of an answer are meaningless.
     graphdef: The model's structure.
     answer_len: Tokens from `starts` on.
     patterns: Attention pattern of all layers, or one per layer.
@@ -148,8 +148,7 @@ def score(
     model: A `Llama`, or a module with its `hidden_states`, `logits` and
       `config`.
     samples: From a task's `samples`.
-    context_len: Length that all samples are padded to, in tokens. Padding is at
-      the end, where causal attention does not see it.
+    context_len: Length that samples are padded to at their end, in tokens.
     batch_size: Samples that are run at once.
     patterns: Attention pattern of all layers, or one per layer; None is dense.
     implementation: Attention back end; None takes the best for the device.

@@ -22,11 +22,11 @@ class Sample:
   Attributes:
     prompt_ids: Token ids of the prompt, BOS included where prompts begin so.
     answer_ids: Token ids of the answer, tokenised together with the prompt.
-    depth: How much of the context lies before what is asked for, from 0 to 1;
-      None where that is in several places.
-    references: The texts to be found in a generated answer.
-    distance: Tokens between what is asked for and the answer, in a task that is
-      scored by it.
+    depth: Share of the context in front of what is asked for, from 0 to 1;
+      None if that is in several places.
+    references: The texts that a generated answer should contain.
+    distance: How many tokens before the answer its source is, in tasks that are
+      scored by distance.
   """
 
   prompt_ids: list[int]
@@ -60,8 +60,8 @@ class Task(abc.ABC):
     Args:
       encoder: Turns text into ids.
       context_len: Most tokens of prompt and answer together.
-      depth: Where the needle goes, in percent. Forty samples in a row have
-        forty depths; a task without a needle passes over it.
+      depth: Where the needle goes, in percent. Any 40 consecutive samples have
+        all 40 depths. A task without a needle ignores it.
       rng: The only source of randomness.
 
     Raises:
@@ -78,8 +78,8 @@ class Task(abc.ABC):
 
     Args:
       tokenizer: Makes the ids.
-      context_len: Length of prompt and answer, in tokens. Samples have exactly
-        this, or less by what a sentence, line or word more would take.
+      context_len: Length of prompt and answer together, in tokens. A sample is
+        exactly this long, or too short for one more sentence, line or word.
       num_samples: How many samples.
       seed: Draws other samples.
 
@@ -99,14 +99,14 @@ class Task(abc.ABC):
         self._rng(seed, context_len, index),
       )
 
-    # The first one at once: what is wrong is said here, not in a later loop.
+    # Draw the first sample now, so that errors are raised by this call.
     first = sample(0)
     return itertools.chain([first], map(sample, range(1, num_samples)))
 
   def match(self, text: str, references: Sequence[str]) -> float:
     """Returns the share of the references found in a generated text.
 
-    RULER's `string_match_all` (arXiv 2404.06654): upper case counts as lower.
+    This is RULER's `string_match_all` (arXiv 2404.06654); case is ignored.
     """
     found = [reference.lower() in text.lower() for reference in references]
     return sum(found) / len(found)

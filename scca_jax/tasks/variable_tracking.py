@@ -1,9 +1,9 @@
 """RULER's variable tracking, `vt` (arXiv 2404.06654, table 2).
 
-One variable gets a number, four others each the value of the one before; the
-five assignments lie in this order in repeated filler text. The question is
-which variables have the number. A solved example with variables of its own
-stands in front: at most 500 tokens, but at least five lines of filler.
+One variable is assigned a number, and each of four others the variable before
+it; the five assignments are scattered, in this order, over repeated filler
+text. The question is which variables have the number. A solved example with
+other variables comes first; it has at most 500 tokens, or five lines of filler.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from scca_jax.tasks.task import Sample, Task
 _NUM_HOPS = 4
 _NAME_LEN, _EXAMPLE_NAME_LEN = 5, 3
 _EXAMPLE_TOKENS = 500
-# Examples grow by five lines of filler; the fewest that a chain lies in.
+# Examples grow by five lines of filler, the fewest that can hold a chain.
 _MIN_SENTENCES = 5 * len(haystacks.FILLER)
 _INSTRUCTION = (
   "Memorize and track the chain(s) of variable assignment hidden in the"
@@ -39,8 +39,8 @@ class VariableTracking(Task):
     depth: int,
     rng: np.random.Generator,
   ) -> Sample:
-    """Returns a sample; the answer is the names in the order of the chain."""
-    del depth  # The chain runs through the whole text.
+    """Returns a sample; the answer lists the names in the chain's order."""
+    del depth  # The chain extends over the whole text.
     example, chain = _chain(rng, _EXAMPLE_NAME_LEN), _chain(rng, _NAME_LEN)
     num_sentences = _MIN_SENTENCES
     while (
@@ -68,7 +68,7 @@ class _Chain:
   Attributes:
     names: The variables.
     value: The number.
-    places: Where each assignment lies, from 0 to 1, in rising order.
+    places: Where each assignment is, from 0 to 1, in ascending order.
   """
 
   names: tuple[str, ...]
@@ -78,7 +78,7 @@ class _Chain:
   def text(self, num_sentences: int) -> prompts.Text:
     """Returns the instruction, the filler with the chain, and the question."""
     lines = haystacks.filler_lines(num_sentences)
-    # At most one assignment goes in front of a line, as in RULER.
+    # No two assignments go in front of the same line, as in RULER.
     spread = len(lines) - _NUM_HOPS
     before = (self.places * spread).astype(int) + np.arange(len(self.names))
     parts, start = [_INSTRUCTION], 0

@@ -1,8 +1,9 @@
 """RULER's common and frequent words (arXiv 2404.06654, table 2).
 
-`cwe`: a numbered list in which ten words come more often than the others. A
-short solved list stands in front. `fwe`: made-up words, their frequencies as in
-Zipf's law; the most frequent is noise, the next three are asked for.
+`cwe`: a numbered list in which ten words occur more often than the others,
+after a short solved example. `fwe`: made-up words whose frequencies follow
+Zipf's law; the most frequent one is noise, and the question is which three
+come next.
 """
 
 import string
@@ -13,19 +14,19 @@ from scca_jax.tasks import haystacks, prompts
 from scca_jax.tasks.task import Sample, Task
 
 _NUM_COMMON = 10
-# Context from which RULER's lists repeat words more often, in tokens.
+# In contexts of at least this many tokens, RULER repeats words more often.
 _LONG = 4096
-# Words not in the list from which longer ones are taken to fill the context.
+# Unused words among which `_lengthened` looks for longer ones.
 _NUM_EXCHANGED = 100
 _WORD_LEN = 6
 _EXPONENT = 2.0
 _ZETA = np.pi**2 / 6  # The sum over ranks of rank ** -2.
-# With so many words the ranks 2 to 5 differ in their whole-numbered counts.
+# From this many words on, ranks 2 to 5 have different (rounded) counts.
 _MIN_WORDS = 74
 
 
 class CommonWords(Task):
-  """The ten words that come most often in a list."""
+  """The ten most common words of a list."""
 
   name = "cwe"
   max_new_tokens = 120
@@ -37,10 +38,10 @@ class CommonWords(Task):
     depth: int,
     rng: np.random.Generator,
   ) -> Sample:
-    """Returns a sample; the answer is the words in the order of the list.
+    """Returns a sample; the answer lists the words in order of appearance.
 
-    All ten come equally often, so that their order is a choice **[ours]**: the
-    order in which they first come up, in the solved list too.
+    All ten are equally common, so the order is our choice **[ours]**; the
+    solved example has the same.
     """
     del depth  # The words are everywhere.
     if context_len < _LONG:
@@ -79,9 +80,13 @@ class CommonWords(Task):
 def _lengthened(
   encoder: prompts.Encoder, words: list[str], num_used: int, spare: int
 ) -> list[str]:
-  """Returns words of which those in use have up to `spare` more tokens.
+  """Returns the words with some uncommon ones exchanged for longer ones.
 
-  Uncommon words are exchanged for others that are not used.
+  Args:
+    encoder: Counts tokens.
+    words: The common words first; those after the first `num_used` are unused.
+    num_used: Number of words in the list.
+    spare: Tokens by which the words may grow in total.
   """
   words = words[: num_used + _NUM_EXCHANGED]
   sizes = encoder.sizes([f" {word}" for word in words])
@@ -108,8 +113,8 @@ def _list(
 
   Args:
     words: The common words first.
-    repeats: How often the common words and the others come.
-    order: A random number for each entry, and more.
+    repeats: How often a common word and another word are repeated.
+    order: Random numbers, at least one per entry.
   """
   common, others = words[:_NUM_COMMON], words[_NUM_COMMON:]
   entries = common * repeats[0] + others * repeats[1]
@@ -147,10 +152,10 @@ class FrequentWords(Task):
     depth: int,
     rng: np.random.Generator,
   ) -> Sample:
-    """Returns a sample; the answer is the words, the most frequent first.
+    """Returns a sample; the answer lists the most frequent word first.
 
-    The word of rank `k` comes `int(n / (zeta(2) k^2))` times; rank 1 is the
-    noise, "...". More noise fills what is left of the context **[ours]**.
+    The word of rank `k` occurs `int(n / (zeta(2) k^2))` times; rank 1 is the
+    noise, "...". More noise fills the rest of the context **[ours]**.
     """
     del depth  # The words are everywhere.
     letters = np.array(list(string.ascii_lowercase))
