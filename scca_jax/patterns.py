@@ -521,7 +521,8 @@ class Part:
     heads: Query heads of the pattern that have this part, in order.
     pattern: What they see of it; without `own_chunk` and `sinks`.
     before_chunk: Whether only keys before the query's own chunk count.
-    num_keys: Only the first `num_keys` keys count; None counts all.
+    num_keys: Only the first `num_keys` keys, of the sequence or of the query's
+      segment, count; None counts all.
     hidden: Pairs that this pattern shows do not count; None hides none.
   """
 
@@ -536,11 +537,13 @@ class Part:
     """Whether `pattern` says all of it."""
     return self == Part(self.heads, self.pattern)
 
-  def seen(self, queries: Any, keys: Any, seq_len: int) -> Any:
+  def seen(
+    self, queries: Any, keys: Any, seq_len: int, *, starts: Any = 0
+  ) -> Any:
     """Marks the pairs of the part; see `AttentionPattern.seen`."""
     seen = self.pattern.seen(queries, keys, seq_len)
     if self.num_keys is not None:
-      seen = seen & (keys < self.num_keys)
+      seen = seen & (keys - starts < self.num_keys)[None]
     if self.hidden is not None:
       seen = seen & ~self.hidden.seen(queries, keys, seq_len)
     if self.before_chunk:
@@ -559,8 +562,9 @@ def union_parts(pattern: AttentionPattern) -> tuple[Part, ...]:
   log-sum-exp. They are: the first part of every head, or its own chunk where
   that has all of it; the own chunks; and the sinks, less what the others show.
   A shift of a chunk or more leaves the own chunk; of a smaller one only keys
-  before the chunk count. Sinks here are those of the sequence: segments have
-  others.
+  before the chunk count. Only the sinks need XLA (`backends.xla_cache`) or a
+  kernel that knows them, and shifts of less than a chunk beside an own chunk;
+  what `Part.is_plain` any back end serves.
 
   Args:
     pattern: Any pattern; one without unions is its only part.

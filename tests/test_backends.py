@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from scca_jax import attention, patterns
+from scca_jax.backends import xla_cache
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 # Those that run anywhere; those of GPUs have suites of their own.
@@ -26,7 +27,7 @@ RULES = {
 }
 # Named patterns that each rule means something for.
 NAMED = {
-  "drop": tuple(name for name in patterns.NAMES if name != "scca_near"),
+  "drop": patterns.NAMES,
   "local": ("scca_fixed", "scca_flow", "sda", "longmixed"),
   "slot": ("dense", "s2", "scca_fixed", "scca_flow", "dna", "dilated"),
 }
@@ -211,11 +212,104 @@ def test_drawn_patterns_have_their_outputs_and_gradients(
   )
 
 
+def _unions(boundary="drop"):
+  """Heads whose parts are plain, overlap, fall back and lie in few chunks."""
+  heads = (
+    HeadPattern(chunk_size=12, shift=5, own_chunk=True),
+    HeadPattern(chunk_size=12, offset=-5, shift=7, dilation=3, own_chunk=True),
+    HeadPattern(dilation=2, shift=3, window=4, sinks=5),
+    HeadPattern(chunk_size=100, shift=90, window=3, own_chunk=True, sinks=20),
+  )
+  return dataclasses.replace(
+    patterns.mix(
+      patterns.scca_near(4, 8, 6, sinks=3),
+      patterns.scca_flow(2, 16, 4, own_chunk=True),
+      AttentionPattern(heads),
+      patterns.local(2, 8),
+    ),
+    boundary=boundary,
+  )
+
+
+@implementations
+@pytest.mark.parametrize(
+  ("boundary", "seq_len", "segmented"),
+  [("drop", 50, False), ("local", 61, True)],
+)
+def test_unions_have_their_outputs_and_gradients(
+  implementation, boundary, seq_len, segmented
+):
+  pattern = _unions(boundary)
+  _check(
+    implementation,
+    pattern,
+    _inputs(pattern, seq_len, kv_heads=4),
+    _segments(seq_len) if segmented else None,
+  )
+
+
+def _union_heads():
+  return st.builds(
+    lambda chunk_size, offset, shift, dilation, window, own, sinks: HeadPattern(
+      chunk_size=chunk_size,
+      offset=offset if chunk_size else 0,
+      shift=shift,
+      dilation=dilation,
+      window=window,
+      own_chunk=own and chunk_size is not None,
+      sinks=sinks,
+    ),
+    st.none() | st.integers(1, 24),
+    st.integers(-30, 30),
+    st.integers(0, 40),
+    st.integers(1, 5),
+    st.none() | st.integers(1, 12),
+    st.booleans(),
+    st.integers(0, 12),
+  )
+
+
+@implementations
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
+@hypothesis.given(
+  heads=st.lists(_union_heads(), min_size=3, max_size=3),
+  boundary=st.sampled_from(patterns.BOUNDARIES),
+  seq_len=st.integers(1, 40),
+  segmented=st.booleans(),
+)
+def test_drawn_unions_have_their_outputs_and_gradients(
+  implementation, heads, boundary, seq_len, segmented
+):
+  pattern = AttentionPattern(tuple(heads), boundary)
+  _check(
+    implementation,
+    pattern,
+    _inputs(pattern, seq_len, kv_heads=1),
+    _segments(seq_len) if segmented else None,
+  )
+
+
+@implementations
+def test_unions_of_many_sinks_and_segments(implementation, monkeypatch):
+  # Several blocks of queries and of keys.
+  monkeypatch.setattr(xla_cache, "_SCORE_BYTES", 4 * 64 * 100)
+  monkeypatch.setattr(xla_cache, "_BLOCK", 16)
+  pattern = patterns.mix(
+    patterns.scca_near(2, 20, 5, sinks=30), patterns.scca_flow(2, 20, 5)
+  )
+  ids = jnp.asarray(
+    [np.repeat(np.arange(1, 11), 10), np.repeat([3, 0, 4, 5], 25)]
+  )
+  _check(implementation, pattern, _inputs(pattern, 100), ids)
+  _check(implementation, pattern, _inputs(pattern, 100))
+
+
 def _with_empty_rows(seq_len):
   return patterns.mix(
     patterns.scca_fixed(2, seq_len // 4),
     patterns.sda(2, 2),
     patterns.dilated(2, seq_len // 2, 2),
+    patterns.scca_near(2, seq_len // 4, 4, sinks=2),
   )
 
 
@@ -278,6 +372,11 @@ def test_decoding_has_its_outputs_and_gradients(implementation, rule):
     dataclasses.replace(patterns.longmixed(4, 150), **RULES[rule]),
     dataclasses.replace(patterns.s2(2, 150), **RULES[rule]),
   )
+  if rule == "local":
+    pattern = patterns.mix(
+      pattern,
+      dataclasses.replace(patterns.scca_near(3, 75, 8, 9), boundary="local"),
+    )
   for kv_heads in (1, 3):
     inputs = _inputs(pattern, seq_len, kv_heads=kv_heads, kv_len=kv_len)
     for offset in (0, 148, kv_len - seq_len):
@@ -359,8 +458,9 @@ def test_memory_is_a_tenth_of_dense_attention(implementation):
   [
     patterns.scca_fixed(8, 512),
     patterns.mix(patterns.sda(6, 4), patterns.sliding(2, 64)),
+    patterns.scca_near(8, 512, 4, sinks=4),
   ],
-  ids=["scca_fixed", "unchunked"],
+  ids=["scca_fixed", "unchunked", "near"],
 )
 def test_memory_grows_with_the_sequence(implementation, pattern):
   attend = _using(implementation, pattern)

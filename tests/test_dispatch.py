@@ -16,15 +16,7 @@ from scca_jax import patterns, target
 from scca_jax.backends import registry
 
 SEQ_LEN, HEADS = 13, 4
-# Every named pattern, under both rules for the start of the sequence.
-NAMED = [
-  pattern_strings.make(
-    name, num_heads=HEADS, seq_len=SEQ_LEN, boundary=boundary
-  )
-  for name in patterns.NAMES
-  if name != "scca_near"
-  for boundary in patterns.BOUNDARIES
-]
+# Unions that overlap, that have few keys, and more sinks than a chunk.
 UNION = patterns.mix(
   patterns.scca_near(2, 4, 4, sinks=2),
   patterns.AttentionPattern(
@@ -34,6 +26,15 @@ UNION = patterns.mix(
     )
   ),
 )
+# Every named pattern, under both rules for the start of the sequence.
+NAMED = [
+  pattern_strings.make(
+    name, num_heads=HEADS, seq_len=SEQ_LEN, boundary=boundary
+  )
+  for name in patterns.NAMES
+  for boundary in patterns.BOUNDARIES
+]
+NAMED.append(UNION)
 # Those that run anywhere.
 EVERYWHERE = ("xla", "reference")
 implementations = pytest.mark.parametrize("implementation", EVERYWHERE)
@@ -195,8 +196,6 @@ def _leaks(pattern, implementation):
 @pytest.mark.parametrize("boundary", patterns.BOUNDARIES)
 def test_no_gradient_comes_from_the_future(implementation, boundary):
   heads = tuple(head for pattern in NAMED for head in pattern.heads)
-  if implementation == "reference":
-    heads += UNION.heads
   # Four heads at a time would be a compilation each: all at once.
   pattern = patterns.AttentionPattern(heads, boundary)
   query, key, value = _inputs(heads=len(heads), kv_heads=len(heads) // 2)
@@ -345,7 +344,11 @@ def test_implementations_are_tried_in_order(caplog):
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_works_inside_a_checked_shard_map(implementation, shared):
   query, key, value = _inputs()
-  pattern = patterns.mix(patterns.scca_fixed(2, 5), patterns.sda(2, 2))
+  pattern = patterns.mix(
+    patterns.scca_fixed(2, 5),
+    patterns.sda(1, 2),
+    patterns.scca_near(1, 4, 4, sinks=2),
+  )
   ids = jnp.asarray([[1] * 5 + [2] * 8, [3] * 10 + [0] * 3])
   mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
   # Shared keys are those of the first sequence, on both devices.
@@ -401,11 +404,12 @@ def test_kernels_leave_a_checked_shard_map_to_xla():
     )
 
 
-def test_sinks_are_the_first_tokens_of_each_segment():
+@implementations
+def test_sinks_are_the_first_tokens_of_each_segment(implementation):
   query, key, value = _inputs()
   ids = np.array([[1] * 6 + [2] * 5 + [0] * 2, [3] * 4 + [1] * 9])
   output, log_sum = _jitted(
-    query, key, value, UNION, segment_ids=ids, implementation="reference"
+    query, key, value, UNION, segment_ids=ids, implementation=implementation
   )
   for row, bounds in enumerate(([0, 6, 11], [0, 4, 13])):
     for first, last in zip(bounds, bounds[1:], strict=False):

@@ -98,7 +98,7 @@ BACK_ENDS: dict[str, BackEnd] = {
     BackEnd(
       name="xla",
       load=_load_xla,
-      pattern_fields=_HEAD_FIELDS,
+      pattern_fields=_HEAD_FIELDS | {"own_chunk", "sinks"},
       causalities=("position", "slot"),
       # It computes in float32.
       dtypes=(*_HALF, "float32"),

@@ -5,20 +5,24 @@ the sequence. Every pattern is cut into *strips*, which all look the same:
 
 * keys and values are rolled by the shift of their head, so that a slot lies
   beside the queries that may see it;
-* the sequence is cut in chunks, and a chunk in the residues of the dilation
+* the sequence is cut into chunks, and a chunk into the residues of the dilation
   (a strided window is a reshape), so that neighbours in a strip are `dilation`
   tokens apart;
 * in a strip, query `a` sees slot `j` if `lo <= j - a <= hi`, the slot holds a
   key, and both are of one segment. True positions are in order, `k <= p`, if
   and only if `j - a <= shift // dilation`.
 
-Strips in which no query can see a key are left out. The others go, all of one
-band together, through one attention with an online softmax over blocks (Rabe
+Strips in which no query can see a key are left out. The others go, those of one
+band together, through attention with an online softmax over blocks (Rabe
 and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135) that visits no block
-outside the band, and whose backward pass computes the weights anew.
+outside the band, and whose backward pass computes the weights again.
 
-The module is long because cutting, attending and putting together, forward and
-backward, are of one layout of strips.
+A union head is split into disjoint parts (`patterns.union_parts`), which are
+attended one by one and combined by their log-sum-exp.
+
+The parts of this module: attention within strips (`_core`), from patterns to
+strips (`_Cut`, `_by_position`), unions, and the back end (`attention`). Queries
+beside a cache are in `xla_cache`.
 """
 
 import dataclasses
@@ -32,22 +36,28 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from scca_jax.backends import online_softmax, xla_cache
 from scca_jax.backends.heads import (
-  finish_softmax,
+  combine,
   join_heads,
   safe_maximum,
   take_heads,
   vary_like,
 )
-from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.backends.online_softmax import product
+from scca_jax.patterns import (
+  AttentionPattern,
+  Boundary,
+  HeadPattern,
+  Part,
+  union_parts,
+)
 
 # Blocks of a strip, in slots. Smaller ones leave out more of what the band
 # does not hold, larger ones multiply faster.
 _MIN_BLOCK, _MAX_BLOCK = 128, 256
 # The scores of one block of all strips aim at no more than this, in bytes.
 _SCORE_BYTES = 16 * 2**20
-# Keys read at once where a few queries meet a cache.
-_CACHE_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +70,8 @@ class _Band:
     block: Length of a block, in slots.
     num_blocks: Blocks of a strip.
     scale: Factor of the scores.
+    dtype: Dtype of the inputs, the output and the gradients.
+    operands: Dtype that queries, keys and values are multiplied in.
   """
 
   lo: int | None
@@ -67,6 +79,8 @@ class _Band:
   block: int
   num_blocks: int
   scale: float
+  dtype: Any
+  operands: Any
 
   def key_blocks(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the first key block that query block `i` meets, and the end."""
@@ -82,39 +96,6 @@ class _Band:
     distance = (j - i) * self.block + inside[None, :] - inside[:, None]
     held = distance <= self.hi
     return held if self.lo is None else held & (distance >= self.lo)
-
-
-def _precision(dtype: Any) -> jax.lax.Precision:
-  """Asks for exact float32 products, where a GPU would round operands."""
-  if dtype == jnp.float32:
-    return jax.lax.Precision.HIGHEST
-  return jax.lax.Precision.DEFAULT
-
-
-def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """Returns an einsum, accumulated and given in float32.
-
-  A float32 `a` that meets a smaller `b` is rounded to its dtype, for the
-  matrix units of a GPU. A CPU would only widen it again: it is left exact.
-  """
-
-  def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(
-      subscripts,
-      a,
-      b,
-      precision=_precision(a.dtype),
-      preferred_element_type=jnp.float32,
-    )
-
-  if a.dtype == b.dtype:
-    return multiply(a, b)
-  return jax.lax.platform_dependent(
-    a,
-    b,
-    cpu=multiply,
-    default=lambda a, b: multiply(a.astype(b.dtype), b),
-  )
 
 
 def _to_blocks(x: jax.Array, num_blocks: int) -> jax.Array:
@@ -134,19 +115,8 @@ def _scores(band: _Band, query, key, query_ids, key_ids, i, j) -> jax.Array:
   seen = band.holds(i, j)[None] & (
     (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids != 0)[:, None, :]
   )
-  scores = band.scale * _product("xqd,xkd->xqk", query, key)
+  scores = band.scale * product("xqd,xkd->xqk", query, key)
   return jnp.where(seen, scores, -jnp.inf)
-
-
-def _zeros_like(x: jax.Array) -> jax.Array:
-  return vary_like(jnp.zeros(x.shape, jnp.float32), x)
-
-
-def _empty_sums(query: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns maximum, total and output before any key is met."""
-  zeros = _zeros_like(query)
-  maximum = jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
-  return vary_like(maximum, query), zeros[..., 0], zeros
 
 
 def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
@@ -156,27 +126,14 @@ def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
   ids_q, ids_k = split(query_ids), split(key_ids)
 
   def of_query_block(_, i):
-    def meet(j, carry):
-      maximum, total, output = carry
+    def meet(j, sums):
       scores = _scores(band, queries[i], keys[j], ids_q[i], ids_k[j], i, j)
-      new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
-      shift = safe_maximum(new_maximum)
-      weights = jnp.exp(scores - shift[:, :, None])
-      keep = jnp.exp(maximum - shift)
-      part = _product("xqk,xkd->xqd", weights, values[j])
-      return (
-        new_maximum,
-        keep * total + jnp.sum(weights, axis=-1),
-        keep[:, :, None] * output + part,
-      )
+      return online_softmax.accumulate(sums, scores, values[j], "xqk,xkd->xqd")
 
-    maximum, total, output = jax.lax.fori_loop(
-      *band.key_blocks(i),
-      meet,
-      _empty_sums(queries[i]),
+    sums = jax.lax.fori_loop(
+      *band.key_blocks(i), meet, online_softmax.start(queries[i])
     )
-    total, log_sum = finish_softmax(safe_maximum(maximum), total)
-    return None, (output / total[:, :, None], log_sum)
+    return None, online_softmax.finish(sums)
 
   _, (output, log_sum) = jax.lax.scan(
     of_query_block, None, jnp.arange(band.num_blocks)
@@ -196,7 +153,7 @@ def _core_primal(
 
   Args:
     band: Which slots a query may see.
-    query: `[strips, slots, head_dim]`.
+    query: `[strips, slots, head_dim]`, of the band's dtype.
     key: Like `query`.
     value: Like `query`.
     query_ids: Segments of the queries, int32 `[strips, slots]`.
@@ -205,19 +162,18 @@ def _core_primal(
   Returns:
     The output, like `query`, and its log-sum-exp, float32 `[strips, slots]`.
   """
-  output, log_sum = _core_forward(band, query, key, value, query_ids, key_ids)
-  return output.astype(query.dtype), log_sum
+  results, _ = _core_save(band, query, key, value, query_ids, key_ids)
+  return results
 
 
 _core = jax.custom_vjp(_core_primal, nondiff_argnums=(0,))
 
 
 def _core_save(band: _Band, query, key, value, query_ids, key_ids):
+  query, key, value = (x.astype(band.operands) for x in (query, key, value))
   output, log_sum = _core_forward(band, query, key, value, query_ids, key_ids)
-  # Float32: where one key has nearly all the weight, the gradient of the
-  # scores is what dp - sum(do o) leaves, and a rounded o would drown it.
   saved = (query, key, value, query_ids, key_ids, output, log_sum)
-  return (output.astype(query.dtype), log_sum), saved
+  return (output.astype(band.dtype), log_sum), saved
 
 
 def _core_backward(band: _Band, saved, cotangents):
@@ -226,10 +182,7 @@ def _core_backward(band: _Band, saved, cotangents):
   # Sums that start from a constant would be allocated before all else that the
   # backward pass of a layer does.
   zero, d_output = jax.lax.optimization_barrier((jnp.float32(0), d_output))
-  empty = log_sum == -jnp.inf
-  # With p the weights, ds = p (dp - sum(do o) + dlse).
-  delta = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1)
-  delta = delta - jnp.where(empty, 0.0, d_log_sum)
+  delta = online_softmax.delta(output, log_sum, d_output, d_log_sum)
   split = functools.partial(_to_blocks, num_blocks=band.num_blocks)
   queries, keys, values = split(query), split(key), split(value)
   ids_q, ids_k = split(query_ids), split(key_ids)
@@ -243,21 +196,22 @@ def _core_backward(band: _Band, saved, cotangents):
     def meet(j, carry):
       d_query, d_keys, d_values = carry
       scores = _scores(band, queries[i], keys[j], ids_q[i], ids_k[j], i, j)
-      weights = jnp.exp(scores - log_sums[i][:, :, None])
-      d_weights = _product("xqd,xkd->xqk", d_outputs[i], values[j])
-      d_scores = band.scale * weights * (d_weights - deltas[i][:, :, None])
+      d_weights = product("xqd,xkd->xqk", d_outputs[i], values[j])
+      weights, d_scores = online_softmax.weights_and_gradient(
+        scores, log_sums[i], d_weights, deltas[i], band.scale
+      )
       return (
-        d_query + _product("xqk,xkd->xqd", d_scores, keys[j]),
-        d_keys.at[j].add(_product("xqk,xqd->xkd", d_scores, queries[i])),
-        d_values.at[j].add(_product("xqk,xqd->xkd", weights, d_outputs[i])),
+        d_query + product("xqk,xkd->xqd", d_scores, keys[j]),
+        d_keys.at[j].add(product("xqk,xqd->xkd", d_scores, queries[i])),
+        d_values.at[j].add(product("xqk,xqd->xkd", weights, d_outputs[i])),
       )
 
     d_query, d_keys, d_values = jax.lax.fori_loop(
       *band.key_blocks(i),
       meet,
-      (_zeros_like(queries[i]), *carry),
+      (online_softmax.zeros_like(queries[i]), *carry),
     )
-    return (d_keys, d_values), d_query.astype(query.dtype)
+    return (d_keys, d_values), d_query.astype(band.dtype)
 
   zeros = vary_like(jnp.broadcast_to(zero, keys.shape), keys)
   (d_keys, d_values), d_queries = jax.lax.scan(
@@ -265,8 +219,8 @@ def _core_backward(band: _Band, saved, cotangents):
   )
   return (
     _from_blocks(d_queries),
-    _from_blocks(d_keys).astype(key.dtype),
-    _from_blocks(d_values).astype(value.dtype),
+    _from_blocks(d_keys).astype(band.dtype),
+    _from_blocks(d_values).astype(band.dtype),
     None,
     None,
   )
@@ -280,7 +234,7 @@ _core.defvjp(_core_save, _core_backward)
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-  """How the sequence is cut in strips.
+  """How the sequence is cut into strips.
 
   Attributes:
     chunk_size: Tokens.
@@ -304,7 +258,7 @@ class _Cut:
     return -(-self.chunk_size // self.dilation)
 
   def apart(self, x: jax.Array) -> jax.Array:
-    """Cuts `[batch, seq, heads, ...]` in `[batch, strips, slots, ...]`.
+    """Cuts `[batch, seq, heads, ...]` into `[batch, strips, slots, ...]`.
 
     The sequence must end with a chunk. Strips are ordered by head, chunk and
     residue.
@@ -320,7 +274,7 @@ class _Cut:
     return x.reshape(x.shape[0], -1, self.num_slots, *x.shape[5:])
 
   def together(self, x: jax.Array) -> jax.Array:
-    """Undoes `apart`, but for what follows: `[batch, seq or more, heads]`."""
+    """Undoes `apart`, up to padding at the end: `[batch, seq, heads, ...]`."""
     shape = (self.num_chunks, self.dilation, self.num_slots)
     x = x.reshape(x.shape[0], -1, *shape, *x.shape[3:])
     x = jnp.moveaxis(x, (1, 2, 3, 4), (4, 1, 3, 2))
@@ -328,10 +282,27 @@ class _Cut:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, self.pad :]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+  """What holds for all strips of a call.
+
+  Attributes:
+    scale: Factor of the scores.
+    dtype: Dtype of the arrays, the output and the gradients.
+    operands: Dtype that queries, keys and values are multiplied in.
+    before_chunk: Whether only keys before the query's own chunk count.
+  """
+
+  scale: float
+  dtype: Any
+  operands: Any
+  before_chunk: bool = False
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Arrays:
-  """The arrays of one call, with the segments of queries and keys apart."""
+  """The arrays of one call; queries and keys have segment ids of their own."""
 
   query: jax.Array
   key: jax.Array
@@ -359,7 +330,7 @@ class _Source:
 
 
 def _sources_of(
-  head: int, pattern: HeadPattern, seq_len: int, boundary: str
+  head: int, pattern: HeadPattern, seq_len: int, boundary: Boundary
 ) -> list[tuple[_Cut, _Source]]:
   """Returns the strips of a head; two sources if some chunks fall back."""
   dilation, window = pattern.dilation, pattern.window
@@ -428,7 +399,7 @@ def _shifted(
   Args:
     x: `[batch, slots, heads, ...]`.
     heads: Which head of `x` each source takes.
-    sources: They say the shifts.
+    sources: Their shifts are used.
   """
   num_slots = x.shape[1]
   parts, places = [], []
@@ -449,11 +420,11 @@ def _attend_cut(
   cut: _Cut,
   sources: Sequence[_Source],
   arrays: _Arrays,
-  scale: float,
+  settings: _Settings,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns output and log-sum-exp of the sources, `[batch, seq, sources]`.
 
-  What a source does not serve is 0 and -inf.
+  Queries that a source does not serve get 0 and -inf.
   """
   batch, seq_len, num_heads, head_dim = arrays.query.shape
   order = np.array(
@@ -468,7 +439,7 @@ def _attend_cut(
   if not len(order):
     shape = (batch, seq_len, len(sources))
     return (
-      jnp.zeros((*shape, head_dim), arrays.query.dtype),
+      jnp.zeros((*shape, head_dim), settings.dtype),
       jnp.full(shape, -jnp.inf, jnp.float32),
     )
   complete = len(order) == num_strips
@@ -480,7 +451,15 @@ def _attend_cut(
   def keys(x: jax.Array, of_source: Sequence[int]) -> jax.Array:
     return _shifted(_pad_seq(x, behind), of_source, sources)
 
-  key_ids = arrays.key_ids[:, :, None]
+  def ids_of_keys() -> jax.Array:
+    ids = keys(arrays.key_ids[:, :, None], [0] * len(sources))
+    if not settings.before_chunk:
+      return ids
+    # The slots of a chunk that hold keys before it come first.
+    places = (np.arange(ids.shape[1]) + cut.pad) % cut.chunk_size
+    before = places[:, None] < [source.shift for source in sources]
+    return jnp.where(before, ids, 0)
+
   parts = (
     _pad_seq(take_heads(arrays.query, heads), behind),
     keys(arrays.key, kv_heads),
@@ -488,14 +467,14 @@ def _attend_cut(
     _pad_seq(
       jnp.repeat(arrays.query_ids[:, :, None], len(sources), axis=2), behind
     ),
-    keys(key_ids, [0] * len(sources)),
+    ids_of_keys(),
   )
   block = _block_size(batch * len(order), cut)
   num_blocks = -(-cut.num_slots // block)
   missing = num_blocks * block - cut.num_slots
 
   def strips(x: jax.Array) -> jax.Array:
-    """Cuts, leaves out what is empty, and joins batch and strips."""
+    """Cuts, leaves out the empty strips, and joins batch and strips."""
     x = cut.apart(x)
     if not complete:
       x = x.at[:, order].get(mode="promise_in_bounds", unique_indices=True)
@@ -503,7 +482,15 @@ def _attend_cut(
     x = x.reshape(batch * len(order), *x.shape[2:])
     return _pad_seq(x, missing)
 
-  band = _Band(cut.lo, cut.hi, block, num_blocks, scale)
+  band = _Band(
+    cut.lo,
+    cut.hi,
+    block,
+    num_blocks,
+    settings.scale,
+    settings.dtype,
+    settings.operands,
+  )
   output, log_sum = _core(band, *map(strips, parts))
 
   def whole(x: jax.Array, empty: float) -> jax.Array:
@@ -532,7 +519,10 @@ def _where(
 
 
 def _by_position(
-  arrays: _Arrays, heads: Sequence[HeadPattern], boundary: str, scale: float
+  arrays: _Arrays,
+  heads: Sequence[HeadPattern],
+  boundary: Boundary,
+  settings: _Settings,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns attention by true positions; unchunked heads never fall back."""
   seq_len = arrays.query.shape[1]
@@ -541,7 +531,7 @@ def _by_position(
     for cut, source in _sources_of(index, head, seq_len, boundary):
       cuts.setdefault(cut, []).append(source)
   results = [
-    _attend_cut(cut, sources, arrays, scale) for cut, sources in cuts.items()
+    _attend_cut(cut, sources, arrays, settings) for cut, sources in cuts.items()
   ]
   joined = [jnp.concatenate(x, axis=2) for x in zip(*results, strict=True)]
   in_order = [source for sources in cuts.values() for source in sources]
@@ -559,11 +549,14 @@ def _by_position(
 
 
 def _unchunked_start(
-  arrays: _Arrays, pattern: AttentionPattern, scale: float, result: Any
+  arrays: _Arrays,
+  pattern: AttentionPattern,
+  settings: _Settings,
+  result: Any,
 ) -> Any:
   """Returns `result` with the queries before an unchunked head's shift served.
 
-  They see no key behind them, so that the start of the sequence is enough.
+  They see no key after themselves, so the start of the sequence is enough.
   """
   seq_len = arrays.query.shape[1]
   falls_back = np.stack(
@@ -578,7 +571,7 @@ def _unchunked_start(
     return result
   start = jax.tree.map(lambda x: x[:, :length], arrays)
   heads = [dataclasses.replace(head, shift=0) for head in pattern.heads]
-  output, log_sum = _by_position(start, heads, "drop", scale)
+  output, log_sum = _by_position(start, heads, "drop", settings)
   after = seq_len - length
   return _where(
     falls_back, (_pad_seq(output, after), _pad_seq(log_sum, after)), result
@@ -586,7 +579,7 @@ def _unchunked_start(
 
 
 def _by_slot(
-  arrays: _Arrays, pattern: AttentionPattern, scale: float
+  arrays: _Arrays, pattern: AttentionPattern, settings: _Settings
 ) -> tuple[jax.Array, jax.Array]:
   """Returns attention of keys rolled cyclically, in the order of slots."""
   group_size = arrays.query.shape[2] // arrays.key.shape[2]
@@ -603,163 +596,99 @@ def _by_slot(
     )
     # Among the slots nothing is shifted; `select` speaks of positions.
     plain = dataclasses.replace(head, shift=0, offset=0, select=None)
-    result = _by_position(rolled, [plain] * len(indices), "drop", scale)
+    result = _by_position(rolled, [plain] * len(indices), "drop", settings)
     parts.append([jnp.roll(x, head.offset, axis=1) for x in result])
   outputs, log_sums = zip(*parts, strict=True)
   indices = list(pattern.head_groups().values())
   return join_heads(outputs, indices), join_heads(log_sums, indices)
 
 
-# Queries beside a cache of keys.
-
-
-def _cache_blocks(x: jax.Array) -> jax.Array:
-  """Returns `[blocks, batch, keys, ...]` of `[batch, kv_seq, ...]`."""
-  kv_len = x.shape[1]
-  num_blocks = -(-kv_len // _CACHE_BLOCK)
-  # Blocks alike in length: little is padded.
-  block = -(-kv_len // num_blocks)
-  return _to_blocks(_pad_seq(x, num_blocks * block - kv_len), num_blocks)
-
-
-def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
-  """Returns `[batch, kv_heads, group, seq, ...]` of `[batch, seq, heads, ...]`.
-
-  Query heads that share a key head then lie together.
-  """
-  x = jnp.moveaxis(x, 2, 1)
-  return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
-
-
-def _ungrouped(x: jax.Array) -> jax.Array:
-  """Undoes `_grouped`."""
-  return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
-
-
-def _cache_scores(
-  pattern: AttentionPattern,
-  scale: float,
-  kv_len: int,
-  query: jax.Array,
-  query_ids: jax.Array,
-  offset: jax.Array,
-  block: tuple[jax.Array, jax.Array, jax.Array],
-) -> jax.Array:
-  """Returns `[batch, kv_heads, group, seq, keys]`, -inf where not seen."""
-  key, ids, index = block
-  batch, kv_heads, _, seq_len, _ = query.shape
-  queries = offset + jnp.arange(seq_len)[:, None]
-  keys = (index * key.shape[1] + jnp.arange(key.shape[1]))[None, :]
-  # Padding has segment 0.
-  same = query_ids[:, :, None] == ids[:, None, :]
-  same = same & (ids != 0)[:, None, :]
-  seen = pattern.seen(queries, keys, kv_len)
-  seen = seen.reshape(1, kv_heads, -1, seq_len, key.shape[1])
-  scores = scale * _product("bhgqd,bkhd->bhgqk", query, key)
-  return jnp.where(
-    seen & same.reshape(batch, 1, 1, seq_len, -1), scores, -jnp.inf
+def _attend_pattern(
+  arrays: _Arrays, pattern: AttentionPattern, settings: _Settings
+) -> tuple[jax.Array, jax.Array]:
+  """Returns attention by a pattern without unions."""
+  if pattern.causality == "slot":
+    result = _by_slot(arrays, pattern, settings)
+  else:
+    result = _by_position(arrays, pattern.heads, pattern.boundary, settings)
+    if pattern.boundary == "local":
+      result = _unchunked_start(arrays, pattern, settings, result)
+  positions = np.arange(arrays.query.shape[1])
+  served = np.stack(
+    [
+      positions % head.dilation == (head.select or 0)
+      if head.select is not None
+      else np.full(len(positions), True)
+      for head in pattern.heads
+    ],
+    axis=1,
   )
+  if served.all():
+    return result
+  nothing = (jnp.zeros((), settings.dtype), jnp.float32(-jnp.inf))
+  return _where(served, result, nothing)
 
 
-def _with_cache_forward(
-  pattern, scale, query, key, value, query_ids, key_ids, offset
-):
-  """Returns what `_with_cache` does, grouped and the output in float32."""
-  kv_len, kv_heads = key.shape[1:3]
-  query = _grouped(query, kv_heads)
-
-  def meet(carry, block):
-    maximum, total, output = carry
-    key, value, ids, index = block
-    scores = _cache_scores(
-      pattern, scale, kv_len, query, query_ids, offset, (key, ids, index)
-    )
-    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
-    base = safe_maximum(new_maximum)
-    weights = jnp.exp(scores - base[..., None])
-    keep = jnp.exp(maximum - base)
-    part = _product("bhgqk,bkhd->bhgqd", weights, value)
-    return (
-      new_maximum,
-      keep * total + jnp.sum(weights, axis=-1),
-      keep[..., None] * output + part,
-    ), None
-
-  blocks = [_cache_blocks(x) for x in (key, value, key_ids)]
-  (maximum, total, output), _ = jax.lax.scan(
-    meet,
-    _empty_sums(query),
-    (*blocks, jnp.arange(len(blocks[0]))),
-  )
-  total, log_sum = finish_softmax(safe_maximum(maximum), total)
-  return output / total[..., None], log_sum
+# Unions.
 
 
-def _with_cache_primal(
-  pattern: AttentionPattern,
-  scale: float,
+def attend_part(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
-  query_ids: jax.Array,
-  key_ids: jax.Array,
-  offset: jax.Array,
+  part: Part,
+  *,
+  segment_ids: jax.Array | None,
+  scale: float,
+  operands: Any,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns attention of queries from `offset` on over a cache of keys.
+  """Returns attention over one part of a union (`patterns.union_parts`).
 
-  Every key is read: time grows with the keys times the queries, memory with
-  their sum.
+  Args:
+    query: `[batch, seq, heads, head_dim]`, all heads of the union; float32,
+      so that the gradients of the parts are added before they are rounded.
+    key: `[batch, seq, kv_heads, head_dim]`, float32.
+    value: Like `key`.
+    part: The part.
+    segment_ids: Integers `[batch, seq]`, or None.
+    scale: Factor of the scores.
+    operands: Dtype that queries, keys and values are multiplied in.
+
+  Returns:
+    The output `[batch, seq, heads of the part, head_dim]` and the log-sum-exp,
+    both float32: they are combined with those of other parts.
   """
-  output, log_sum = _with_cache_forward(
-    pattern, scale, query, key, value, query_ids, key_ids, offset
-  )
-  return _ungrouped(output.astype(query.dtype)), _ungrouped(log_sum)
-
-
-_with_cache = jax.custom_vjp(_with_cache_primal, nondiff_argnums=(0, 1))
-
-
-def _with_cache_save(pattern, scale, *arrays):
-  output, log_sum = _with_cache_forward(pattern, scale, *arrays)
-  results = _ungrouped(output.astype(arrays[0].dtype)), _ungrouped(log_sum)
-  return results, (*arrays, output, log_sum)
-
-
-def _with_cache_backward(pattern, scale, saved, cotangents):
-  query, key, value, query_ids, key_ids, offset, output, log_sum = saved
-  kv_len, kv_heads = key.shape[1:3]
-  grouped = _grouped(query, kv_heads)
-  d_output, d_log_sum = (_grouped(x, kv_heads) for x in cotangents)
-  # As in `_core_backward`.
-  delta = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1)
-  delta = delta - jnp.where(log_sum == -jnp.inf, 0.0, d_log_sum)
-  log_sum = safe_maximum(log_sum)
-
-  def meet(d_query, block):
-    key, value, ids, index = block
-    scores = _cache_scores(
-      pattern, scale, kv_len, grouped, query_ids, offset, (key, ids, index)
+  num_heads = query.shape[2]
+  if len(part.heads) < num_heads:
+    group_size = num_heads // key.shape[2]
+    kv_heads = [head // group_size for head in part.heads]
+    query = take_heads(query, part.heads)
+    key, value = take_heads(key, kv_heads), take_heads(value, kv_heads)
+  if part.num_keys is not None:
+    return xla_cache.attend_sinks(
+      part, scale, operands, query, key, value, segment_ids
     )
-    weights = jnp.exp(scores - log_sum[..., None])
-    d_weights = _product("bhgqd,bkhd->bhgqk", d_output, value)
-    d_scores = scale * weights * (d_weights - delta[..., None])
-    return d_query + _product("bhgqk,bkhd->bhgqd", d_scores, key), (
-      _product("bhgqk,bhgqd->bkhd", d_scores, grouped).astype(key.dtype),
-      _product("bhgqk,bhgqd->bkhd", weights, d_output).astype(value.dtype),
-    )
+  if segment_ids is None:
+    segment_ids = jnp.ones(query.shape[:2], jnp.int32)
+  arrays = _Arrays(query, key, value, segment_ids, segment_ids)
+  settings = _Settings(scale, jnp.float32, operands, part.before_chunk)
+  return _attend_pattern(arrays, part.pattern, settings)
 
-  blocks = [_cache_blocks(x) for x in (key, value, key_ids)]
-  d_query, of_keys = jax.lax.scan(
-    meet,
-    _zeros_like(grouped),
-    (*blocks, jnp.arange(len(blocks[0]))),
+
+def spread_part(
+  output: jax.Array, log_sum: jax.Array, part: Part, num_heads: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the results of a part for all heads: 0 and -inf for the others."""
+  if len(part.heads) == num_heads:
+    return output, log_sum
+  others = [head for head in range(num_heads) if head not in part.heads]
+  rest = jnp.zeros((*log_sum.shape[:2], len(others)), jnp.float32)
+  empty = jnp.zeros((*rest.shape, output.shape[3]), output.dtype)
+  places = [part.heads, others]
+  return (
+    join_heads([output, empty], places),
+    join_heads([log_sum, rest - jnp.inf], places),
   )
-  d_key, d_value = (_from_blocks(x)[:, :kv_len] for x in of_keys)
-  d_query = _ungrouped(d_query.astype(query.dtype))
-  return d_query, d_key, d_value, None, None, None
-
-
-_with_cache.defvjp(_with_cache_save, _with_cache_backward)
 
 
 def attention(
@@ -784,41 +713,34 @@ def attention(
     # Later keys are never seen.
     key, value = key[:, :seq_len], value[:, :seq_len]
     segment_ids = None if segment_ids is None else segment_ids[:, :seq_len]
-  kv_len = key.shape[1]
-  if segment_ids is None:
-    segment_ids = jnp.ones((query.shape[0], kv_len), jnp.int32)
-  if not from_start or seq_len < kv_len:
-    query_ids = jax.lax.dynamic_slice_in_dim(
-      segment_ids, query_offset, seq_len, axis=1
+  if not from_start or seq_len < key.shape[1]:
+    return xla_cache.attend(
+      pattern, scale, query, key, value, segment_ids, query_offset
     )
-    return _with_cache(
-      pattern,
-      scale,
-      query,
-      key,
-      value,
-      query_ids,
-      segment_ids,
-      jnp.asarray(query_offset),
+  parts = union_parts(pattern)
+  if len(parts) == 1 and parts[0].is_plain:
+    if segment_ids is None:
+      segment_ids = jnp.ones(query.shape[:2], jnp.int32)
+    arrays = _Arrays(query, key, value, segment_ids, segment_ids)
+    settings = _Settings(scale, query.dtype, query.dtype)
+    return _attend_pattern(arrays, parts[0].pattern, settings)
+  dtype = query.dtype
+  query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+  results = [
+    spread_part(
+      *attend_part(
+        query,
+        key,
+        value,
+        part,
+        segment_ids=segment_ids,
+        scale=scale,
+        operands=dtype,
+      ),
+      part,
+      pattern.num_heads,
     )
-  arrays = _Arrays(query, key, value, segment_ids, segment_ids)
-  if pattern.causality == "slot":
-    result = _by_slot(arrays, pattern, scale)
-  else:
-    result = _by_position(arrays, pattern.heads, pattern.boundary, scale)
-    if pattern.boundary == "local":
-      result = _unchunked_start(arrays, pattern, scale, result)
-  positions = np.arange(seq_len)
-  served = np.stack(
-    [
-      positions % head.dilation == (head.select or 0)
-      if head.select is not None
-      else np.full(seq_len, True)
-      for head in pattern.heads
-    ],
-    axis=1,
-  )
-  if served.all():
-    return result
-  nothing = (jnp.zeros((), query.dtype), jnp.float32(-jnp.inf))
-  return _where(served, result, nothing)
+    for part in parts
+  ]
+  output, log_sum = combine(*zip(*results, strict=True))
+  return output.astype(dtype), log_sum

@@ -1,0 +1,130 @@
+"""Softmax over keys that come in blocks, forward and backward, in float32.
+
+Milakov and Gimelshein (arXiv 1805.02867); the backward pass computes the
+weights again from the log-sum-exp (Dao et al., arXiv 2205.14135). Axes before
+the last two may be any; `[..., queries, keys]` are scores, and the subscripts
+of products say how scores and values meet.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from scca_jax.backends.heads import finish_softmax, safe_maximum, vary_like
+
+# Maximum and sum of the exponentials, and the weighted values: `[..., queries]`
+# twice and `[..., queries, head_dim]`.
+Sums = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _precision(dtype: Any) -> jax.lax.Precision:
+  """Asks for exact float32 products, where a GPU would round operands."""
+  if dtype == jnp.float32:
+    return jax.lax.Precision.HIGHEST
+  return jax.lax.Precision.DEFAULT
+
+
+def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+  """Returns an einsum, accumulated in float32.
+
+  A float32 `a` that meets a smaller `b` is rounded to its dtype, for the
+  matrix units of a GPU. A CPU would only widen it again: it is left exact.
+  """
+
+  def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(
+      subscripts,
+      a,
+      b,
+      precision=_precision(a.dtype),
+      preferred_element_type=jnp.float32,
+    )
+
+  if a.dtype == b.dtype:
+    return multiply(a, b)
+  return jax.lax.platform_dependent(
+    a,
+    b,
+    cpu=multiply,
+    default=lambda a, b: multiply(a.astype(b.dtype), b),
+  )
+
+
+def zeros_like(x: jax.Array) -> jax.Array:
+  """Returns float32 zeros that vary over a mesh as `x` does."""
+  return vary_like(jnp.zeros(x.shape, jnp.float32), x)
+
+
+def start(query: jax.Array) -> Sums:
+  """Returns the sums before any key."""
+  zeros = zeros_like(query)
+  maximum = jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
+  return vary_like(maximum, query), zeros[..., 0], zeros
+
+
+def accumulate(
+  sums: Sums, scores: jax.Array, value: jax.Array, subscripts: str
+) -> Sums:
+  """Returns the sums with a block of keys more.
+
+  Args:
+    sums: Those of the blocks so far.
+    scores: -inf where a query does not see a key.
+    value: Values of the block.
+    subscripts: Product of weights and values.
+  """
+  maximum, total, output = sums
+  new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
+  base = safe_maximum(new_maximum)
+  weights = jnp.exp(scores - base[..., None])
+  keep = jnp.exp(maximum - base)
+  part = product(subscripts, weights, value)
+  return (
+    new_maximum,
+    keep * total + jnp.sum(weights, axis=-1),
+    keep[..., None] * output + part,
+  )
+
+
+def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
+  """Returns the output and the log-sum-exp."""
+  maximum, total, output = sums
+  total, log_sum = finish_softmax(safe_maximum(maximum), total)
+  return output / total[..., None], log_sum
+
+
+def delta(
+  output: jax.Array,
+  log_sum: jax.Array,
+  d_output: jax.Array,
+  d_log_sum: jax.Array,
+) -> jax.Array:
+  """Returns what each query's score gradients have in common.
+
+  With `p` the weights, `ds = p (dp - delta)`, `delta = sum(do o) - dlse`. The
+  output is float32: where one key has nearly all the weight, the gradient is
+  what the difference leaves, and a rounded output would drown it.
+  """
+  shared = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1)
+  return shared - jnp.where(log_sum == -jnp.inf, 0.0, d_log_sum)
+
+
+def weights_and_gradient(
+  scores: jax.Array,
+  log_sum: jax.Array,
+  d_weights: jax.Array,
+  delta: jax.Array,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the weights of a block and the gradient of its products `q k`.
+
+  Args:
+    scores: Scores of the block, `scale` times the products.
+    log_sum: Over all keys; finite, 0 for a query without keys.
+    d_weights: Gradient of the weights.
+    delta: See `delta`.
+    scale: Factor of the scores.
+  """
+  weights = jnp.exp(scores - log_sum[..., None])
+  return weights, scale * weights * (d_weights - delta[..., None])
