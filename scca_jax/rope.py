@@ -59,6 +59,14 @@ class RopeScaling:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
 
+  @property
+  def pretrained_len(self) -> int:
+    """The length that the kinds that need one compare with, in tokens."""
+    length = self.original_max_position_embeddings
+    if length is None:
+      raise ValueError(f"{self.kind} rope scaling has no pretrained length.")
+    return length
+
   def __post_init__(self):
     if self.kind not in KINDS:
       raise ValueError(
@@ -99,11 +107,10 @@ def _yarn_bounds(
   head_dim: int, theta: float, scaling: RopeScaling
 ) -> tuple[float, float]:
   """Returns the pairs between which YaRN goes from one method to the other."""
-  length = scaling.original_max_position_embeddings or 0
 
   def pair_that_turns(times: float) -> float:
     # length * theta^(-2i/d) = 2 pi * times, solved for i.
-    turns = length / (times * 2 * math.pi)
+    turns = scaling.pretrained_len / (times * 2 * math.pi)
     return head_dim * math.log(turns) / (2 * math.log(theta))
 
   low = pair_that_turns(scaling.beta_fast)
@@ -129,7 +136,7 @@ def _yarn_attention_scaling(scaling: RopeScaling) -> float:
 def frequencies(
   head_dim: int, theta: float, scaling: RopeScaling | None, seq_len: int
 ) -> tuple[np.ndarray, float]:
-  """Returns how fast each pair of channels rotates, and a factor of its size.
+  """Returns how fast each pair of channels rotates, and what scales it.
 
   Args:
     head_dim: Channels of a head, even.
@@ -159,7 +166,7 @@ def frequencies(
       raise ValueError(f"{kind} rope scaling needs a head_dim above 2.")
     stretch = scaling.factor
     if kind == "dynamic":
-      length = scaling.original_max_position_embeddings or seq_len
+      length = scaling.pretrained_len
       stretch = scaling.factor * max(seq_len, length) / length - (
         scaling.factor - 1
       )
@@ -178,8 +185,7 @@ def frequencies(
     inv_freq = inv_freq * (1 - interpolated + interpolated / scaling.factor)
     attention_scaling = _yarn_attention_scaling(scaling)
   else:
-    length = scaling.original_max_position_embeddings or 0
-    turns = length * inv_freq / (2 * np.pi)
+    turns = scaling.pretrained_len * inv_freq / (2 * np.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     inv_freq = inv_freq * (kept + (1 - kept) / scaling.factor)
