@@ -432,7 +432,7 @@ def _held(target: jax.ShapeDtypeStruct, quantize_by: str | None) -> Any:
   if quantize_by is None:
     return target
   return jax.eval_shape(
-    functools.partial(quantize.quantized, method=quantize_by), target
+    functools.partial(quantize.quantize_layers, method=quantize_by), target
   )
 
 
@@ -493,7 +493,7 @@ def _fill(
         turned = _turn(value, target.dtype, is_matrix)
       if quantize_by is None:
         return turned
-      return quantize.quantized_matrix(turned[0], quantize_by), *turned[1:]
+      return quantize.quantize_matrix(turned[0], quantize_by), *turned[1:]
 
   with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
     ahead = collections.deque(
@@ -758,7 +758,7 @@ def _fused(
   lora_a = arrays.get((*path[:-1], "lora_a"))
   lora_b = arrays.get((*path[:-1], "lora_b"))
   if quantize.method_of(part) is not None:
-    part = quantize.dequantized(part, jnp.float32)
+    part = quantize.dequantize(part, jnp.float32)
   if lora_a is None or lora_b is None:
     return part
   product = jnp.matmul(

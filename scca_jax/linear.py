@@ -67,7 +67,7 @@ class Linear(nnx.Module):
       dropout_rng: Randomness of the dropout; None drops nothing.
     """
     x = x.astype(self.dtype)
-    y = x @ quantize.dequantized(self.kernel[...], self.dtype)
+    y = x @ quantize.dequantize(self.kernel[...], self.dtype)
     if self.lora_a is None or self.lora_b is None:
       return y
     if self.dropout > 0 and dropout_rng is not None:

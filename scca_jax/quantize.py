@@ -1,9 +1,9 @@
 """Frozen weights in eight or four bits, with qwix's arrays.
 
-Only the matrices of the layers are quantised. Each is brought back to a float
+Only the matrices of the layers are quantised. Each is converted to a float
 dtype where it is used, one layer at a time; what is trained beside them
-(adapters, norms, embeddings) is float32 as without (QLoRA, arXiv 2305.14314).
-qwix is imported where something is quantised: nothing else needs it.
+(adapters, norms, embeddings) stays float32 (QLoRA, arXiv 2305.14314). qwix is
+imported only where something is quantised.
 """
 
 import functools
@@ -18,7 +18,7 @@ from flax import nnx
 # "nf4": 16 values whose spacing suits normally distributed weights, a scale
 # for each output channel and block of inputs. Scales are float32.
 METHODS = ("int8", "nf4")
-# Inputs that share a scale, as in QLoRA; fewer where they do not divide by it.
+# Inputs that share a scale, as in QLoRA; fewer where it does not divide them.
 NF4_BLOCK = 64
 
 
@@ -36,7 +36,7 @@ def check_method(method: str | None) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def quantized_matrix(kernel: jax.Array, method: str) -> Any:
+def quantize_matrix(kernel: jax.Array, method: str) -> Any:
   """Returns a matrix as a `qwix.QArray`.
 
   Args:
@@ -59,13 +59,13 @@ def quantized_matrix(kernel: jax.Array, method: str) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def quantized(kernel: jax.Array, method: str) -> Any:
-  """Returns stacked matrices, `[layers, in, out]`, as `quantized_matrix`."""
+def quantize_layers(kernel: jax.Array, method: str) -> Any:
+  """Returns stacked matrices, `[layers, in, out]`, each quantised alone."""
   # One layer at a time: a float32 copy of all would be twice what is read.
-  return jax.lax.map(lambda layer: quantized_matrix(layer, method), kernel)
+  return jax.lax.map(lambda layer: quantize_matrix(layer, method), kernel)
 
 
-def dequantized(kernel: Any, dtype: Any) -> jax.Array:
+def dequantize(kernel: Any, dtype: Any) -> jax.Array:
   """Returns a matrix in a float dtype, whether it was quantised or not.
 
   Args:
@@ -94,8 +94,8 @@ def quantize_model(model: Any, method: str | None) -> Any:
   """Returns a `Llama` whose layers have quantised matrices.
 
   Args:
-    model: With float weights; they must be frozen to be of use: a quantised
-      matrix has no gradient.
+    model: With float weights, which must be frozen: a quantised matrix has no
+      gradient.
     method: One of `METHODS`; None changes nothing.
 
   Raises:
@@ -108,5 +108,5 @@ def quantize_model(model: Any, method: str | None) -> Any:
   flat = dict(nnx.to_flat_state(state))
   for path, variable in flat.items():
     if is_quantizable(path):
-      flat[path] = variable.replace(quantized(variable[...], method))
+      flat[path] = variable.replace(quantize_layers(variable[...], method))
   return nnx.merge(graphdef, nnx.from_flat_state(flat))
