@@ -34,7 +34,7 @@ from scca_jax import (
   tasks,
   tokenizer,
 )
-from scca_jax.llama import Llama
+from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
 from scca_jax.token_file import TokenFile
@@ -238,7 +238,7 @@ def _score_tasks(
           context_len=context_len,
           batch_size=max(1, _BATCH_TOKENS.value // context_len),
           patterns=of_length,
-          implementation=_IMPLEMENTATION.value,
+          execution=Execution(implementation=_IMPLEMENTATION.value),
           on_samples=bar.update,
         )
         for context_len, of_length in layers.items()
@@ -315,7 +315,7 @@ def main() -> None:
             stride=_STRIDE.value,
             batch_size=max(1, _BATCH_TOKENS.value // context_len),
             bos_id=bos_id,
-            implementation=_IMPLEMENTATION.value,
+            execution=Execution(implementation=_IMPLEMENTATION.value),
             on_windows=bar.update,
           )
           for context_len in context_lens

@@ -24,6 +24,7 @@ from scca_jax import (
   generation,
   tokenizer,
 )
+from scca_jax.llama import Execution
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = shared_flags.define_adapter()
@@ -170,7 +171,7 @@ def main() -> None:
     sampling=sampling,
     prefill_patterns=prefill_layers,
     decode_patterns=decode_layers,
-    implementation=_IMPLEMENTATION.value,
+    execution=Execution(implementation=_IMPLEMENTATION.value),
   ):
     for answer, token in zip(answers, tokens, strict=True):
       if token != generation.FINISHED:

@@ -16,11 +16,14 @@ is enough.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from absl import flags
+from flax import nnx
 
 from experiments.shared import cli, resolve
 from experiments.shared.config import FinetuneConfig, from_config_dict
-from scca_jax import atomic_file, deviceless, memory, sharding
+from scca_jax import atomic_file, deviceless, memory, quantize, sharding
+from scca_jax.llama import Execution, Llama
 
 # Contexts that --search tries are multiples of it, in tokens.
 _SEARCH_MULTIPLE = 1024
@@ -74,19 +77,23 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
   )
   train = run.training
   resolved = resolve.resolve(run, find_devices=False)
-  setup = memory.Setup(
-    gpu=_GPU.value,
-    config=resolved.target,
-    lora=run.lora,
-    dtype=train.dtype,
-    param_dtype=train.param_dtype,
-    quantize=train.quantize,
-    implementation=train.implementation,
-    memory_fraction=_FRACTION.value,
+  card = memory.Card(_GPU.value, _FRACTION.value)
+  model = nnx.eval_shape(
+    lambda: quantize.quantize_model(
+      Llama(
+        resolved.target,
+        lora=run.lora,
+        dtype=jnp.dtype(train.dtype),
+        param_dtype=jnp.dtype(train.param_dtype),
+        rngs=nnx.Rngs(0),
+      ),
+      train.quantize,
+    )
   )
   if _TASK.value == "train":
     return memory.plan_step(
-      setup,
+      card,
+      model,
       optimizer=run.optimizer,
       step=resolved.step,
       batch_size=train.batch_size,
@@ -102,7 +109,13 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
     "evaluate": memory.plan_evaluation,
     "generate": memory.plan_generation,
   }[_TASK.value]
-  return plan(setup, batch_size=batch_size, seq_len=seq_len)
+  return plan(
+    card,
+    model,
+    batch_size=batch_size,
+    seq_len=seq_len,
+    execution=Execution(implementation=train.implementation),
+  )
 
 
 def _print(plan: memory.Plan) -> None:

@@ -119,9 +119,9 @@ def devices(gpu: str, number: int = 1) -> list[Any]:
 
 
 def _in_host_memory(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """Returns a laid out argument, in the host's memory."""
-  # Described devices know of no memories, and a sharding forgets what its
-  # devices do not know. One without devices does not.
+  """Returns an argument that has a sharding, in the host's memory."""
+  # Topology devices have no memory kinds, and a concrete sharding drops them;
+  # one over an abstract mesh keeps them.
   there = NamedSharding(
     x.sharding.mesh.abstract_mesh, x.sharding.spec, memory_kind=HOST
   )
@@ -130,17 +130,36 @@ def _in_host_memory(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
-  """Has nothing kept on the disk: a program for no device is not read back."""
+  """Disables the compilation cache: programs without a device are not read."""
   settings: Any = jax.config
   enabled = settings.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)
-  # JAX looks at the setting once.
+  # JAX reads the setting once.
   compilation_cache.reset_cache()
   try:
     yield
   finally:
     jax.config.update("jax_enable_compilation_cache", enabled)
     compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _cuda_in_environment(folder: pathlib.Path) -> Iterator[None]:
+  """Lets Pallas find the assembler, which it looks for by itself."""
+  names = ("CUDA_ROOT", "PATH")
+  before = {name: os.environ.get(name) for name in names}
+  os.environ["CUDA_ROOT"] = str(folder)
+  os.environ["PATH"] = os.pathsep.join(
+    filter(None, (str(folder / "bin"), before["PATH"]))
+  )
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      if value is None:
+        del os.environ[name]
+      else:
+        os.environ[name] = value
 
 
 def compile_for(
@@ -171,10 +190,6 @@ def compile_for(
   """
   device = target_of(gpu)
   folder = _cuda_folder()
-  # Pallas looks for the assembler by itself.
-  os.environ["CUDA_ROOT"] = str(folder)
-  if str(folder) not in os.environ["PATH"]:
-    os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
   if all(
     getattr(leaf, "sharding", None) is None for leaf in jax.tree.leaves(args)
   ):
@@ -194,13 +209,17 @@ def compile_for(
       device_kind=device.kind, num_cores=None, platform="gpu"
     ),
   )
-  with target.compile_for(device), jax.sharding.use_abstract_mesh(described):
+  with (
+    target.compile_for(device),
+    jax.sharding.use_abstract_mesh(described),
+    _cuda_in_environment(folder),
+  ):
     lowered = (
       jax.jit(function, donate_argnums=donate_argnums)
       .trace(*args)
       .lower(lowering_platforms=("cuda",))
     )
-  with _no_cache():
+  with _no_cache(), _cuda_in_environment(folder):
     return lowered.compile(
       {"xla_gpu_cuda_data_dir": str(folder)} | (compiler_options or {})
     )

@@ -10,9 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from scca_jax import patterns as patterns_lib
 from scca_jax import rope
-from scca_jax.llama import Cache, Llama, Patterns
+from scca_jax.llama import (
+  DEFAULT_EXECUTION,
+  Cache,
+  Execution,
+  Llama,
+  Patterns,
+)
 
 # What a finished sequence yields.
 FINISHED = -1
@@ -32,7 +37,7 @@ class Sampling:
     top_k: Only this many of the likeliest tokens; None has no limit.
     top_p: Only the likeliest tokens that together reach this probability;
       1 has no limit.
-    seed: Of the randomness.
+    seed: Draws other tokens.
   """
 
   temperature: float = 0.0
@@ -80,17 +85,17 @@ def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
   """Returns a token for each sequence, `[batch]`."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1)
-  key = jax.random.fold_in(jax.random.key(sampling.seed), step)
-  # A key a sequence: the others of a batch do not change what it draws.
-  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
+  rng = jax.random.fold_in(jax.random.key(sampling.seed), step)
+  # One for each sequence: what it draws does not depend on the rest of a batch.
+  rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(
     jnp.arange(logits.shape[0])
   )
-  return jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
+  return jax.vmap(jax.random.categorical)(rngs, filtered(logits, sampling))
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=("graphdef", "patterns", "sampling", "implementation"),
+  static_argnames=("graphdef", "patterns", "sampling", "execution"),
   donate_argnames=("cache",),
 )
 def next_tokens(
@@ -105,17 +110,12 @@ def next_tokens(
   graphdef: Any,
   patterns: Patterns,
   sampling: Sampling,
-  implementation: str | None,
+  execution: Execution,
 ) -> tuple[jax.Array, Cache]:
   """Returns the token after `tokens[:, last]` and the cache with `tokens`."""
   model = nnx.merge(graphdef, state)
   hidden, cache = model.cached_hidden_states(
-    tokens,
-    cache,
-    patterns=patterns,
-    starts=starts,
-    inv_freq=inv_freq,
-    implementation=implementation,
+    tokens, cache, patterns, execution, starts=starts, inv_freq=inv_freq
   )
   hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
   return _draw(model.logits(hidden), sampling, step), cache
@@ -140,6 +140,70 @@ def _check(
       )
 
 
+class _Decoder:
+  """Continues the sequences of a batch, step by step.
+
+  Attributes:
+    step: Number of the next step, counted from 0.
+  """
+
+  def __init__(
+    self,
+    model: Llama,
+    batch: int,
+    capacity: int,
+    sampling: Sampling,
+    execution: Execution,
+  ):
+    self._config = model.config
+    self._cache = model.init_cache(batch, capacity)
+    self._graphdef, self._state = nnx.split(model)
+    self._sampling = sampling
+    self._execution = execution
+    self.step = 0
+
+  def next_tokens(
+    self,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    patterns: Patterns,
+    *,
+    first: bool = False,
+  ) -> np.ndarray:
+    """Returns the token after each sequence, int32 `[batch]`.
+
+    Args:
+      tokens: What the cache does not have yet, `[batch, seq]`; what stands
+        behind the end of a sequence is padding.
+      lengths: Tokens of each whole sequence, `[batch]`.
+      patterns: What the tokens attend by.
+      first: Whether `tokens` are the whole sequences.
+    """
+    config = self._config
+    inv_freq, _ = rope.frequencies(
+      config.head_dim,
+      config.rope_theta,
+      config.rope_scaling,
+      int(lengths.max()),
+    )
+    last = lengths - 1 if first else np.zeros_like(lengths)
+    found, self._cache = next_tokens(
+      self._state,
+      jnp.asarray(tokens),
+      self._cache,
+      jnp.asarray(last),
+      None if first else jnp.asarray(lengths - 1),
+      jnp.asarray(inv_freq),
+      jnp.asarray(self.step, jnp.int32),
+      graphdef=self._graphdef,
+      patterns=patterns,
+      sampling=self._sampling,
+      execution=self._execution,
+    )
+    self.step += 1
+    return np.asarray(found, np.int32)
+
+
 def stream(
   model: Llama,
   prompts: Sequence[Sequence[int]],
@@ -149,7 +213,7 @@ def stream(
   prefill_patterns: Patterns | None = None,
   decode_patterns: Patterns | None = None,
   eos_ids: Sequence[int] | None = None,
-  implementation: str | None = None,
+  execution: Execution = DEFAULT_EXECUTION,
 ) -> Iterator[np.ndarray]:
   """Yields the next token of every sequence, step by step, int32 `[batch]`.
 
@@ -161,77 +225,44 @@ def stream(
     prompts: Token ids, of any lengths.
     max_new_tokens: Most tokens a sequence gets.
     sampling: How tokens are drawn; None takes the likeliest.
-    prefill_patterns: Attention among the tokens of the prompts; None is dense.
-    decode_patterns: Attention of new tokens; None is dense. Both as in
+    prefill_patterns: What the tokens of the prompts attend by; None is dense.
+    decode_patterns: What new tokens attend by; None is dense. Both as in
       `Llama.hidden_states`, with position causality.
     eos_ids: Tokens that end a sequence; None takes the model's.
-    implementation: Attention back end; None takes the best for the device.
+    execution: As in `Llama.hidden_states`, on one device.
 
   Raises:
     ValueError: A prompt is empty or beyond the vocabulary, or a setting is out
       of range.
   """
   _check(model, prompts, max_new_tokens)
-  config = model.config
-  sampling = Sampling() if sampling is None else sampling
-  dense = patterns_lib.dense(config.num_heads)
   eos = np.asarray(
-    config.eos_token_ids if eos_ids is None else tuple(eos_ids), np.int64
+    model.config.eos_token_ids if eos_ids is None else tuple(eos_ids), np.int64
   )
   lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
   longest = int(lengths.max())
-  # Padded at their ends, which no token of a prompt sees and new tokens
-  # overwrite: positions stay what they are in training.
+  # Padded at their ends: no token of a prompt sees the padding, and new tokens
+  # overwrite it. Positions stay what they are in training.
   padded = -(-longest // _BUCKET) * _BUCKET
   tokens = np.zeros((len(prompts), padded), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
-  capacity = -(-(longest + max_new_tokens) // _BUCKET) * _BUCKET
-  graphdef, state = nnx.split(model)
-
-  def run(tokens, cache, last, starts, patterns, seq_len, step):
-    inv_freq, _ = rope.frequencies(
-      config.head_dim, config.rope_theta, config.rope_scaling, seq_len
-    )
-    return next_tokens(
-      state,
-      jnp.asarray(tokens),
-      cache,
-      jnp.asarray(last),
-      None if starts is None else jnp.asarray(starts),
-      jnp.asarray(inv_freq),
-      jnp.asarray(step, jnp.int32),
-      graphdef=graphdef,
-      patterns=dense if patterns is None else patterns,
-      sampling=sampling,
-      implementation=implementation,
-    )
-
-  new, cache = run(
-    tokens,
-    model.init_cache(len(prompts), capacity),
-    lengths - 1,
-    None,
-    prefill_patterns,
-    longest,
-    0,
+  decoder = _Decoder(
+    model,
+    len(prompts),
+    -(-(longest + max_new_tokens) // _BUCKET) * _BUCKET,
+    Sampling() if sampling is None else sampling,
+    execution,
   )
+  found = decoder.next_tokens(tokens, lengths, prefill_patterns, first=True)
   finished = np.zeros(len(prompts), bool)
-  first = np.zeros(len(prompts), np.int32)
-  for step in range(1, max_new_tokens + 1):
-    found = np.asarray(new, np.int32)
+  for num_new in range(1, max_new_tokens + 1):
     yield np.where(finished, FINISHED, found)
     finished |= np.isin(found, eos)
-    if finished.all() or step == max_new_tokens:
+    if finished.all() or num_new == max_new_tokens:
       return
-    new, cache = run(
-      found[:, None],
-      cache,
-      first,
-      lengths + step - 1,
-      decode_patterns,
-      longest + step,
-      step,
+    found = decoder.next_tokens(
+      found[:, None], lengths + num_new, decode_patterns
     )
 
 

@@ -3,8 +3,14 @@
 Parameters are named as in Hugging Face's files; those of the layers are stacked
 along a first axis, so that the layers compile once.
 
-The module is long because decoding with a cache goes through the same layers as
-training, and is here beside them.
+In order:
+
+    Execution           how the layers are computed: back end, memory, devices
+    Layer               attention and MLP, with the modules they are made of
+    Cache               keys and values of earlier tokens, for decoding
+    _project            the product with the output head, and its gradient
+    Llama               the model: training and evaluation (`hidden_states`),
+                        decoding (`cached_hidden_states`), logits
 """
 
 import dataclasses
@@ -24,17 +30,51 @@ from scca_jax.dispatch import attention
 from scca_jax.linear import Linear
 from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import LoraConfig
-from scca_jax.patterns import AttentionPattern
+from scca_jax.patterns import AttentionPattern, Mixture, dense, members
 
-# What one layer attends by: a tuple is a mixture (see `scca_jax.attention`).
-LayerPattern = AttentionPattern | tuple[AttentionPattern, ...]
-# The same for all layers, or one a layer.
-Patterns = AttentionPattern | tuple[LayerPattern, ...]
-# What the backward pass has of each layer: all activations; its input and what
-# attention gives; its input, from which all is computed anew; the inputs of
-# attention and MLP, waiting in the host's memory.
+# What one layer attends by.
+LayerPattern = AttentionPattern | Mixture
+# One for all layers or a tuple with one per layer; None is dense.
+Patterns = LayerPattern | tuple[LayerPattern, ...] | None
 REMAT = ("none", "attention", "layer", "offload")
 _LAYER_INPUT = "layer_input"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """How the layers are computed; results agree up to rounding.
+
+  Attributes:
+    implementation: Attention back end, or several to be tried in order; None
+      takes the best for the device.
+    remat: What is saved of each layer for the backward pass. "none": all
+      activations. "attention": the layer's input and what the attention kernels
+      for GPUs save, so that these run forward only once (the same as "layer"
+      with other back ends). "layer": its input, from which the rest is
+      recomputed. "offload": the inputs of attention and MLP, kept in the host's
+      memory.
+    mlp_chunk: Tokens of each sequence whose MLP is computed at a time, and
+      recomputed in the backward pass; None takes all. Where a sequence is cut
+      over devices, this counts the tokens of each shard.
+    mesh: From `sharding.make_mesh`, if parameters and tokens lie on several
+      devices; None is one device.
+  """
+
+  implementation: str | tuple[str, ...] | None = None
+  remat: str = "none"
+  mlp_chunk: int | None = None
+  mesh: Mesh | None = None
+
+  def __post_init__(self):
+    if self.remat not in REMAT:
+      raise ValueError(
+        f"unknown remat {self.remat!r}: use one of {', '.join(REMAT)}."
+      )
+    if self.mlp_chunk is not None and self.mlp_chunk < 1:
+      raise ValueError(f"mlp_chunk must be at least 1, got {self.mlp_chunk}.")
+
+
+DEFAULT_EXECUTION = Execution()
 
 
 class RMSNorm(nnx.Module):
@@ -128,15 +168,15 @@ class SelfAttention(nnx.Module):
     x: jax.Array,
     pattern: LayerPattern,
     call: "_Call",
-    keys: Any,
+    dropout_rngs: Any,
     cache: "_LayerCache | None",
   ) -> tuple[jax.Array, "_LayerCache | None"]:
     """Returns its part of the residual stream, like `x`, and the cache."""
     batch, seq_len, _ = x.shape
     heads = (batch, seq_len, -1, self.head_dim)
-    query = self.q_proj(x, keys["q_proj"]).reshape(heads)
-    key = self.k_proj(x, keys["k_proj"]).reshape(heads)
-    value = self.v_proj(x, keys["v_proj"]).reshape(heads)
+    query = self.q_proj(x, dropout_rngs["q_proj"]).reshape(heads)
+    key = self.k_proj(x, dropout_rngs["k_proj"]).reshape(heads)
+    value = self.v_proj(x, dropout_rngs["v_proj"]).reshape(heads)
     query = rope.apply(query, *call.rotation)
     key = rope.apply(key, *call.rotation)
     if cache is None or call.starts is None:
@@ -146,15 +186,15 @@ class SelfAttention(nnx.Module):
         value,
         pattern,
         segment_ids=call.segment_ids,
-        implementation=call.implementation,
-        mesh=call.mesh,
+        implementation=call.execution.implementation,
+        mesh=call.execution.mesh,
       )
     if cache is not None:
       cache = cache.write(key, value, call.starts)
       if call.starts is not None:
         output = cache.attend(query, pattern, call)
     output = output.reshape(batch, seq_len, -1)
-    return self.o_proj(output, keys["o_proj"]), cache
+    return self.o_proj(output, dropout_rngs["o_proj"]), cache
 
 
 class MLP(nnx.Module):
@@ -166,35 +206,35 @@ class MLP(nnx.Module):
     self.down_proj = making.projection("down_proj", rngs)
 
   def __call__(
-    self, x: jax.Array, keys: Any, chunk_len: int | None = None
+    self, x: jax.Array, dropout_rngs: Any, chunk_len: int | None = None
   ) -> jax.Array:
     """Returns the MLP's part of the residual stream, like `x`.
 
     Args:
       x: `[batch, seq, hidden]`.
-      keys: Randomness of the dropout by projection, or None.
+      dropout_rngs: Randomness of the dropout by projection, or None.
       chunk_len: Tokens of each sequence whose inner activations are held at
         once, in the backward pass too; None takes all.
     """
 
-    def of_chunk(x, keys):
-      gate = jax.nn.silu(self.gate_proj(x, keys["gate_proj"]))
-      inner = gate * self.up_proj(x, keys["up_proj"])
-      return self.down_proj(inner, keys["down_proj"])
+    def of_chunk(x, dropout_rngs):
+      gate = jax.nn.silu(self.gate_proj(x, dropout_rngs["gate_proj"]))
+      inner = gate * self.up_proj(x, dropout_rngs["up_proj"])
+      return self.down_proj(inner, dropout_rngs["down_proj"])
 
     batch, seq_len, hidden = x.shape
     if chunk_len is None or seq_len <= chunk_len:
-      return of_chunk(x, keys)
+      return of_chunk(x, dropout_rngs)
     num_chunks = -(-seq_len // chunk_len)
     padding = num_chunks * chunk_len - seq_len
     chunks = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
     chunks = chunks.reshape(batch, num_chunks, chunk_len, hidden)
-    of_chunks = jax.tree.map(
-      lambda key: jax.random.split(key, num_chunks), dict(keys)
+    rngs_of_chunks = jax.tree.map(
+      lambda rng: jax.random.split(rng, num_chunks), dict(dropout_rngs)
     )
     result = jax.lax.map(
-      lambda of: jax.checkpoint(of_chunk)(*of),
-      (jnp.swapaxes(chunks, 0, 1), of_chunks),
+      lambda chunk: jax.checkpoint(of_chunk)(*chunk),
+      (jnp.swapaxes(chunks, 0, 1), rngs_of_chunks),
     )
     result = jnp.swapaxes(result, 0, 1).reshape(batch, -1, hidden)
     return result[:, :seq_len]
@@ -206,19 +246,15 @@ class _Call:
 
   Attributes:
     rotation: Positions, frequencies and factor: arguments of `rope.apply`.
+    execution: How the layers are computed.
     segment_ids: `[batch, seq]` or None.
-    implementation: Attention back end.
-    mlp_chunk: See `MLP`.
-    mesh: Devices that the call is laid out on, or None.
-    starts: With a cache: position of the first token of each sequence,
-      `[batch]`; None is the start of all, where no key is in the cache yet.
+    starts: With a cache, the position of the first token of each sequence,
+      `[batch]`; None where all sequences start and the cache is empty.
   """
 
   rotation: tuple[jax.Array, np.ndarray | jax.Array, float]
-  segment_ids: jax.Array | None
-  implementation: str | None
-  mlp_chunk: int | None = None
-  mesh: Mesh | None = None
+  execution: Execution
+  segment_ids: jax.Array | None = None
   starts: jax.Array | None = None
 
 
@@ -276,7 +312,7 @@ class _LayerCache:
         value[None],
         pattern,
         query_offset=start,
-        implementation=call.implementation,
+        implementation=call.execution.implementation,
       )[0]
 
     return jax.vmap(of_sequence)(
@@ -287,11 +323,13 @@ class _LayerCache:
     )
 
 
-def _split(dropout_key: jax.Array | None) -> dict[str, jax.Array | None]:
-  """Returns a key for each projection, or None for all."""
-  if dropout_key is None:
+def _by_projection(
+  dropout_rng: jax.Array | None,
+) -> dict[str, jax.Array | None]:
+  """Returns the randomness of each projection, None without dropout."""
+  if dropout_rng is None:
     return dict.fromkeys(PROJECTIONS)
-  split = jax.random.split(dropout_key, len(PROJECTIONS))
+  split = jax.random.split(dropout_rng, len(PROJECTIONS))
   return dict(zip(PROJECTIONS, split, strict=True))
 
 
@@ -309,34 +347,36 @@ class Layer(nnx.Module):
     x: jax.Array,
     pattern: LayerPattern,
     call: _Call,
-    dropout_key: jax.Array | None,
+    dropout_rng: jax.Array | None,
     cache: _LayerCache | None = None,
   ) -> tuple[jax.Array, _LayerCache | None]:
     """Returns the residual stream, `[batch, seq, hidden]`, and the cache."""
-    x, cache = self.attend(x, pattern, call, dropout_key, cache)
-    return self.feed_forward(x, call, dropout_key), cache
+    x, cache = self.attend(x, pattern, call, dropout_rng, cache)
+    return self.feed_forward(x, call, dropout_rng), cache
 
   def attend(
     self,
     x: jax.Array,
     pattern: LayerPattern,
     call: _Call,
-    dropout_key: jax.Array | None,
+    dropout_rng: jax.Array | None,
     cache: _LayerCache | None = None,
   ) -> tuple[jax.Array, _LayerCache | None]:
     """Returns the residual stream after attention, and the cache."""
     attended, cache = self.self_attn(
-      self.input_layernorm(x), pattern, call, _split(dropout_key), cache
+      self.input_layernorm(x), pattern, call, _by_projection(dropout_rng), cache
     )
     return x + attended, cache
 
   def feed_forward(
-    self, x: jax.Array, call: _Call, dropout_key: jax.Array | None
+    self, x: jax.Array, call: _Call, dropout_rng: jax.Array | None
   ) -> jax.Array:
     """Returns the residual stream after the MLP."""
     normalised = self.post_attention_layernorm(x)
-    pieces = sharding.by_piece(normalised, call.mesh)
-    result = self.mlp(pieces, _split(dropout_key), call.mlp_chunk)
+    shards = sharding.by_piece(normalised, call.execution.mesh)
+    result = self.mlp(
+      shards, _by_projection(dropout_rng), call.execution.mlp_chunk
+    )
     return x + result.reshape(x.shape)
 
 
@@ -393,13 +433,18 @@ def _project_backward(axis, saved, d_logits):
 _project.defvjp(_project_save, _project_backward)
 
 
-def _period(patterns: Patterns, num_layers: int) -> tuple[LayerPattern, ...]:
+def _period(
+  patterns: Patterns, config: LlamaConfig
+) -> tuple[LayerPattern, ...]:
   """Returns the shortest cycle of patterns that gives each layer its own.
 
   Its length divides the number of layers.
   """
-  if isinstance(patterns, AttentionPattern):
+  if patterns is None:
+    return (dense(config.num_heads),)
+  if isinstance(patterns, LayerPattern):
     return (patterns,)
+  num_layers = config.num_layers
   if not isinstance(patterns, tuple) or len(patterns) != num_layers:
     found = (
       f"a tuple of {len(patterns)}"
@@ -407,15 +452,52 @@ def _period(patterns: Patterns, num_layers: int) -> tuple[LayerPattern, ...]:
       else repr(patterns)
     )
     raise ValueError(
-      "patterns must be an AttentionPattern or a tuple of one for each of the"
-      f" {num_layers} layers, got {found}."
+      "patterns must be an AttentionPattern, a Mixture or a tuple with one for"
+      f" each of the {num_layers} layers, got {found}."
     )
+  for layer, pattern in enumerate(patterns):
+    if not isinstance(pattern, LayerPattern):
+      raise ValueError(
+        f"the pattern of layer {layer} must be an AttentionPattern or a"
+        f" Mixture, got {pattern!r}."
+      )
   length = next(
     n
     for n in range(1, num_layers + 1)
     if num_layers % n == 0 and patterns == patterns[:n] * (num_layers // n)
   )
   return patterns[:length]
+
+
+def _scan_layers(
+  run: Callable[[Any, Any, int], Any],
+  carry: Any,
+  of_layers: Any,
+  cycle_len: int,
+) -> Any:
+  """Returns what the last layer leaves; one cycle of layers is compiled.
+
+  This is jax.lax.scan over the pure state, not nnx.scan: layers change no
+  variable, and nnx.scan has one body for one layer where a schedule needs a
+  cycle of layers, each with its own static pattern.
+
+  Args:
+    run: Maps what the layer before left, a cycle of `of_layers` and the layer's
+      index in it to what the layer leaves.
+    carry: What the first layer starts from.
+    of_layers: A tree of arrays `[layers, ...]`.
+    cycle_len: Layers of a cycle.
+  """
+  of_cycles = jax.tree.map(
+    lambda leaf: leaf.reshape(-1, cycle_len, *leaf.shape[1:]), of_layers
+  )
+
+  def run_cycle(carry, of_cycle):
+    for i in range(cycle_len):
+      carry = run(carry, of_cycle, i)
+    return carry, None
+
+  return jax.lax.scan(run_cycle, carry, of_cycles)[0]
 
 
 def _default_positions(
@@ -517,15 +599,11 @@ class Llama(nnx.Module):
   def __call__(
     self,
     tokens: jax.Array,
+    patterns: Patterns = None,
+    execution: Execution = DEFAULT_EXECUTION,
     *,
-    patterns: Patterns,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    implementation: str | None = None,
-    remat: str = "none",
-    mlp_chunk: int | None = None,
-    mesh: Mesh | None = None,
-    deterministic: bool = True,
     rngs: nnx.Rngs | None = None,
   ) -> jax.Array:
     """Returns the logits of the next tokens, float32 `[batch, seq, vocab]`.
@@ -534,14 +612,10 @@ class Llama(nnx.Module):
     """
     hidden = self.hidden_states(
       tokens,
-      patterns=patterns,
+      patterns,
+      execution,
       positions=positions,
       segment_ids=segment_ids,
-      implementation=implementation,
-      remat=remat,
-      mlp_chunk=mlp_chunk,
-      mesh=mesh,
-      deterministic=deterministic,
       rngs=rngs,
     )
     return self.logits(hidden)
@@ -549,96 +623,69 @@ class Llama(nnx.Module):
   def hidden_states(
     self,
     tokens: jax.Array,
+    patterns: Patterns = None,
+    execution: Execution = DEFAULT_EXECUTION,
     *,
-    patterns: Patterns,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    implementation: str | None = None,
-    remat: str = "none",
-    mlp_chunk: int | None = None,
-    mesh: Mesh | None = None,
-    deterministic: bool = True,
     rngs: nnx.Rngs | None = None,
   ) -> jax.Array:
     """Returns what the output head reads, `[batch, seq, hidden]`.
 
     Args:
       tokens: Integers, `[batch, seq]`.
-      patterns: Attention pattern of all layers, or a tuple of one a layer;
-        static under jit. A schedule that repeats compiles one cycle of it.
-      positions: Integers for RoPE, `[batch, seq]`; None counts from 0, anew in
-        each segment. The patterns have positions of their own: those in the
-        sequence.
+      patterns: What all layers attend by, or a tuple with one pattern per
+        layer; None is dense. Static under jit: a schedule that repeats compiles
+        one cycle of it.
+      execution: How the layers are computed; static under jit.
+      positions: Integers for RoPE, `[batch, seq]`; None counts from 0 at the
+        start of each segment. Patterns go by the place in the sequence instead.
       segment_ids: Documents packed in one sequence, `[batch, seq]`; see
         `scca_jax.attention`.
-      implementation: Attention back end; None takes the best for the device.
-      remat: What the backward pass has of each layer: "none", all activations;
-        "layer", its input only, from which it is computed anew; "attention",
-        beside it what the attention kernels for GPUs save, so that they run
-        forward but once (with other back ends this is "layer"); "offload", the
-        inputs of attention and MLP, which wait in the host's memory.
-      mlp_chunk: Tokens of each sequence whose MLP is computed at once, and anew
-        in the backward pass; None takes all.
-      mesh: From `sharding.make_mesh`, if parameters and tokens lie on several
-        devices. Of a sequence in pieces, `mlp_chunk` is of each piece.
-      deterministic: Whether dropout is off.
-      rngs: Its stream `dropout` is used if there is dropout.
+      rngs: Its stream `dropout` draws what dropout drops; None drops nothing.
 
     Raises:
-      ValueError: Shapes or the number of patterns do not fit, or dropout has
-        no `rngs`.
+      ValueError: Shapes or the number of patterns do not fit.
     """
     _check_tokens(tokens, positions)
-    config = self.config
-    cycle = _period(patterns, config.num_layers)
-    num_cycles = config.num_layers // len(cycle)
+    config, mesh, remat = self.config, execution.mesh, execution.remat
+    cycle = _period(patterns, config)
     if positions is None:
       positions = _default_positions(tokens.shape[1], segment_ids)
     inv_freq, attention_scaling = rope.frequencies(
       config.head_dim, config.rope_theta, config.rope_scaling, tokens.shape[1]
     )
-    if remat not in REMAT:
-      raise ValueError(
-        f"unknown remat {remat!r}: use one of {', '.join(REMAT)}."
-      )
-    if mlp_chunk is not None and mlp_chunk < 1:
-      raise ValueError(f"mlp_chunk must be at least 1, got {mlp_chunk}.")
-    call = _Call(
-      (positions, inv_freq, attention_scaling),
-      segment_ids,
-      implementation,
-      mlp_chunk,
-      mesh,
-    )
+    rotation = (positions, inv_freq, attention_scaling)
+    call = _Call(rotation, execution, segment_ids)
     graphdef, state = nnx.split(self.layers)
 
-    def attend(layer, x, pattern, key):
-      return layer.attend(x, pattern, call, key)[0]
+    def attend(layer, x, pattern, rng):
+      return layer.attend(x, pattern, call, rng)[0]
 
-    def feed_forward(layer, x, pattern, key):
+    def feed_forward(layer, x, pattern, rng):
       del pattern
-      return layer.feed_forward(x, call, key)
+      return layer.feed_forward(x, call, rng)
+
+    def whole(layer, x, pattern, rng):
+      return layer(x, pattern, call, rng)[0]
 
     def run_part(part, x, of_cycle, i):
       if remat == "offload":
         x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
-      state, key = jax.tree.map(lambda leaf: leaf[i], of_cycle)
+      state, rng = jax.tree.map(lambda leaf: leaf[i], of_cycle)
       layer = nnx.merge(graphdef, sharding.gathered(state, mesh))
-      x = part(layer, x, cycle[i], key)
+      x = part(layer, x, cycle[i], rng)
       return sharding.constrain(x, mesh, "batch", "seq", None)
 
-    def whole(layer, x, pattern, key):
-      return layer(x, pattern, call, key)[0]
-
-    # Offloaded inputs take no room on the device: with one for each half of a
+    # Offloaded inputs take no room on the device. With one for each half of a
     # layer, the backward pass of one half needs nothing of the other's.
     parts = (attend, feed_forward) if remat == "offload" else (whole,)
     if remat != "none":
-      # A scan of one step is inlined, and the compiler may then merge what is
-      # computed anew with what was computed first: this forbids it. It also
-      # keeps the halves of a layer one after the other. The weights are taken
-      # as the scan has them: a slice would be saved with each layer's input, a
-      # second copy of the model.
+      # XLA inlines a scan of one step, and may then merge what is recomputed
+      # with what was computed first: prevent_cse forbids that. It also keeps
+      # the halves of a layer one after the other. `run_part` slices the stacked
+      # weights itself: a slice made outside would be saved with each layer's
+      # input, a second copy of the model.
       policies = jax.checkpoint_policies
       policy = {
         "attention": policies.save_only_these_names(SAVED),
@@ -652,28 +699,20 @@ class Llama(nnx.Module):
       }[remat]
       run_part = jax.checkpoint(
         run_part,
-        prevent_cse=num_cycles == 1 or remat == "offload",
+        prevent_cse=len(cycle) == config.num_layers or remat == "offload",
         policy=policy,
         static_argnums=(0, 3),
       )
 
-    def run_cycle(x, of_cycle):
-      for i in range(len(cycle)):
-        for part in parts:
-          x = run_part(part, x, of_cycle, i)
-      return x, None
+    def run_layer(x, of_cycle, i):
+      for part in parts:
+        x = run_part(part, x, of_cycle, i)
+      return x
 
-    # jax.lax.scan over the pure state, not nnx.scan: layers change no variable,
-    # and nnx.scan has one body for one layer where a schedule needs a cycle of
-    # layers, each with its own static pattern.
-    of_layers = (state, self._dropout_keys(deterministic, rngs))
-    of_cycles = jax.tree.map(
-      lambda leaf: leaf.reshape(num_cycles, len(cycle), *leaf.shape[1:]),
-      of_layers,
-    )
     x = self.embed_tokens(tokens, mesh)
     x = sharding.constrain(x, mesh, "batch", "seq", None)
-    x, _ = jax.lax.scan(run_cycle, x, of_cycles)
+    of_layers = (state, self._dropout_rngs(rngs))
+    x = _scan_layers(run_layer, x, of_layers, len(cycle))
     return self.norm(x)
 
   def init_cache(self, batch: int, capacity: int) -> Cache:
@@ -692,24 +731,25 @@ class Llama(nnx.Module):
     self,
     tokens: jax.Array,
     cache: Cache,
+    patterns: Patterns = None,
+    execution: Execution = DEFAULT_EXECUTION,
     *,
-    patterns: Patterns,
     starts: jax.Array | None = None,
     inv_freq: jax.Array | np.ndarray | None = None,
-    implementation: str | None = None,
   ) -> tuple[jax.Array, Cache]:
-    """Returns the hidden states of tokens that go on from a cache.
+    """Returns the hidden states of tokens that continue cached sequences.
 
     Args:
       tokens: Integers, `[batch, seq]`.
       cache: From `init_cache` or from an earlier call.
       patterns: As in `hidden_states`, with position causality.
+      execution: As in `hidden_states`, on one device.
       starts: Position of the first token of each sequence, integers `[batch]`;
-        None begins the sequences, at the cost of the pattern: later calls read
-        the whole cache. What the cache has from there on is overwritten.
+        what the cache holds from there on is overwritten. None starts the
+        sequences, and costs what the pattern does: later calls read the whole
+        cache.
       inv_freq: Frequencies of RoPE, `[head_dim / 2]`; None takes those of the
-        cache's capacity, of which only "dynamic" scaling depends.
-      implementation: Attention back end; None takes the best for the device.
+        cache's capacity, which matters to "dynamic" scaling only.
 
     Returns:
       `[batch, seq, hidden]` and the cache with the tokens in it.
@@ -717,16 +757,19 @@ class Llama(nnx.Module):
     Raises:
       ValueError: Shapes or the number of patterns do not fit, or a pattern is
         causal by slot.
+      NotImplementedError: The execution has a mesh.
     """
     _check_tokens(tokens, None)
+    if execution.mesh is not None:
+      raise NotImplementedError("a cache lies on one device: give no mesh.")
     config = self.config
-    cycle = _period(patterns, config.num_layers)
+    cycle = _period(patterns, config)
     for pattern in cycle:
-      for one in pattern if isinstance(pattern, tuple) else (pattern,):
-        if one.causality != "position":
+      for member in members(pattern):
+        if member.causality != "position":
           raise ValueError(
             "a cache needs patterns with causality='position', got"
-            f" {one.causality!r}."
+            f" {member.causality!r}."
           )
     seq_len = tokens.shape[1]
     if cache.key.shape[1] != tokens.shape[0] or cache.key.shape[2] < seq_len:
@@ -748,41 +791,30 @@ class Llama(nnx.Module):
       default if inv_freq is None else inv_freq,
       attention_scaling,
     )
-    call = _Call(rotation, None, implementation, starts=starts)
+    call = _Call(rotation, execution, starts=starts)
     graphdef, state = nnx.split(self.layers)
 
-    def run_cycle(carry, of_cycle):
+    def run_layer(carry, of_cycle, i):
       x, cache = carry
-      for i, pattern in enumerate(cycle):
-        state, layer = jax.tree.map(lambda leaf, i=i: leaf[i], of_cycle)
-        x, of_layer = nnx.merge(graphdef, state)(
-          x, pattern, call, None, _LayerCache(cache, layer)
-        )
-        cache = of_layer.cache  # pyright: ignore[reportOptionalMemberAccess]
-      return (x, cache), None
+      state, layer = jax.tree.map(lambda leaf: leaf[i], of_cycle)
+      x, of_layer = nnx.merge(graphdef, state)(
+        x, cycle[i], call, None, _LayerCache(cache, layer)
+      )
+      return x, of_layer.cache  # pyright: ignore[reportOptionalMemberAccess]
 
     # The cache is carried, not scanned over: it is written in place.
-    num_cycles = config.num_layers // len(cycle)
-    of_cycles = jax.tree.map(
-      lambda leaf: leaf.reshape(num_cycles, len(cycle), *leaf.shape[1:]),
+    x, cache = _scan_layers(
+      run_layer,
+      (self.embed_tokens(tokens), cache),
       (state, jnp.arange(config.num_layers)),
-    )
-    (x, cache), _ = jax.lax.scan(
-      run_cycle, (self.embed_tokens(tokens), cache), of_cycles
+      len(cycle),
     )
     return self.norm(x), cache
 
-  def _dropout_keys(
-    self, deterministic: bool, rngs: nnx.Rngs | None
-  ) -> jax.Array | None:
-    """Returns a key for each layer, `[layers]`, or None without dropout."""
-    if deterministic or self.lora is None or self.lora.dropout == 0:
+  def _dropout_rngs(self, rngs: nnx.Rngs | None) -> jax.Array | None:
+    """Returns the randomness of each layer, `[layers]`, or None."""
+    if rngs is None or self.lora is None or self.lora.dropout == 0:
       return None
-    if rngs is None:
-      raise ValueError(
-        f"dropout {self.lora.dropout} needs rngs: pass"
-        " rngs=nnx.Rngs(dropout=seed) or deterministic=True."
-      )
     return jax.random.split(rngs.dropout(), self.config.num_layers)
 
   def _head(self) -> tuple[jax.Array, int]:
@@ -794,10 +826,9 @@ class Llama(nnx.Module):
   def head(self, hidden: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """Returns `logits` for parts of `hidden`, for a training step.
 
-    Its weights are brought to the dtype of the computation once, for a loop
-    over parts of the sequence, and not before the hidden states are there: the
-    compiler would move that out of the loop over micro batches, and keep the
-    result while the layers run.
+    The head is cast to the compute dtype once, for a loop over parts of the
+    sequence, and only once `hidden` exists: otherwise XLA hoists the cast out
+    of the micro-batch loop and keeps the copy alive while the layers run.
 
     Args:
       hidden: From `hidden_states`.

@@ -1,4 +1,4 @@
-"""The training loss: next-token cross-entropy that never holds all logits."""
+"""Next-token cross-entropy, of training and evaluation, in bounded memory."""
 
 from collections.abc import Callable
 
@@ -6,65 +6,56 @@ import jax
 import jax.numpy as jnp
 
 
-def cross_entropy(
-  logits: jax.Array, targets: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Returns the summed cross-entropy of the targets, in nats.
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Returns the cross-entropy of each target in nats, float32 `[...]`.
 
   Args:
     logits: `[..., vocab]`, any float dtype; read in float32.
     targets: Token ids, `[...]`, int32.
-    mask: Weight of each target, `[...]`, float32; 0 leaves it out.
-
-  Returns:
-    A float32 scalar: the sum over targets, weighted by `mask`.
   """
   logits = logits.astype(jnp.float32)
   normalizer = jax.nn.logsumexp(logits, axis=-1)
   picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return jnp.sum((normalizer - picked) * mask)
+  return normalizer - picked
 
 
-def chunked_cross_entropy(
+def token_losses(
   to_logits: Callable[[jax.Array], jax.Array],
   hidden: jax.Array,
   targets: jax.Array,
-  mask: jax.Array,
   chunk_len: int,
 ) -> jax.Array:
-  """Returns `cross_entropy` of `to_logits(hidden)`, `chunk_len` tokens a time.
+  """Returns `cross_entropy(to_logits(hidden), targets)`, chunk by chunk.
 
-  The logits of a chunk live only while that chunk is summed, in the backward
-  pass too, where they are computed anew: `[batch, chunk_len, vocab]` float32 in
-  place of `[batch, seq, vocab]`.
+  The logits of a chunk, float32 `[batch, chunk_len, vocab]`, live only while
+  its losses are computed; the backward pass recomputes them.
 
   Args:
     to_logits: Maps hidden states `[batch, n, hidden]` to logits
       `[batch, n, vocab]`.
     hidden: `[batch, seq, hidden]`.
     targets: `[batch, seq]`, int32.
-    mask: `[batch, seq]`, float32.
     chunk_len: Tokens of each sequence whose logits are held at once; the last
       chunk may be shorter.
 
   Returns:
-    A float32 scalar: the sum over targets, weighted by `mask`.
+    The loss of each target in nats, float32 `[batch, seq]`.
 
   Raises:
     ValueError: `chunk_len` is below 1.
   """
   if chunk_len < 1:
     raise ValueError(f"chunk_len must be at least 1, got {chunk_len}.")
-  batch, seq_len, _ = hidden.shape
-
-  @jax.checkpoint
-  def loss_of(chunk):
-    chunk_hidden, chunk_targets, chunk_mask = chunk
-    return cross_entropy(to_logits(chunk_hidden), chunk_targets, chunk_mask)
-
+  batch, seq_len = targets.shape
   num_chunks, rest = divmod(seq_len, chunk_len)
   whole = num_chunks * chunk_len
-  total = jnp.zeros((), jnp.float32)
+
+  @jax.checkpoint
+  def losses_of(chunk):
+    chunk_hidden, chunk_targets = chunk
+    return cross_entropy(to_logits(chunk_hidden), chunk_targets)
+
+  parts = []
   if num_chunks:
     chunks = tuple(
       jnp.moveaxis(
@@ -74,13 +65,10 @@ def chunked_cross_entropy(
         1,
         0,
       )
-      for array in (hidden, targets, mask)
+      for array in (hidden, targets)
     )
-
-    def add(total, chunk):
-      return total + loss_of(chunk), None
-
-    total, _ = jax.lax.scan(add, total, chunks)
+    found = jax.lax.map(losses_of, chunks)  # [chunks, batch, chunk_len]
+    parts.append(jnp.moveaxis(found, 0, 1).reshape(batch, whole))
   if rest:
-    total += loss_of(tuple(a[:, whole:] for a in (hidden, targets, mask)))
-  return total
+    parts.append(losses_of((hidden[:, whole:], targets[:, whole:])))
+  return jnp.concatenate(parts, axis=1)

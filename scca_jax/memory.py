@@ -1,9 +1,11 @@
 """How much GPU memory training, evaluation or generation takes, without a GPU.
 
-The very function is compiled for a described GPU (`deviceless`), and XLA's
-buffer assignment read. That leaves out the CUDA context, the workspace of
+The function that would run is compiled for a described GPU (`deviceless`), and
+XLA's buffer assignment read. That leaves out the CUDA context, the workspace of
 libraries and what a fragmented pool loses. XLA may use what jax gives it: three
 quarters of the card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+
+Models have shapes in place of arrays, as `flax.nnx.eval_shape` gives them.
 """
 
 import dataclasses
@@ -20,16 +22,12 @@ from scca_jax import (
   deviceless,
   generation,
   lora,
-  patterns,
   perplexity,
-  quantize,
   sharding,
   traffic,
   training,
 )
-from scca_jax.llama import Llama
-from scca_jax.llama_config import LlamaConfig
-from scca_jax.lora import LoraConfig
+from scca_jax.llama import DEFAULT_EXECUTION, Cache, Execution, Llama
 from scca_jax.sharding import MeshConfig
 from scca_jax.training import OptimizerConfig, StepConfig
 
@@ -53,10 +51,10 @@ class Plan:
     pool_bytes: What jax may use of it.
     moved_bytes: Floats that a GPU receives from others, in bytes, by kind of
       collective; see `traffic.moved_bytes`.
-    host_bytes: What lies in the host's memory beside it.
-    parts: What `peak_bytes` is the sum of, in bytes, by name. `residuals` are
-      the inputs of the layers where remat keeps them on the device; without
-      remat they cannot be told from the workspace, which is the rest.
+    host_bytes: Bytes in the host's memory beside them.
+    parts: Parts of `peak_bytes`, in bytes, by name. `residuals` are the inputs
+      of the layers where remat saves them on the device; without remat they
+      cannot be told from the workspace, which is the rest.
   """
 
   task: str
@@ -77,28 +75,16 @@ class Plan:
     return self.peak_bytes <= self.pool_bytes
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-  """What a plan is made for.
+@dataclasses.dataclass(frozen=True)
+class Card:
+  """A described GPU, and how much of its memory jax may use.
 
   Attributes:
     gpu: One of `deviceless.GPUS`.
-    config: Sizes of the model.
-    lora: Its adapters; None has none, and trains all parameters.
-    dtype: Dtype of the computation.
-    param_dtype: Dtype that frozen weights are held in.
-    quantize: See `quantize.quantize_model`.
-    implementation: Attention back end; None takes the best for the GPU.
-    memory_fraction: Share of the card that jax may use.
+    memory_fraction: Share of its memory that jax may use.
   """
 
   gpu: str
-  config: LlamaConfig
-  lora: LoraConfig | None = None
-  dtype: str = "float32"
-  param_dtype: str = "float32"
-  quantize: str | None = None
-  implementation: str | None = None
   memory_fraction: float = DEFAULT_FRACTION
 
   def __post_init__(self):
@@ -108,24 +94,19 @@ class Setup:
         f"memory_fraction must lie in (0, 1], got {self.memory_fraction}."
       )
 
-  def model(self) -> Llama:
-    """Returns the model, with shapes in place of arrays."""
-    return nnx.eval_shape(
-      lambda: quantize.quantize_model(
-        Llama(
-          self.config,
-          lora=self.lora,
-          dtype=jnp.dtype(self.dtype),
-          param_dtype=jnp.dtype(self.param_dtype),
-          rngs=nnx.Rngs(0),
-        ),
-        self.quantize,
-      )
-    )
+  @property
+  def capacity_bytes(self) -> int:
+    """Memory of the card."""
+    return deviceless.capacity_bytes(self.gpu)
+
+  @property
+  def pool_bytes(self) -> int:
+    """What jax may use of it."""
+    return int(self.memory_fraction * self.capacity_bytes)
 
 
 def _size(tree: Any) -> int:
-  """Returns the bytes of a tree, or of the part that each device has of it."""
+  """Returns the bytes of a tree, on each device if it lies on several."""
   # In bits: two numbers of four bits share a byte.
   return sum(
     math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
@@ -149,7 +130,7 @@ def _laid_out(tree: Any, layout: Any) -> Any:
 def device_bytes(compiled: Any) -> int:
   """Returns the most memory that a compiled function allocates on its GPU.
 
-  On the GPU itself it is to be compared with `measured_bytes`.
+  Compare it with `measured_bytes` on the GPU itself.
 
   Args:
     compiled: A `jax.stages.Compiled`: of `deviceless.compile_for`, or, on the
@@ -168,10 +149,10 @@ def device_bytes(compiled: Any) -> int:
 
 
 def measured_bytes(devices: Sequence[Any]) -> int | None:
-  """Returns the most memory that this process allocated on any of some devices.
+  """Returns the peak allocation of this process on the fullest of `devices`.
 
   Args:
-    devices: GPUs of this process; CPUs do not say, and give None.
+    devices: GPUs of this process; CPUs keep no count, and give None.
   """
   peaks = [
     (device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices
@@ -190,37 +171,48 @@ def _host_bytes(compiled: Any) -> int:
 
 
 def _make_plan(
-  setup: Setup,
+  card: Card,
   compiled: Any,
   *,
   held: dict[str, int],
   temporary: dict[str, int],
-  **settings: Any,
+  task: str,
+  batch_size: int,
+  seq_len: int,
+  mesh: str = "",
+  moved_bytes: dict[str, float] | None = None,
 ) -> Plan:
-  """Returns a plan.
+  """Returns the plan of a compiled task.
 
   Args:
-    setup: What it is for.
+    card: The GPU.
     compiled: What was compiled.
-    held: Bytes of what is there from start to end, by name.
-    temporary: Bytes of what comes and goes, in the order of importance; as much
-      of it is there at the peak as the peak leaves room for.
-    **settings: Other fields of the plan.
+    held: Buffers that live from start to end, in bytes, by name.
+    temporary: Transient buffers in bytes, most important first; each is counted
+      up to what remains of the peak.
+    task: See `Plan`, as are the rest.
+    batch_size: Sequences.
+    seq_len: Tokens of each.
+    mesh: How the task is laid out.
+    moved_bytes: What a GPU receives from others.
   """
   peak = device_bytes(compiled)
   parts = dict(held)
   for name, size in temporary.items():
     parts[name] = max(0, min(size, peak - sum(parts.values())))
   parts["workspace"] = peak - sum(parts.values())
-  capacity = deviceless.capacity_bytes(setup.gpu)
   return Plan(
-    gpu=setup.gpu,
+    task=task,
+    gpu=card.gpu,
+    seq_len=seq_len,
+    batch_size=batch_size,
+    mesh=mesh,
     peak_bytes=peak,
-    capacity_bytes=capacity,
-    pool_bytes=int(setup.memory_fraction * capacity),
+    capacity_bytes=card.capacity_bytes,
+    pool_bytes=card.pool_bytes,
     host_bytes=_host_bytes(compiled),
     parts=parts,
-    **settings,
+    moved_bytes=moved_bytes or {},
   )
 
 
@@ -233,7 +225,8 @@ def _check_sizes(batch_size: int, seq_len: int) -> None:
 
 
 def plan_step(
-  setup: Setup,
+  card: Card,
+  model: Llama,
   *,
   optimizer: OptimizerConfig,
   step: StepConfig,
@@ -244,24 +237,28 @@ def plan_step(
   """Returns the memory that a training step takes.
 
   Args:
-    setup: Model and GPU; `step` says its dtype and implementation.
+    card: The GPU.
+    model: What is trained; its adapters say which parameters.
     optimizer: Its optimiser.
-    step: The step.
+    step: The step, on one device.
     batch_size: Sequences.
     seq_len: Tokens of each.
-    mesh_config: Number of GPUs along each axis; None is one.
+    mesh_config: Number of GPUs along each axis to lay the step out on; None is
+      one.
 
   Raises:
     ValueError: The compiler is not installed, or a size is out of range.
   """
   _check_sizes(batch_size, seq_len)
-  setup = dataclasses.replace(setup, dtype=step.dtype)
-  graphdef, params, frozen = nnx.split(
-    setup.model(), lora.trainable(setup.lora), ...
-  )
+  trainable = lora.trainable(model.lora)
+  graphdef, params, frozen = nnx.split(model, trainable, ...)
   rule = training.make_optimizer(optimizer, num_steps=1000)
   state = jax.eval_shape(
-    lambda params: training.init_state(params, rule, step.dtype), params
+    lambda *parts: training.init(nnx.merge(graphdef, *parts), trainable, rule)[
+      1
+    ],
+    params,
+    frozen,
   )
   batch = {
     name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype)
@@ -274,10 +271,12 @@ def plan_step(
   mesh = None
   if mesh_config is not None and mesh_config.num_devices > 1:
     mesh = sharding.make_mesh(
-      mesh_config, deviceless.devices(setup.gpu, mesh_config.num_devices)
+      mesh_config, deviceless.devices(card.gpu, mesh_config.num_devices)
     )
   if mesh is not None:
-    step = dataclasses.replace(step, mesh=mesh)
+    step = dataclasses.replace(
+      step, execution=dataclasses.replace(step.execution, mesh=mesh)
+    )
     state, frozen = _laid_out(
       (state, frozen), sharding.shardings((state, frozen), mesh)
     )
@@ -294,7 +293,7 @@ def plan_step(
     of_state = dataclasses.replace(on_host[0], optimizer=moments)
     on_host = (of_state, *on_host[1:])
   compiled = deviceless.compile_for(
-    setup.gpu,
+    card.gpu,
     functools.partial(
       training.train_step, graphdef=graphdef, optimizer=rule, config=step
     ),
@@ -307,17 +306,18 @@ def plan_step(
   )
   of_micro_batch = batch_size // step.num_micro_batches
   layer_inputs = (
-    setup.config.num_layers
+    model.config.num_layers
     * of_micro_batch
     * seq_len
-    * setup.config.hidden_size
-    * jnp.dtype(step.dtype).itemsize
+    * model.config.hidden_size
+    * model.dtype.itemsize
   )
   if mesh_config is not None:
-    # They lie along every axis but this one.
+    # Every axis but this one cuts them.
     layer_inputs //= mesh_config.num_devices // mesh_config.tensor
+  saves_inputs = step.execution.remat in ("layer", "attention")
   return _make_plan(
-    setup,
+    card,
     compiled,
     task="train",
     seq_len=seq_len,
@@ -334,59 +334,75 @@ def plan_step(
     },
     temporary={
       "gradients": _size(params),
-      "residuals": layer_inputs if step.remat in ("layer", "attention") else 0,
+      "residuals": layer_inputs if saves_inputs else 0,
     },
   )
 
 
-def _inference_plan(setup: Setup, model: Llama, compiled: Any, **settings):
-  weights = _size(nnx.state(model))
-  nothing = dict.fromkeys(("trainable", "optimizer"), 0)
+def _inference_plan(
+  card: Card,
+  model: Llama,
+  compiled: Any,
+  *,
+  task: str,
+  batch_size: int,
+  seq_len: int,
+  cache: Cache | None = None,
+) -> Plan:
+  """Returns the plan of a task without optimiser and gradients."""
   return _make_plan(
-    setup,
+    card,
     compiled,
-    held={"weights": weights, **nothing},
-    temporary={"gradients": 0, "residuals": 0, **settings.pop("more", {})},
-    **settings,
+    task=task,
+    batch_size=batch_size,
+    seq_len=seq_len,
+    held={"weights": _size(nnx.state(model)), "trainable": 0, "optimizer": 0},
+    temporary={
+      "gradients": 0,
+      "residuals": 0,
+      **({} if cache is None else {"cache": _size(cache)}),
+    },
   )
 
 
 def plan_evaluation(
-  setup: Setup,
+  card: Card,
+  model: Llama,
   *,
   batch_size: int,
   seq_len: int,
+  execution: Execution = DEFAULT_EXECUTION,
   loss_chunk: int = perplexity.LOSS_CHUNK,
 ) -> Plan:
   """Returns the memory that perplexity takes, with dense attention.
 
   Args:
-    setup: Model and GPU.
+    card: The GPU.
+    model: The model.
     batch_size: Windows at once.
     seq_len: Tokens of each.
+    execution: See `perplexity.perplexity`.
     loss_chunk: See `perplexity.perplexity`.
 
   Raises:
     ValueError: The compiler is not installed, or a size is out of range.
   """
   _check_sizes(batch_size, seq_len)
-  model = setup.model()
   graphdef, state = nnx.split(model)
   compiled = deviceless.compile_for(
-    setup.gpu,
+    card.gpu,
     functools.partial(
-      perplexity.token_losses,
+      perplexity.window_losses,
       graphdef=graphdef,
-      patterns=patterns.dense(setup.config.num_heads),
-      implementation=setup.implementation,
+      patterns=None,
+      execution=execution,
       loss_chunk=loss_chunk,
-      mesh=None,
     ),
     state,
     jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32),
   )
   return _inference_plan(
-    setup,
+    card,
     model,
     compiled,
     task="evaluate",
@@ -395,22 +411,30 @@ def plan_evaluation(
   )
 
 
-def plan_generation(setup: Setup, *, batch_size: int, seq_len: int) -> Plan:
-  """Returns the memory that reading prompts and the tokens after them takes.
+def plan_generation(
+  card: Card,
+  model: Llama,
+  *,
+  batch_size: int,
+  seq_len: int,
+  execution: Execution = DEFAULT_EXECUTION,
+) -> Plan:
+  """Returns the memory that reading prompts and generating from them takes.
 
-  It is that of the prompts or of one token, whichever takes more, with dense
-  attention and the likeliest token. `parts` has the `cache` too.
+  That is what the prompts take or what one new token takes, whichever is more,
+  with dense attention and greedy sampling. `parts` includes the `cache`.
 
   Args:
-    setup: Model and GPU.
+    card: The GPU.
+    model: The model.
     batch_size: Prompts.
     seq_len: Tokens of each, and of the cache.
+    execution: See `generation.stream`.
 
   Raises:
     ValueError: The compiler is not installed, or a size is out of range.
   """
   _check_sizes(batch_size, seq_len)
-  model = setup.model()
   graphdef, state = nnx.split(model)
   cache = nnx.eval_shape(lambda: model.init_cache(batch_size, seq_len))
   integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -426,35 +450,35 @@ def plan_generation(setup: Setup, *, batch_size: int, seq_len: int) -> Plan:
         inv_freq,
         step,
         graphdef=graphdef,
-        patterns=patterns.dense(setup.config.num_heads),
+        patterns=None,
         sampling=generation.Sampling(),
-        implementation=setup.implementation,
+        execution=execution,
       )
 
     compiled = deviceless.compile_for(
-      setup.gpu,
+      card.gpu,
       run,
       state,
       integers((batch_size, tokens)),
       cache,
       integers((batch_size,)),
-      jax.ShapeDtypeStruct((setup.config.head_dim // 2,), jnp.float32),
+      jax.ShapeDtypeStruct((model.config.head_dim // 2,), jnp.float32),
       integers(()),
       *starts,
       donate_argnums=(2,),
     )
     return _inference_plan(
-      setup,
+      card,
       model,
       compiled,
-      more={"cache": _size(cache)},
       task="generate",
       seq_len=seq_len,
       batch_size=batch_size,
+      cache=cache,
     )
 
   prompt, token = plan(seq_len, ()), plan(1, (integers((batch_size,)),))
-  return max(prompt, token, key=lambda of: of.peak_bytes)
+  return max(prompt, token, key=lambda plan: plan.peak_bytes)
 
 
 def search(

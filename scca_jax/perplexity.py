@@ -28,10 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from scca_jax import sharding
-from scca_jax.patterns import AttentionPattern, dense
+from scca_jax import losses, sharding, token_file
+from scca_jax.llama import DEFAULT_EXECUTION, Execution, Patterns
 from scca_jax.token_file import TokenFile
 
 PROTOCOLS = ("longlora", "strided", "document")
@@ -39,8 +38,6 @@ PROTOCOLS = ("longlora", "strided", "document")
 LONGLORA_STRIDE = 256
 # Tokens of a window whose logits are held at once.
 LOSS_CHUNK = 512
-# Ids that are checked against the vocabulary at once.
-_BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,52 +213,17 @@ def _evenly_spaced(windows: _Windows, num_windows: int) -> _Windows:
   return windows[(2 * np.arange(count) + 1) * len(windows) // (2 * count)]
 
 
-def _check_tokens(tokens: np.ndarray, vocab_size: int, name: str) -> None:
-  if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-    raise ValueError(
-      f"tokens must be a flat array of integers, got {tokens.dtype}"
-      f" {list(tokens.shape)}."
-    )
-  for start in range(0, len(tokens), _BLOCK):
-    block = tokens[start : start + _BLOCK]
-    outside = (block < 0) | (block >= vocab_size)
-    if outside.any():
-      place = start + int(np.argmax(outside))
-      raise ValueError(
-        f"{name} has the id {tokens[place]} at position {place:,}, outside the"
-        f" model's vocabulary of {vocab_size:,}: it was made with another"
-        " tokenizer."
-      )
-
-
-def _check_document_ends(document_ends: np.ndarray, num_tokens: int) -> None:
-  ends = document_ends
-  rising = ends.ndim == 1 and bool(np.all(np.diff(ends, prepend=0) > 0))
-  if not rising or not len(ends) or ends[-1] != num_tokens:
-    raise ValueError(
-      f"document_ends must rise to the {num_tokens:,} tokens of the corpus."
-    )
-
-
 @functools.partial(
-  jax.jit,
-  static_argnames=(
-    "graphdef",
-    "patterns",
-    "implementation",
-    "loss_chunk",
-    "mesh",
-  ),
+  jax.jit, static_argnames=("graphdef", "patterns", "execution", "loss_chunk")
 )
-def token_losses(
+def window_losses(
   state: nnx.State,
   tokens: jax.Array,
   *,
   graphdef: nnx.GraphDef,
-  patterns: AttentionPattern | tuple[AttentionPattern, ...],
-  implementation: str | None,
+  patterns: Patterns,
+  execution: Execution,
   loss_chunk: int,
-  mesh: Mesh | None = None,
 ) -> jax.Array:
   """Returns the loss of each prediction in nats, float32 `[batch, seq - 1]`.
 
@@ -271,54 +233,22 @@ def token_losses(
     state: The model's variables.
     tokens: `[batch, seq]` int32.
     graphdef: The model's structure.
-    patterns: Attention pattern of all layers, or one a layer.
-    implementation: Attention back end.
-    loss_chunk: Positions whose logits are held at once.
-    mesh: Devices that the model lies on, or None.
+    patterns: See `Llama.hidden_states`.
+    execution: See `Llama.hidden_states`.
+    loss_chunk: Tokens of each window whose logits are held at once.
   """
-  if mesh is not None:
-    state = sharding.gathered(state, mesh, leave="layers")
-    tokens = sharding.constrain(tokens, mesh, "batch", "seq")
+  mesh = execution.mesh
+  state = sharding.gathered(state, mesh, leave="layers")
+  tokens = sharding.constrain(tokens, mesh, "batch", "seq")
   model = nnx.merge(graphdef, state)
-  # An argument more only with a mesh: other models need not know of them.
-  layout = {} if mesh is None else {"mesh": mesh}
-  hidden = model.hidden_states(
-    tokens, patterns=patterns, implementation=implementation, **layout
-  )
-  # The last position predicts what lies behind the window: cut off at the end.
+  hidden = model.hidden_states(tokens, patterns, execution)
+  # The last token has no target in the window: its loss is cut off below.
   targets = jnp.roll(tokens, -1, axis=1)
-  shape = tokens.shape
   hidden, targets = (sharding.by_piece(x, mesh) for x in (hidden, targets))
-
-  def losses_of(chunk):
-    chunk_hidden, chunk_targets = chunk
-    logits = model.logits(chunk_hidden).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, chunk_targets[..., None], axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked[..., 0]
-
-  batch, seq_len = targets.shape
-  num_chunks = seq_len // loss_chunk
-  whole = num_chunks * loss_chunk
-  parts = []
-  if num_chunks:
-    chunks = tuple(
-      jnp.moveaxis(
-        array[:, :whole].reshape(
-          batch, num_chunks, loss_chunk, *array.shape[2:]
-        ),
-        1,
-        0,
-      )
-      for array in (hidden, targets)
-    )
-    losses = jax.lax.map(losses_of, chunks)  # [chunks, batch, loss_chunk]
-    parts.append(jnp.moveaxis(losses, 0, 1).reshape(batch, whole))
-  if whole < seq_len:
-    parts.append(losses_of((hidden[:, whole:], targets[:, whole:])))
-  losses = jnp.concatenate(parts, axis=1).reshape(shape)[:, :-1]
-  if mesh is not None:
-    losses = sharding.constrain(losses, mesh, None, None)
-  return losses
+  found = losses.token_losses(model.logits, hidden, targets, loss_chunk)
+  return sharding.constrain(
+    found.reshape(tokens.shape)[:, :-1], mesh, None, None
+  )
 
 
 def _read(
@@ -330,7 +260,7 @@ def _read(
 ) -> np.ndarray:
   """Returns the windows' ids, `[batch_size, context_len]` int32.
 
-  Fewer windows are filled up with zeros, so that every batch has one shape.
+  A short batch is zero-padded so that all batches share one shape.
   """
   rows = np.zeros((batch_size, context_len), np.int32)
   for row, start, begins in zip(
@@ -366,7 +296,12 @@ def _find_windows(
     ids = tokens.tokens
   else:
     ids = np.asarray(tokens)
-  _check_tokens(ids, vocab_size, name)
+  if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+    raise ValueError(
+      f"tokens must be a flat array of integers, got {ids.dtype}"
+      f" {list(ids.shape)}."
+    )
+  token_file.check_ids(ids, vocab_size, name)
   if protocol == "document":
     if document_ends is None:
       raise ValueError(
@@ -375,7 +310,10 @@ def _find_windows(
         " longlora or strided."
       )
     document_ends = np.asarray(document_ends)
-    _check_document_ends(document_ends, len(ids))
+    if not token_file.rises_to(document_ends, len(ids)):
+      raise ValueError(
+        f"document_ends must rise to the {len(ids):,} tokens of the corpus."
+      )
     if add_bos and (bos_id is None or not 0 <= bos_id < vocab_size):
       raise ValueError(
         f"the document protocol puts BOS in front of the documents of {name}:"
@@ -443,33 +381,31 @@ def perplexity(
   *,
   context_len: int,
   protocol: str = "longlora",
-  patterns: AttentionPattern | tuple[AttentionPattern, ...] | None = None,
+  patterns: Patterns = None,
   num_windows: int | None = None,
   stride: int = LONGLORA_STRIDE,
   batch_size: int = 1,
   document_ends: np.ndarray | None = None,
   bos_id: int | None = None,
-  implementation: str | None = None,
+  execution: Execution = DEFAULT_EXECUTION,
   loss_chunk: int = LOSS_CHUNK,
-  mesh: Mesh | None = None,
   on_windows: Callable[[int], object] | None = None,
 ) -> Perplexity:
   """Returns the perplexity of a model on a corpus.
 
-  With `num_windows` below the number there are, windows at equal distances in
-  the list of all are run; each scores what it would score among all of them.
-  (This choice, as `last_quarter`, is our own.)
+  With `num_windows` below the number of windows, evenly spaced ones are run;
+  each scores what it would score among all of them. (This choice and
+  `last_quarter` are our own.)
 
   Losses are float32, their sums float64. A token file made with BOS in front
   of its documents is taken as it is: none is added.
 
   Args:
-    model: A `Llama`, or a module with its `hidden_states`, `logits` and
-      `config`.
+    model: A `Llama`.
     tokens: The corpus: a token file, or a flat array of ids.
     context_len: Length of a window, in tokens.
     protocol: "longlora", "strided" or "document"; see the module.
-    patterns: Attention pattern of all layers, or one a layer; None is dense.
+    patterns: See `Llama.hidden_states`; None is dense.
     num_windows: Most windows to run; None runs all.
     stride: Tokens between windows; 256 under "longlora". A stride of
       `context_len` leaves the first token of every later window unscored.
@@ -477,9 +413,8 @@ def perplexity(
     document_ends: `[documents]` offset behind each document's last token, for
       "document"; None takes those of the token file.
     bos_id: BOS token, for "document"; None takes that of the token file.
-    implementation: Attention back end; None takes the best for the device.
+    execution: See `Llama.hidden_states`.
     loss_chunk: Tokens of each window whose logits are held at once.
-    mesh: Devices that the model lies on (`scca_jax.sharding`), or None.
     on_windows: Called after every batch with the number of its windows.
 
   Raises:
@@ -503,29 +438,22 @@ def perplexity(
   )
   bos = 0 if bos_id is None else bos_id  # None: no window begins with it.
   graphdef, state = nnx.split(model)
-  if patterns is None:
-    patterns = dense(model.config.num_heads)
   batch_size = min(batch_size, len(windows))
   quarter_start = context_len - context_len // 4
   total = quarter_total = 0.0
   num_tokens = quarter_tokens = 0
   for begin in range(0, len(windows), batch_size):
     part = windows[begin : begin + batch_size]
-    losses = np.asarray(
-      token_losses(
-        state,
-        _read(ids, part, context_len, bos, batch_size),
-        graphdef=graphdef,
-        patterns=patterns,
-        implementation=implementation,
-        loss_chunk=loss_chunk,
-        mesh=mesh,
-      ),
-      np.float64,
+    found = window_losses(
+      state,
+      _read(ids, part, context_len, bos, batch_size),
+      graphdef=graphdef,
+      patterns=patterns,
+      execution=execution,
+      loss_chunk=loss_chunk,
     )
-    for row, start, first in zip(
-      losses, part.starts, part.firsts, strict=False
-    ):
+    rows = np.asarray(found, np.float64)
+    for row, start, first in zip(rows, part.starts, part.firsts, strict=False):
       scored = row[first - 1 :]
       if not np.isfinite(scored).all():
         raise ValueError(

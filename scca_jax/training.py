@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from scca_jax import losses, sharding
-from scca_jax.patterns import AttentionPattern
+from scca_jax.llama import DEFAULT_EXECUTION, Execution, Llama, Patterns
 
 SCHEDULES = ("constant", "cosine")
 # The scale that float16 starts from and may grow to, and how many steps
@@ -29,9 +29,8 @@ _GROWTH_INTERVAL = 2000
 # So many overflows in a row cannot be the scale's search for its range: from
 # the largest scale to 1 takes 24.
 MAX_SKIPPED_IN_A_ROW = 30
-# To products that it gives to Triton XLA hands copies of each layer's weights,
-# taken out of the stack; cuBLAS reads them where they lie. Other backends than
-# GPUs ignore the option.
+# XLA's Triton GEMMs first copy each layer's weights out of the stacked array;
+# cuBLAS reads them in place. Other backends than GPUs ignore the option.
 _COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -148,32 +147,35 @@ class LossScale:
   Attributes:
     scale: The factor, float32 scalar.
     good_steps: Steps without overflow since it last changed, int32 scalar.
-    skipped: Steps skipped because of an overflow, in all, int32 scalar.
-    skipped_in_a_row: The same since the last step that was not, int32 scalar.
+    skipped: Number of steps skipped because of an overflow, int32 scalar.
+    skipped_in_a_row: The same since the last step that counted, int32 scalar.
+    dynamic: Whether the scale changes; static under jit.
   """
 
   scale: jax.Array
   good_steps: jax.Array
   skipped: jax.Array
   skipped_in_a_row: jax.Array
+  dynamic: bool = dataclasses.field(metadata={"static": True})
 
   @classmethod
   def create(cls, dtype: jnp.dtype) -> "LossScale":
-    """Returns the scale to start with: 1 for good unless dtype is float16."""
-    first = _INITIAL_LOSS_SCALE if dtype == jnp.float16 else 1.0
-    # One array each: the step donates its state, and a buffer goes but once.
+    """Returns the scale to start with: 1 throughout unless dtype is float16."""
+    dynamic = dtype == jnp.float16
+    # One array each: the step donates its state, a buffer only once.
     return cls(
-      jnp.asarray(first, jnp.float32),
+      jnp.asarray(_INITIAL_LOSS_SCALE if dynamic else 1.0, jnp.float32),
       jnp.zeros((), jnp.int32),
       jnp.zeros((), jnp.int32),
       jnp.zeros((), jnp.int32),
+      dynamic,
     )
 
-  def update(self, finite: jax.Array, dynamic: bool) -> "LossScale":
+  def update(self, finite: jax.Array) -> "LossScale":
     """Returns the scale after a step whose gradients were finite or not."""
     good_steps = jnp.where(finite, self.good_steps + 1, 0)
     scale = self.scale
-    if dynamic:
+    if self.dynamic:
       grow = good_steps >= _GROWTH_INTERVAL
       scale = jnp.where(grow, scale * 2, scale)
       scale = jnp.where(finite, scale, scale / 2)
@@ -185,6 +187,7 @@ class LossScale:
       good_steps,
       self.skipped + overflow,
       (self.skipped_in_a_row + 1) * overflow,
+      self.dynamic,
     )
 
 
@@ -211,33 +214,29 @@ class StepConfig:
   """What one step does beside the optimiser; static under jit.
 
   Attributes:
-    patterns: The attention pattern of all layers, or one a layer.
-    num_micro_batches: Parts the batch is cut in; their gradients are summed
+    patterns: What all layers attend by, or a tuple with one pattern per layer;
+      None is dense.
+    execution: How the layers are computed; state and batch lie on its mesh.
+    num_micro_batches: Parts the batch is cut into; their gradients are summed
       before the one update (gradient accumulation).
-    loss_chunk: Tokens of each sequence whose logits are held at once.
-    remat: What the backward pass has of each layer; see
-      `Llama.hidden_states`.
-    mlp_chunk: Tokens of each sequence whose MLP is computed at once; None
-      takes all.
-    seed: Of the dropout.
-    implementation: Attention back end; None takes the best for the device.
-    dtype: The model's compute dtype; "float16" scales the loss.
-    mesh: Devices that state and batch lie on (`sharding`); None is one. Of a
-      sequence in pieces, `loss_chunk` and `mlp_chunk` are of each piece.
+    loss_chunk: Tokens of each sequence whose logits are held at once. Where a
+      sequence is cut over devices, this counts the tokens of each shard.
+    seed: Seed of the dropout.
     offload_optimizer: Whether the optimiser's moments wait in the host's memory
-      between updates; see `init_state`.
+      between updates; see `init`.
   """
 
-  patterns: AttentionPattern | tuple[AttentionPattern, ...]
+  patterns: Patterns = None
+  execution: Execution = DEFAULT_EXECUTION
   num_micro_batches: int = 1
   loss_chunk: int = 512
-  remat: str = "none"
-  mlp_chunk: int | None = None
   seed: int = 0
-  implementation: str | None = None
-  dtype: str = "float32"
-  mesh: Mesh | None = None
   offload_optimizer: bool = False
+
+  @property
+  def mesh(self) -> Mesh | None:
+    """Devices that state and batch lie on; None is one."""
+    return self.execution.mesh
 
 
 def _placed(tree: Any, space: Any) -> Any:
@@ -273,81 +272,87 @@ def _offloaded(state: TrainState, layout: TrainState) -> TrainState:
   )
 
 
-def init_state(
-  params: nnx.State,
+def init(
+  model: Llama,
+  trainable: Any,
   optimizer: optax.GradientTransformation,
-  dtype: str,
   mesh: Mesh | None = None,
   *,
   offload_optimizer: bool = False,
-) -> TrainState:
-  """Returns the state before the first step: the parameters, not copies.
+) -> tuple[nnx.GraphDef, TrainState, nnx.State]:
+  """Returns what a run starts from: its arrays are the model's, not copies.
 
   Args:
-    params: The trainable parameters, as `nnx.split` gives them.
+    model: The model before the first step.
+    trainable: The `nnx` filter of the parameters to train (`lora.trainable`).
     optimizer: From `make_optimizer`.
-    dtype: The model's compute dtype, "float32", "bfloat16" or "float16".
-    mesh: Devices that the parameters lie on; the rest of the state goes there.
+    mesh: Devices to lay everything out on; arrays that lie so already stay.
     offload_optimizer: Whether the moments are put in the host's memory, for
       `StepConfig.offload_optimizer`.
+
+  Returns:
+    The model's structure, the state before the first step, and all parameters
+    that are not trained.
   """
+  graphdef, params, frozen = nnx.split(model, trainable, ...)
+  params, frozen = sharding.place((params, frozen), mesh)
+  dtype = model.dtype
 
   def rest(params):
     return (
       jnp.zeros((), jnp.int32),
       optimizer.init(params),
-      LossScale.create(jnp.dtype(dtype)),
+      LossScale.create(dtype),
     )
 
   if offload_optimizer:
-    # They are made on the CPU: the device may have no room for them, and where
-    # they had been there would be holes between what stays.
+    # On the CPU: the device may have no room for the moments, and freeing them
+    # later would fragment its memory.
     shapes = jax.eval_shape(lambda tree: tree, params)
     with sharding.on_host():
-      step, of_optimizer, loss_scale = rest(shapes)
-    state = TrainState(step, params, of_optimizer, loss_scale)
-    # All is put somewhere: a step gives back nothing else, and would compile
-    # again for a state that is not what it gave. The parameters are not copied:
-    # they are where they are put.
+      step, moments, loss_scale = rest(shapes)
+    state = TrainState(step, params, moments, loss_scale)
+    # Commit every array to a device: the step returns committed arrays, and an
+    # uncommitted input would recompile it. The parameters are not copied: they
+    # are where they are put.
     if mesh is not None:
       layout = sharding.shardings(state, mesh)
-      return jax.tree.map(sharding.put, state, _offloaded(state, layout))
-    (device,) = jax.tree.leaves(params)[0].devices()
-    layout = jax.tree.map(lambda _: SingleDeviceSharding(device), state)
-    return jax.device_put(state, _offloaded(state, layout))
+      state = jax.tree.map(sharding.put, state, _offloaded(state, layout))
+    else:
+      (device,) = jax.tree.leaves(params)[0].devices()
+      layout = jax.tree.map(lambda _: SingleDeviceSharding(device), state)
+      state = jax.device_put(state, _offloaded(state, layout))
+    return graphdef, state, frozen
   make = rest
   if mesh is not None:
     layout = sharding.shardings(jax.eval_shape(rest, params), mesh)
     make = jax.jit(rest, out_shardings=layout)
-  step, of_optimizer, loss_scale = make(params)
-  return TrainState(step, params, of_optimizer, loss_scale)
+  step, moments, loss_scale = make(params)
+  return graphdef, TrainState(step, params, moments, loss_scale), frozen
 
 
 def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
-  # The head is used in every turn of the loss's loop, the layers in theirs.
+  # The head is used in every turn of the loss's loop, the layers in their own.
   params, frozen = sharding.gathered(
     (params, frozen), config.mesh, leave="layers"
   )
   model = nnx.merge(graphdef, params, frozen)
   hidden = model.hidden_states(
     batch["tokens"],
-    patterns=config.patterns,
+    config.patterns,
+    config.execution,
     positions=batch.get("positions"),
     segment_ids=batch.get("segment_ids"),
-    implementation=config.implementation,
-    remat=config.remat,
-    mlp_chunk=config.mlp_chunk,
-    mesh=config.mesh,
-    deterministic=False,
     rngs=nnx.Rngs(dropout=rng),
   )
   hidden, targets, mask = (
     sharding.by_piece(x, config.mesh)
     for x in (hidden, batch["targets"], batch["mask"])
   )
-  return losses.chunked_cross_entropy(
-    model.head(hidden), hidden, targets, mask, config.loss_chunk
+  of_tokens = losses.token_losses(
+    model.head(hidden), hidden, targets, config.loss_chunk
   )
+  return jnp.sum(of_tokens * mask)
 
 
 def _global_norm(tree) -> jax.Array:
@@ -383,7 +388,7 @@ def train_step(
     clipping), `num_targets`, `loss_scale`, `skipped` and `skipped_in_a_row`.
 
   Raises:
-    ValueError: The batch is no multiple of `num_micro_batches`.
+    ValueError: The batch is not divisible by `num_micro_batches`.
   """
   batch_size = batch["tokens"].shape[0]
   parts = config.num_micro_batches
@@ -395,7 +400,7 @@ def train_step(
   rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
   num_targets = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
   scale = state.loss_scale.scale
-  # A micro batch takes every so many sequences one: as many from each device.
+  # Micro batch i takes the sequences i, i + parts, ...: as many per device.
   micro_batches = jax.tree.map(
     lambda x: jnp.swapaxes(
       x.reshape(batch_size // parts, parts, *x.shape[1:]), 0, 1
@@ -408,7 +413,7 @@ def train_step(
     zeros = jax.lax.with_sharding_constraint(
       zeros, sharding.shardings(zeros, config.mesh)
     )
-  # Each gradient is summed where it is made: there is no second copy of it.
+  # Each gradient is summed in place, so that there is no second copy of it.
   sums = [jax.new_ref(zero) for zero in jax.tree.leaves(zeros)]
 
   def accumulate(total, micro):
@@ -421,10 +426,10 @@ def train_step(
       )
 
     loss, pull_back = jax.vjp(loss_of, leaves)
-    # Scaled as if a micro batch were all: many of them would else push the
-    # gradients of float16 towards underflow. The barrier has the loss computed
-    # before the backward pass: its value is needed by nothing in there, and the
-    # compiler would keep what it is computed from until the end.
+    # Scale each micro batch as if it were the whole batch; dividing by their
+    # number here would underflow float16. The barrier has the loss computed
+    # before the backward pass: nothing in there needs it, and XLA would keep
+    # what it is computed from until the end.
     cotangent, loss = jax.lax.optimization_barrier(
       (scale * parts / num_targets, loss)
     )
@@ -443,8 +448,8 @@ def train_step(
 
   of_optimizer = state.optimizer
   if config.offload_optimizer:
-    # Not before the gradients are there: the compiler would fetch the moments
-    # first of all, and nothing would be gained.
+    # Only once the gradients exist: XLA would otherwise fetch the moments first
+    # of all, and nothing would be gained.
     of_optimizer, finite = jax.lax.optimization_barrier((of_optimizer, finite))
     of_optimizer = _placed(of_optimizer, jax.memory.Space.Device)
   updates, new_optimizer = optimizer.update(grads, of_optimizer, state.params)
@@ -453,7 +458,7 @@ def train_step(
   new_optimizer = jax.tree.map(keep, new_optimizer, of_optimizer)
   if config.offload_optimizer:
     new_optimizer = _placed(new_optimizer, jax.memory.Space.Host)
-  loss_scale = state.loss_scale.update(finite, config.dtype == "float16")
+  loss_scale = state.loss_scale.update(finite)
   new_state = TrainState(
     state.step + 1,
     jax.tree.map(keep, new_params, state.params),
@@ -474,7 +479,7 @@ def train_step(
 def compiler_options() -> dict[str, bool]:
   """Returns the options of XLA that a step is compiled with.
 
-  What the user's XLA_FLAGS name is left to them.
+  Options that the user's XLA_FLAGS name are left to them.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   return {
@@ -488,8 +493,8 @@ def compile_step(
   graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
   config: StepConfig,
-  state: TrainState | None = None,
-  frozen: nnx.State | None = None,
+  state: TrainState,
+  frozen: nnx.State,
 ):
   """Returns `train_step` under jit, called with `(state, frozen, batch)`.
 
@@ -499,17 +504,12 @@ def compile_step(
     graphdef: See `train_step`.
     optimizer: See `train_step`.
     config: See `train_step`.
-    state: With a mesh: a state, arrays or shapes; it stays laid out as
+    state: A state, arrays or shapes; on a mesh it stays laid out as
       `state_shardings` says.
-    frozen: With a mesh: the frozen parameters, likewise.
-
-  Raises:
-    ValueError: A mesh without them.
+    frozen: The frozen parameters, arrays or shapes.
   """
   layout = {}
   if config.mesh is not None:
-    if state is None or frozen is None:
-      raise ValueError("with a mesh compile_step needs state and frozen.")
     of_state = state_shardings(
       state, config.mesh, offload_optimizer=config.offload_optimizer
     )

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from scca_jax import patterns
+from scca_jax.llama import Execution
 
 SIZES = {
   "model_type": "llama",
@@ -58,5 +58,5 @@ def write(folder, tensors, **config):
 
 def logits(model):
   return np.asarray(
-    model(TOKENS, patterns=patterns.dense(4), implementation="reference")
+    model(TOKENS, execution=Execution(implementation="reference"))
   )

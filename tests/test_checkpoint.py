@@ -9,12 +9,18 @@ from flax import nnx
 from scca_jax import checkpoint, training
 
 
+class _Matrix(nnx.Module):
+  """All of a model that a training state needs."""
+
+  dtype = jnp.dtype("float16")
+
+  def __init__(self, seed, width):
+    self.kernel = nnx.Param(jax.random.normal(jax.random.key(seed), (3, width)))
+
+
 def _state(seed, width=4, **settings):
-  params = nnx.State(
-    {"kernel": nnx.Param(jax.random.normal(jax.random.key(seed), (3, width)))}
-  )
   rule = training.make_optimizer(training.OptimizerConfig(), 10)
-  return training.init_state(params, rule, "float16", **settings)
+  return training.init(_Matrix(seed, width), nnx.Param, rule, **settings)[1]
 
 
 def _equal(a, b):

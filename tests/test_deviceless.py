@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from scca_jax import attention, deviceless, patterns, sharding, target, training
-from scca_jax.llama import Llama
+from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 
 needs_compiler = pytest.mark.usefixtures("gpu_compiler")
@@ -125,7 +126,7 @@ def test_attention_that_is_kept_is_not_computed_anew(gpu, implementation):
   def num_calls(remat):
     def loss(state, tokens):
       hidden = nnx.merge(graphdef, state).hidden_states(
-        tokens, patterns=patterns.scca_fixed(2, 128), remat=remat
+        tokens, patterns.scca_fixed(2, 128), Execution(remat=remat)
       )
       return jnp.sum(hidden.astype(jnp.float32))
 
@@ -188,7 +189,11 @@ def test_no_device_drops_what_it_has_summed():
   graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
   rule = training.make_optimizer(training.OptimizerConfig(), 10)
   state = jax.eval_shape(
-    lambda params: training.init_state(params, rule, "bfloat16"), params
+    lambda *parts: training.init(nnx.merge(graphdef, *parts), nnx.Param, rule)[
+      1
+    ],
+    params,
+    frozen,
   )
   state = jax.tree.map(
     lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout),
@@ -211,9 +216,8 @@ def test_no_device_drops_what_it_has_summed():
     optimizer=rule,
     config=training.StepConfig(
       patterns=patterns.scca_fixed(4, 16),
+      execution=Execution(mesh=mesh),
       num_micro_batches=2,
-      dtype="bfloat16",
-      mesh=mesh,
     ),
   )
   compiled = deviceless.compile_for("h100-80gb", step, state, frozen, batch)
@@ -230,6 +234,16 @@ def test_descriptions_say_what_dispatch_needs():
   assert deviceless.target_of("h200") == target.Target(
     "gpu", "NVIDIA H200", (9, 0), 132
   )
+
+
+@needs_compiler
+def test_compiling_leaves_the_environment_as_it_was(monkeypatch):
+  monkeypatch.delenv("CUDA_ROOT", raising=False)
+  before = dict(os.environ)
+  deviceless.compile_for(
+    "h200", jnp.sum, jax.ShapeDtypeStruct((8,), jnp.float32)
+  )
+  assert dict(os.environ) == before
 
 
 def test_unknown_gpus_are_refused():

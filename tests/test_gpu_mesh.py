@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 from scca_jax import lora, sharding, training
-from scca_jax.llama import Llama
+from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 
 # Elsewhere there is nothing to see: `test_sharding` compares on CPUs.
@@ -68,20 +68,20 @@ def _run(
   """Returns parameters before, the state after some steps, and the loss."""
   mesh = sharding.make_mesh(sharding.MeshConfig(**(sizes or {})))
   model = Llama(CONFIG, lora=LORA, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-  graphdef, params, frozen = nnx.split(model, lora.trainable(LORA), ...)
-  before = jax.device_get(params)
-  params, frozen = sharding.place((params, frozen), mesh)
-  state = training.init_state(
-    params, rule, "bfloat16", mesh, offload_optimizer=offload_optimizer
+  graphdef, state, frozen = training.init(
+    model,
+    lora.trainable(LORA),
+    rule,
+    mesh,
+    offload_optimizer=offload_optimizer,
   )
+  before = jax.device_get(state.params)
   config = training.StepConfig(
     patterns=pattern_strings.make(
       pattern, num_heads=CONFIG.num_heads, seq_len=SEQ
     ),
+    execution=Execution(remat="layer", mesh=mesh),
     num_micro_batches=2,
-    remat="layer",
-    dtype="bfloat16",
-    mesh=mesh,
     offload_optimizer=offload_optimizer,
   )
   step = training.compile_step(graphdef, rule, config, state, frozen)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from scca_jax import llama, lora, patterns
-from scca_jax.llama import Llama
+from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
 
@@ -30,6 +30,7 @@ LORA = lora.LoraConfig(rank=3, alpha=6.0)
 DENSE = patterns.dense(4)
 FIXED = patterns.scca_fixed(4, 4)
 SEQ = 11
+REFERENCE = Execution(implementation="reference")
 
 
 def _tokens(batch=2, seq=SEQ, seed=0):
@@ -57,13 +58,9 @@ def _model(config=CONFIG, adapter=None, dtype=jnp.float32):
   return model
 
 
-@functools.partial(
-  jax.jit, static_argnames=("graphdef", "patterns", "remat", "mlp_chunk")
-)
+@functools.partial(jax.jit, static_argnames=("graphdef", "patterns"))
 def _run(state, tokens, graphdef, patterns, **settings):
-  return nnx.merge(graphdef, state)(
-    tokens, patterns=patterns, implementation="reference", **settings
-  )
+  return nnx.merge(graphdef, state)(tokens, patterns, REFERENCE, **settings)
 
 
 def _logits(model, tokens, patterns, **settings):
@@ -208,11 +205,17 @@ def test_one_pattern_serves_all_layers():
   )
 
 
+def test_without_a_pattern_attention_is_dense():
+  np.testing.assert_array_equal(
+    _logits(_model(), _tokens(), None), _logits(_model(), _tokens(), DENSE)
+  )
+
+
 def test_a_layer_may_attend_by_a_mixture():
   model = _model()
   # Dense attention mixed with itself is dense attention.
   np.testing.assert_allclose(
-    _logits(model, _tokens(), ((DENSE, DENSE),) * 2),
+    _logits(model, _tokens(), patterns.mixture(DENSE, DENSE)),
     _logits(model, _tokens(), DENSE),
     rtol=1e-5,
     atol=1e-5,
@@ -233,19 +236,14 @@ def test_a_layer_may_attend_by_a_mixture():
 def test_levers_of_memory_change_no_gradient(schedule, lever):
   graphdef, state = nnx.split(_model())
 
-  @functools.partial(jax.jit, static_argnames=("remat", "mlp_chunk"))
+  @functools.partial(jax.jit, static_argnames="execution")
   @functools.partial(jax.grad, argnums=0)
-  def gradient(state, remat="none", mlp_chunk=None):
-    logits = nnx.merge(graphdef, state)(
-      _tokens(),
-      patterns=schedule,
-      implementation="reference",
-      remat=remat,
-      mlp_chunk=mlp_chunk,
-    )
+  def gradient(state, execution):
+    logits = nnx.merge(graphdef, state)(_tokens(), schedule, execution)
     return jnp.mean(logits**2)
 
-  plain, lean = gradient(state), gradient(state, **lever)
+  plain = gradient(state, REFERENCE)
+  lean = gradient(state, dataclasses.replace(REFERENCE, **lever))
   for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(lean), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -256,7 +254,7 @@ def test_levers_of_memory_change_no_gradient(schedule, lever):
 )
 def test_unknown_levers_of_memory_are_refused(lever, said):
   with pytest.raises(ValueError, match=said):
-    _logits(_model(), _tokens(), FIXED, **lever)
+    Execution(**lever)
 
 
 def test_remat_keeps_of_each_layer_its_input_only():
@@ -268,7 +266,7 @@ def test_remat_keeps_of_each_layer_its_input_only():
   def kept(remat):
     def hidden(state):
       return nnx.merge(graphdef, state).hidden_states(
-        tokens, patterns=FIXED, implementation="reference", remat=remat
+        tokens, FIXED, dataclasses.replace(REFERENCE, remat=remat)
       )
 
     residuals = jax.eval_shape(lambda s: jax.vjp(hidden, s)[1], state)
@@ -356,7 +354,7 @@ def test_no_position_sees_the_future():
   @jax.jacrev
   def jacobian(embedding):
     model = nnx.merge(graphdef, embedding, rest)
-    logits = model(tokens, patterns=FIXED, implementation="reference")
+    logits = model(tokens, FIXED, REFERENCE)
     return logits[0].sum(axis=-1)
 
   gradient = jax.tree.leaves(jacobian(embedding))[0]  # [seq, vocab, hidden]
@@ -477,7 +475,7 @@ def test_hidden_states_have_the_compute_dtype():
 
   def hidden_of(state):
     return nnx.merge(graphdef, state).hidden_states(
-      _tokens(1, 3), patterns=DENSE, implementation="reference"
+      _tokens(1, 3), DENSE, REFERENCE
     )
 
   hidden = jax.eval_shape(hidden_of, state)
@@ -512,37 +510,27 @@ def test_every_layer_and_projection_drops_inputs_of_its_own(monkeypatch):
 
   graphdef, state = nnx.split(model)
 
-  @functools.partial(jax.jit, static_argnums=1)
-  def run(seed, deterministic):
-    return nnx.merge(graphdef, state).hidden_states(
-      _tokens(1, 1),
-      patterns=DENSE,
-      deterministic=deterministic,
-      rngs=nnx.Rngs(dropout=jax.random.key(seed)),
-    )
+  @jax.jit
+  def run(seed):
+    rngs = None if seed is None else nnx.Rngs(dropout=jax.random.key(seed))
+    return nnx.merge(graphdef, state).hidden_states(_tokens(1, 1), rngs=rngs)
 
-  def dropped(seed, deterministic=False):
+  def dropped(seed):
     found.clear()
-    run(seed, deterministic)
+    run(seed)
     jax.effects_barrier()
     assert len(found) == 4
     return {tuple(x == 0) for x in found}
 
-  assert dropped(0, deterministic=True) == {(False,) * 12}
+  assert dropped(None) == {(False,) * 12}
   assert len(dropped(0)) == 4
   assert dropped(0) == dropped(0) != dropped(1)
-
-
-def test_dropout_without_randomness_is_refused():
-  model = _model(CONFIG, dataclasses.replace(LORA, dropout=0.5))
-  with pytest.raises(ValueError, match="dropout 0.5 needs rngs"):
-    model(_tokens(), patterns=DENSE, deterministic=False)
 
 
 def test_patterns_are_static_arguments_of_jit():
   @functools.partial(nnx.jit, static_argnames="patterns")
   def run(model, tokens, patterns):
-    return model(tokens, patterns=patterns, implementation="reference")
+    return model(tokens, patterns, REFERENCE)
 
   model = _model()
   np.testing.assert_allclose(
@@ -577,6 +565,7 @@ def test_impossible_sizes_are_refused(settings, message):
   [
     ({"patterns": (DENSE,) * 3}, "2 layers, got a tuple of 3"),
     ({"patterns": "dense"}, "2 layers, got 'dense'"),
+    ({"patterns": ((DENSE, DENSE), DENSE)}, "layer 0 must be.*Mixture"),
     ({"tokens": jnp.zeros(4, jnp.int32)}, r"\[batch, seq\].*\[4\]"),
     ({"tokens": jnp.zeros((1, 4))}, "integers.*float32"),
     ({"positions": jnp.zeros((2, 4), jnp.int32)}, r"\[1, 4\].*\[2, 4\]"),
@@ -585,7 +574,7 @@ def test_impossible_sizes_are_refused(settings, message):
 )
 def test_calls_that_do_not_fit_are_refused(settings, message):
   arguments = {"tokens": jnp.zeros((1, 4), jnp.int32), "patterns": DENSE}
-  arguments |= {"implementation": "reference"} | settings
+  arguments |= {"execution": REFERENCE} | settings
   with pytest.raises(ValueError, match=message) as error:
     _model().hidden_states(**arguments)
   assert "\n" not in str(error.value)

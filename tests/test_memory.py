@@ -6,9 +6,20 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from scca_jax import deviceless, lora, memory, patterns, sharding, training
+from scca_jax import (
+  deviceless,
+  lora,
+  memory,
+  patterns,
+  quantize,
+  sharding,
+  training,
+)
+from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -39,14 +50,21 @@ def test_the_measured_peak_is_that_of_the_fullest_device():
   assert memory.measured_bytes([_Device(None)]) is None
 
 
-def _setup(gpu="v100-16gb", **settings):
-  return memory.Setup(
-    gpu=gpu,
-    config=CONFIG,
-    lora=lora.LoraConfig(rank=8),
-    dtype="float16",
-    param_dtype="float16",
-    **settings,
+CARD = memory.Card("v100-16gb")
+
+
+def _model(method=None):
+  return nnx.eval_shape(
+    lambda: quantize.quantize_model(
+      Llama(
+        CONFIG,
+        lora=lora.LoraConfig(rank=8),
+        dtype=jnp.float16,
+        param_dtype=jnp.float16,
+        rngs=nnx.Rngs(0),
+      ),
+      method,
+    )
   )
 
 
@@ -54,19 +72,18 @@ def _plan(
   remat="layer",
   seq_len=2048,
   mlp_chunk=None,
-  setup=None,
+  method=None,
   batch_size=1,
   mesh_config=None,
   **settings,
 ):
   return memory.plan_step(
-    setup or _setup(),
+    CARD,
+    _model(method),
     optimizer=training.OptimizerConfig(),
     step=training.StepConfig(
       patterns=patterns.scca_fixed(4, 512),
-      remat=remat,
-      mlp_chunk=mlp_chunk,
-      dtype="float16",
+      execution=Execution(remat=remat, mlp_chunk=mlp_chunk),
       **settings,
     ),
     batch_size=batch_size,
@@ -106,7 +123,7 @@ def test_parts_are_those_that_arithmetic_gives():
 )
 def test_quantised_weights_are_counted_as_they_are_held(method, bytes_of_layer):
   pytest.importorskip("qwix")
-  plan, whole = _plan(setup=_setup(quantize=method)), _plan()
+  plan, whole = _plan(method=method), _plan()
   assert plan.parts["weights"] == 8 * bytes_of_layer
   assert plan.parts["trainable"] == whole.parts["trainable"]
   # What is dequantised at a time is one layer.
@@ -135,9 +152,8 @@ def test_offloaded_moments_leave_the_card(num_gpus):
 @needs_compiler
 def test_evaluation_and_generation_hold_weights_and_cache_only():
   weights = 2 * 8 * LAYER + TRAINED
-  setup = _setup()
-  read = memory.plan_evaluation(setup, batch_size=2, seq_len=1024)
-  asked = memory.plan_generation(setup, batch_size=2, seq_len=1024)
+  read = memory.plan_evaluation(CARD, _model(), batch_size=2, seq_len=1024)
+  asked = memory.plan_generation(CARD, _model(), batch_size=2, seq_len=1024)
   cache = 2 * 8 * 2 * 1024 * 2 * 64 * 2
   assert read.parts["weights"] == asked.parts["weights"] == weights
   assert asked.parts["cache"] == cache

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from scca_jax import patterns, perplexity
+from scca_jax.llama import Execution
 from scca_jax.token_file import TokenFile
 
 VOCAB = 11
@@ -19,14 +20,13 @@ CONTEXT = 12
 @dataclasses.dataclass(frozen=True)
 class Config:
   vocab_size: int = VOCAB
-  num_heads: int = 2
 
 
 class RunningMean(nnx.Module):
   """A stand-in for a model: each position has the mean of what it has seen.
 
   So every prediction depends on the whole window before it, and on nothing
-  else. With a pattern other than dense, it has itself alone.
+  else. With a pattern, it has itself alone.
   """
 
   def __init__(self, rngs):
@@ -34,10 +34,10 @@ class RunningMean(nnx.Module):
     self.embedding = nnx.Param(2 * rngs.normal((VOCAB, 5)))
     self.head = nnx.Param(rngs.normal((5, VOCAB)))
 
-  def hidden_states(self, tokens, *, patterns, implementation=None):
-    calls.append((tokens.shape, patterns, implementation))
+  def hidden_states(self, tokens, patterns, execution):
+    calls.append((tokens.shape, patterns, execution))
     hidden = jnp.take(self.embedding[...], tokens, axis=0)
-    if patterns != DENSE:
+    if patterns is not None:
       return hidden
     count = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.float32)
     return jnp.cumsum(hidden, axis=1) / count[None, :, None]
@@ -49,7 +49,6 @@ class RunningMean(nnx.Module):
 
 # What the stand-in was traced with: one entry a compilation and method.
 calls = []
-DENSE = patterns.dense(2)
 MODEL = RunningMean(nnx.Rngs(0))
 EMBEDDING = np.asarray(MODEL.embedding[...], np.float64)
 HEAD = np.asarray(MODEL.head[...], np.float64)
@@ -245,12 +244,13 @@ def test_logits_are_never_held_for_the_whole_window():
   assert sorted(calls[1:]) == [(1, 2, 5), (1, 3, 5)]
 
 
-def test_the_model_gets_pattern_and_implementation():
+def test_the_model_gets_pattern_and_execution():
   calls.clear()
   tokens = corpus(6 * 256 + CONTEXT + 1)
   layers = (patterns.local(2, 4), patterns.s2(2, 4))
-  result = measure(tokens, patterns=layers, implementation="xla")
-  assert calls[0] == ((4, CONTEXT), layers, "xla")
+  execution = Execution(implementation="xla")
+  result = measure(tokens, patterns=layers, execution=execution)
+  assert calls[0] == ((4, CONTEXT), layers, execution)
   losses = [
     loss
     for start in range(0, 6 * 256, 256)
@@ -282,12 +282,12 @@ def test_losses_are_float32_in_any_model_dtype():
   model.head = nnx.Param(model.head[...].astype(jnp.bfloat16))
   graphdef, state = nnx.split(model)
   losses = jax.eval_shape(
-    lambda state: perplexity.token_losses(
+    lambda state: perplexity.window_losses(
       state,
       jnp.zeros((2, CONTEXT), jnp.int32),
       graphdef=graphdef,
-      patterns=DENSE,
-      implementation=None,
+      patterns=None,
+      execution=Execution(),
       loss_chunk=512,
     ),
     state,

@@ -20,7 +20,7 @@ from scca_jax import (
   quantize,
   training,
 )
-from scca_jax.llama import Llama
+from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -67,8 +67,8 @@ def _kernel(layers=3, num_inputs=128, num_outputs=5, dtype=np.float32):
 
 
 def _round_trip(kernel, method):
-  held = quantize.quantized(jnp.asarray(kernel), method)
-  return held, np.asarray(quantize.dequantized(held, jnp.float32))
+  held = quantize.quantize_layers(jnp.asarray(kernel), method)
+  return held, np.asarray(quantize.dequantize(held, jnp.float32))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -111,7 +111,7 @@ def test_floats_are_only_cast():
   kernel = jnp.asarray(_kernel())
   assert quantize.method_of(kernel) is None
   np.testing.assert_array_equal(
-    quantize.dequantized(kernel, jnp.float16), kernel.astype(jnp.float16)
+    quantize.dequantize(kernel, jnp.float16), kernel.astype(jnp.float16)
   )
 
 
@@ -130,7 +130,7 @@ def _model(method, dtype=jnp.float32):
   for path, variable in flat.items():
     value = variable[...]
     count += quantize.method_of(value) == method
-    flat[path] = variable.replace(quantize.dequantized(value, jnp.float32))
+    flat[path] = variable.replace(quantize.dequantize(value, jnp.float32))
   assert count == len(lora.TARGETS)
   return quantised, nnx.merge(graphdef, nnx.from_flat_state(flat))
 
@@ -147,7 +147,7 @@ def test_a_step_is_that_of_the_dequantised_weights(method, remat):
     "mask": jnp.ones((2, 12), jnp.float32),
   }
   step_config = training.StepConfig(
-    patterns=patterns.scca_fixed(4, 4), remat=remat
+    patterns=patterns.scca_fixed(4, 4), execution=Execution(remat=remat)
   )
   rule = training.make_optimizer(
     training.OptimizerConfig(learning_rate=1e-2, warmup_steps=0), 10
@@ -156,10 +156,12 @@ def test_a_step_is_that_of_the_dequantised_weights(method, remat):
   for model in _model(method):
     graphdef, params, frozen = nnx.split(model, lora.trainable(LORA), ...)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    step = training.compile_step(graphdef, rule, step_config)
     # Copies: a step takes the buffers, and both models have the same.
     params = jax.tree.map(jnp.copy, params)
-    state = training.init_state(params, rule, "float32")
+    graphdef, state, frozen = training.init(
+      nnx.merge(graphdef, params, frozen), lora.trainable(LORA), rule
+    )
+    step = training.compile_step(graphdef, rule, step_config, state, frozen)
     for _ in range(3):
       state, metrics = step(state, frozen, batch)
     results.append((state.params, metrics))

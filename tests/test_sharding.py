@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from scca_jax import lora, patterns, quantize, sharding, training
-from scca_jax.llama import Llama
+from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 
 CONFIG = LlamaConfig(
@@ -97,11 +97,10 @@ def _gradients(graphdef, params, frozen, pattern, mesh, batch):
   """Returns the loss, and the gradients of `params`."""
   config = training.StepConfig(
     patterns=pattern,
+    execution=Execution(
+      implementation="reference", remat="layer", mlp_chunk=6, mesh=mesh
+    ),
     loss_chunk=6,
-    mlp_chunk=6,
-    remat="layer",
-    mesh=mesh,
-    implementation="reference",
   )
 
   @functools.partial(jax.jit, compiler_options=QUICKLY)
@@ -144,14 +143,16 @@ def _steps(mesh, num_steps=2, offload_optimizer=False):
   rule = training.make_optimizer(training.OptimizerConfig(warmup_steps=0), 10)
   config = training.StepConfig(
     patterns=patterns.scca_fixed(CONFIG.num_heads, 8),
+    execution=Execution(implementation="reference", mesh=mesh),
     num_micro_batches=2,
-    implementation="reference",
-    mesh=mesh,
     offload_optimizer=offload_optimizer,
   )
-  params, frozen = sharding.place((params, frozen), mesh)
-  state = training.init_state(
-    params, rule, "float32", mesh, offload_optimizer=offload_optimizer
+  graphdef, state, frozen = training.init(
+    nnx.merge(graphdef, params, frozen),
+    lora.trainable(LORA),
+    rule,
+    mesh,
+    offload_optimizer=offload_optimizer,
   )
   step = training.compile_step(graphdef, rule, config, state, frozen)
   step = step.lower(

@@ -179,13 +179,13 @@ class Result:
   final_loss: float
 
 
-def _check_finite(line: dict[str, Any], dtype: str) -> None:
+def _check_finite(line: dict[str, Any], scaled: bool) -> None:
   """Stops a run whose gradients have not been finite for many steps."""
   if line["skipped_in_a_row"] >= training.MAX_SKIPPED_IN_A_ROW:
     remedy = (
       "the loss scale has reached its floor, so lower the learning rate or"
       " compute in bfloat16 or float32"
-      if dtype == "float16"
+      if scaled
       else "lower the learning rate"
     )
     raise ValueError(
@@ -301,7 +301,7 @@ class _Run:
     self._last_flush = now
     self.metrics.write(lines)
     for line in lines:
-      _check_finite(line, self.config.dtype)
+      _check_finite(line, self.state.loss_scale.dynamic)
     return lines[-1]
 
   def evaluate(self, evaluate: Callable[[Any], dict[str, Any]]) -> None:
@@ -382,18 +382,16 @@ def fit(
   if cluster.is_primary() and not file.exists():
     atomic_file.write_json(file, to_json(run))
   optimizer = training.make_optimizer(run.optimizer, config.steps)
-  graphdef, params, frozen = nnx.split(model, trainable, ...)
-  params, frozen = sharding.place((params, frozen), step.mesh)
-  state = training.init_state(
-    params,
+  graphdef, state, frozen = training.init(
+    model,
+    trainable,
     optimizer,
-    config.dtype,
     step.mesh,
     offload_optimizer=config.offload_optimizer,
   )
-  # The state holds their arrays; a checkpoint replaces them, which frees them
-  # if nothing else does.
-  del model, params
+  # The state holds its arrays; a checkpoint replaces them, which frees them if
+  # nothing else does.
+  del model
   checkpoints = checkpoint.Checkpointer(
     output_dir / "checkpoints", keep=config.keep_checkpoints
   )

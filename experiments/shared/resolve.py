@@ -26,7 +26,7 @@ from scca_jax import (
   sharding,
 )
 from scca_jax.documents import read_documents
-from scca_jax.llama import Llama
+from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.perplexity import Perplexity
 from scca_jax.rope import RopeScaling
@@ -204,14 +204,15 @@ def lay_out(
   mesh = sharding.make_mesh(run.mesh) if find_devices else None
   step = StepConfig(
     patterns=layers,
+    execution=Execution(
+      implementation=train.implementation,
+      remat=train.remat,
+      mlp_chunk=train.mlp_chunk,
+      mesh=mesh,
+    ),
     num_micro_batches=train.num_micro_batches,
     loss_chunk=train.loss_chunk,
-    remat=train.remat,
-    mlp_chunk=train.mlp_chunk,
     seed=train.seed,
-    implementation=train.implementation,
-    dtype=train.dtype,
-    mesh=mesh,
     offload_optimizer=train.offload_optimizer,
   )
   return Resolved(base=base, target=target, mesh=mesh, step=step)
@@ -328,7 +329,10 @@ class Evaluator:
     Raises:
       ValueError: A setting is out of range, or the text is too short.
     """
-    self._run, self._tokens, self._mesh = run, tokens, mesh
+    self._run, self._tokens = run, tokens
+    self._execution = Execution(
+      implementation=run.training.implementation, mesh=mesh
+    )
     self._bos_id = bos_id
     self.context_lens = run.evaluation.context_lens or context_lens
     for length in self.context_lens:
@@ -355,8 +359,7 @@ class Evaluator:
       stride=config.stride,
       batch_size=max(1, config.batch_tokens // context_len),
       bos_id=self._bos_id,
-      implementation=self._run.training.implementation,
-      mesh=self._mesh,
+      execution=self._execution,
     )
 
   def at_end(self, model: Llama) -> dict[int, Perplexity]:

@@ -128,7 +128,6 @@ def prepare(case: Case) -> Prepared:
     ValueError: The weights cannot be read, or do not fit the configuration.
   """
   run, train = case.run, case.run.training
-  trainable = lora.trainable(run.lora)
   settings: dict[str, Any] = {
     "lora": run.lora,
     "dtype": jnp.dtype(train.dtype),
@@ -144,14 +143,10 @@ def prepare(case: Case) -> Prepared:
       return quantize.quantize_model(model, train.quantize)
 
     # Under jit they are drawn on the device, each in its own dtype.
-    graphdef, *shapes = nnx.split(nnx.eval_shape(make), trainable, ...)
-    layout = None
-    if mesh is not None:
-      layout = sharding.shardings(tuple(shapes), mesh)
-    params, frozen = jax.jit(
-      lambda: tuple(nnx.split(make(), trainable, ...)[1:]),
-      out_shardings=layout,
-    )()
+    graphdef, shapes = nnx.split(nnx.eval_shape(make))
+    layout = None if mesh is None else sharding.shardings(shapes, mesh)
+    draw = jax.jit(lambda: nnx.split(make())[1], out_shardings=layout)
+    model = nnx.merge(graphdef, draw())
   else:
     model = loop.load(
       lambda: convert.load_model(
@@ -163,20 +158,15 @@ def prepare(case: Case) -> Prepared:
       ),
       mesh,
     )
-    graphdef, params, frozen = nnx.split(model, trainable, ...)
-  state = training.init_state(
-    params,
+  graphdef, state, frozen = training.init(
+    model,
+    lora.trainable(run.lora),
     optimizer,
-    train.dtype,
     mesh,
     offload_optimizer=train.offload_optimizer,
   )
   step = training.compile_step(
-    graphdef,
-    optimizer,
-    resolved.step,
-    state,
-    frozen,
+    graphdef, optimizer, resolved.step, state, frozen
   )
   tokens = case.tokens()
   # As the peers shift the tokens: the last has no target.

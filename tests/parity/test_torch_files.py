@@ -30,13 +30,12 @@ from scca_jax import (  # noqa: E402
   convert,
   generation,
   lora,
-  patterns,
   perplexity,
   rope,
   tokenizer,
 )
 from scca_jax.documents import read_documents  # noqa: E402
-from scca_jax.llama import Llama  # noqa: E402
+from scca_jax.llama import Execution, Llama  # noqa: E402
 from scca_jax.llama_config import LlamaConfig  # noqa: E402
 from scca_jax.rope import RopeScaling  # noqa: E402
 
@@ -97,9 +96,8 @@ def _tokens(batch=2, seq=37, vocab_size=97):
 
 
 def _our_logits(model, tokens):
-  dense = patterns.dense(model.config.num_heads)
   return np.asarray(
-    model(jnp.asarray(tokens), patterns=dense, implementation="reference")
+    model(jnp.asarray(tokens), execution=Execution(implementation="reference"))
   )
 
 

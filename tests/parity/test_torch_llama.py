@@ -24,6 +24,7 @@ PART_TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}
 # The tests wait for the compiler, not for what it compiles.
 QUICKLY = {"xla_backend_optimization_level": 0}
 DENSE = patterns.dense(4)
+REFERENCE = llama.Execution(implementation="reference")
 NO_DROPOUT = dict.fromkeys(TARGETS)
 ORIGINAL_LEN = 32
 # What `rope_parameters` of transformers is given.
@@ -67,9 +68,8 @@ def _loss_and_gradients(graphdef, state, tokens):
   def loss_of(state):
     model = nnx.merge(graphdef, state)
     logits = model(tokens, patterns=DENSE)
-    mask = jnp.ones(tokens[:, 1:].shape, jnp.float32)
-    loss = losses.cross_entropy(logits[:, :-1], tokens[:, 1:], mask)
-    return loss / mask.size, logits
+    loss = losses.cross_entropy(logits[:, :-1], tokens[:, 1:])
+    return jnp.mean(loss), logits
 
   return jax.value_and_grad(loss_of, has_aux=True)(state)
 
@@ -145,7 +145,7 @@ def _call(model, length):
     config.head_dim, config.rope_theta, config.rope_scaling, length
   )
   positions = jnp.arange(length)[None]
-  return llama._Call((positions, *rotation), None, "reference")
+  return llama._Call((positions, *rotation), REFERENCE)
 
 
 def _around(theirs, hidden):

@@ -187,9 +187,9 @@ def test_three_steps_of_adamw_train_what_pytorch_trains(pair, by_torch_name):
   graphdef, params, frozen = nnx.split(ours, lora.trainable(ours.lora), ...)
   before = by_torch_name(params)
   rule = training.make_optimizer(OPTIMIZER, num_steps=3)
-  state = training.init_state(params, rule, "float32")
+  graphdef, state, frozen = training.init(ours, lora.trainable(ours.lora), rule)
   step = training.compile_step(
-    graphdef, rule, training.StepConfig(patterns=DENSE)
+    graphdef, rule, training.StepConfig(), state, frozen
   )
   step = step.lower(state, frozen, _batch(0)).compile(QUICKLY)
   trained = _trained(theirs)
