@@ -14,6 +14,7 @@ from flax import nnx
 
 from scca_jax import assets, convert, patterns, sharding, tasks, tokenizer
 from scca_jax.documents import read_documents
+from scca_jax.llama import Execution
 from scca_jax.tasks import scoring
 
 _ALPHABET = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -431,7 +432,13 @@ def test_scores_on_several_devices_are_those_of_one(tiny, model):
   mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, sequence=2))
   graphdef, state = nnx.split(model)
   placed = nnx.merge(graphdef, sharding.place(state, mesh))
-  found = tasks.score(placed, samples, context_len=160, batch_size=2, mesh=mesh)
+  found = tasks.score(
+    placed,
+    samples,
+    context_len=160,
+    batch_size=2,
+    execution=Execution(mesh=mesh),
+  )
   assert found.answer_loss == pytest.approx(expected.answer_loss, abs=1e-4)
   assert found.by_depth == [
     {**entry, "answer_loss": pytest.approx(entry["answer_loss"], abs=1e-4)}

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from scca_jax import sharding
-from scca_jax.patterns import dense
+from scca_jax import losses, sharding
+from scca_jax.llama import DEFAULT_EXECUTION, Execution, Patterns
 from scca_jax.tasks.task import Sample
 
 # 95 % of a normal distribution is within this many standard deviations.
@@ -74,14 +73,7 @@ def prompts_sha256(samples: Iterable[Sample]) -> str:
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=(
-    "graphdef",
-    "answer_len",
-    "patterns",
-    "implementation",
-    "mesh",
-  ),
+  jax.jit, static_argnames=("graphdef", "answer_len", "patterns", "execution")
 )
 def answer_scores(
   state: nnx.State,
@@ -90,9 +82,8 @@ def answer_scores(
   *,
   graphdef: nnx.GraphDef,
   answer_len: int,
-  patterns: Any,
-  implementation: str | None = None,
-  mesh: Mesh | None = None,
+  patterns: Patterns = None,
+  execution: Execution = DEFAULT_EXECUTION,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns loss in nats and rightness of tokens, both `[batch, answer_len]`.
 
@@ -105,30 +96,25 @@ def answer_scores(
       beyond the end of an answer are meaningless.
     graphdef: The model's structure.
     answer_len: Tokens from `starts` on.
-    patterns: Attention pattern of all layers, or one per layer.
-    implementation: Attention back end.
-    mesh: Devices that the model lies on, or None.
+    patterns: See `Llama.hidden_states`.
+    execution: See `Llama.hidden_states`.
   """
-  if mesh is not None:
-    state = sharding.gathered(state, mesh, leave="layers")
-    tokens = sharding.constrain(tokens, mesh, "batch", "seq")
+  mesh = execution.mesh
+  state = sharding.gathered(state, mesh, leave="layers")
+  tokens = sharding.constrain(tokens, mesh, "batch", "seq")
   model = nnx.merge(graphdef, state)
-  hidden = model.hidden_states(
-    tokens, patterns=patterns, implementation=implementation, mesh=mesh
-  )
+  hidden = model.hidden_states(tokens, patterns, execution)
   places = starts[:, None] + jnp.arange(answer_len)[None]
   places = jnp.minimum(places, tokens.shape[1] - 1)
   targets = jnp.take_along_axis(tokens, places, axis=1)
   hidden = jnp.take_along_axis(hidden, places[..., None] - 1, axis=1)
-  logits = model.logits(hidden).astype(jnp.float32)
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  losses = jax.nn.logsumexp(logits, axis=-1) - picked
+  logits = model.logits(hidden)
+  loss = losses.cross_entropy(logits, targets)
   right = jnp.argmax(logits, axis=-1) == targets
-  if mesh is not None:
-    losses, right = (
-      sharding.constrain(x, mesh, None, None) for x in (losses, right)
-    )
-  return losses, right
+  return (
+    sharding.constrain(loss, mesh, None, None),
+    sharding.constrain(right, mesh, None, None),
+  )
 
 
 def score(
@@ -137,22 +123,19 @@ def score(
   *,
   context_len: int,
   batch_size: int = 1,
-  patterns: Any = None,
-  implementation: str | None = None,
-  mesh: Mesh | None = None,
+  patterns: Patterns = None,
+  execution: Execution = DEFAULT_EXECUTION,
   on_samples: Callable[[int], object] | None = None,
 ) -> Score:
   """Returns the score of a model on the samples of a task.
 
   Args:
-    model: A `Llama`, or a module with its `hidden_states`, `logits` and
-      `config`.
+    model: A `Llama`.
     samples: From a task's `samples`.
     context_len: Length that samples are padded to at their end, in tokens.
     batch_size: Samples that are run at once.
-    patterns: Attention pattern of all layers, or one per layer; None is dense.
-    implementation: Attention back end; None takes the best for the device.
-    mesh: Devices that the model lies on (`scca_jax.sharding`), or None.
+    patterns: See `Llama.hidden_states`; None is dense.
+    execution: See `Llama.hidden_states`.
     on_samples: Called after every batch with the number of its samples.
 
   Raises:
@@ -162,12 +145,10 @@ def score(
   samples = list(samples)
   _check(samples, context_len, batch_size, model.config.vocab_size)
   graphdef, state = nnx.split(model)
-  if patterns is None:
-    patterns = dense(model.config.num_heads)
   longest = max(len(sample.answer_ids) for sample in samples)
   answer_len = math.ceil(longest / _ANSWER_BUCKET) * _ANSWER_BUCKET
   batch_size = min(batch_size, len(samples))
-  losses, right = [], []
+  loss, right = [], []
   for begin in range(0, len(samples), batch_size):
     part = samples[begin : begin + batch_size]
     tokens = np.zeros((batch_size, context_len), np.int32)
@@ -183,15 +164,14 @@ def score(
       graphdef=graphdef,
       answer_len=answer_len,
       patterns=patterns,
-      implementation=implementation,
-      mesh=mesh,
+      execution=execution,
     )
-    batch_losses, batch_right = map(np.asarray, found)
+    batch_loss, batch_right = map(np.asarray, found)
     for row, sample in enumerate(part):
       size = len(sample.answer_ids)
-      losses.append(batch_losses[row, :size].astype(np.float64))
+      loss.append(batch_loss[row, :size].astype(np.float64))
       right.append(bool(batch_right[row, :size].all()))
-      if not np.isfinite(losses[-1]).all():
+      if not np.isfinite(loss[-1]).all():
         raise ValueError(
           f"the loss is not finite in sample {begin + row}: the weights are"
           " damaged, or their dtype is too narrow."
@@ -201,9 +181,9 @@ def score(
   return Score(
     accuracy=sum(right) / len(samples),
     interval=wilson_interval(sum(right), len(samples)),
-    answer_loss=float(np.concatenate(losses).mean()),
+    answer_loss=float(np.concatenate(loss).mean()),
     num_samples=len(samples),
-    by_depth=_by_depth(samples, losses, right),
+    by_depth=_by_depth(samples, loss, right),
     prompts_sha256=prompts_sha256(samples),
   )
 
@@ -232,7 +212,7 @@ def _check(
 
 
 def _by_depth(
-  samples: Sequence[Sample], losses: Sequence[np.ndarray], right: Sequence[bool]
+  samples: Sequence[Sample], loss: Sequence[np.ndarray], right: Sequence[bool]
 ) -> list[dict[str, float]]:
   by_place: dict[tuple[float, int | None], list[int]] = {}
   for number, sample in enumerate(samples):
@@ -244,7 +224,7 @@ def _by_depth(
       "depth": depth,
       **({} if distance is None else {"distance": distance}),
       "accuracy": sum(right[i] for i in numbers) / len(numbers),
-      "answer_loss": float(np.concatenate([losses[i] for i in numbers]).mean()),
+      "answer_loss": float(np.concatenate([loss[i] for i in numbers]).mean()),
       "num_samples": len(numbers),
     }
     for (depth, distance), numbers in sorted(by_place.items())
