@@ -1,8 +1,8 @@
-"""Compiling for a GPU that is not here.
+"""Compiles for GPUs that this machine does not have.
 
-XLA compiles for a described GPU on any machine, given its CUDA plugin and the
-assembler `ptxas` (`pip install 'scca_jax[plan]'`); nothing can be run. The
-descriptions are in `assets/gpu_specs`.
+XLA compiles for a described GPU on any machine that has its CUDA plugin and the
+assembler `ptxas` (`pip install 'scca_jax[plan]'`); the programs cannot run
+there. The descriptions are in `assets/gpu_specs`.
 """
 
 import contextlib
@@ -41,13 +41,13 @@ def _spec(gpu: str) -> str:
 
 
 def _number(gpu: str, name: str) -> int:
-  """Returns a number of the description, 0 where it is left out."""
+  """Returns a number from the description, 0 if it is left out."""
   found = re.search(rf"\b{name}: (\d+)", _spec(gpu))
   return int(found[1]) if found else 0
 
 
 def target_of(gpu: str) -> target.Target:
-  """Returns what implementations need to know of a described GPU.
+  """Returns what implementations need to know about a described GPU.
 
   Raises:
     ValueError: The name is unknown.
@@ -85,7 +85,7 @@ def _cuda_folder() -> pathlib.Path:
       folder = pathlib.Path(root) / name
       if (folder / "bin" / "ptxas").exists():
         return folder
-  raise ValueError(f"there is no ptxas to compile for a GPU with: {_MISSING}.")
+  raise ValueError(f"found no ptxas to compile for a GPU with: {_MISSING}.")
 
 
 def devices(gpu: str, number: int = 1) -> list[Any]:
@@ -93,7 +93,7 @@ def devices(gpu: str, number: int = 1) -> list[Any]:
 
   Args:
     gpu: One of `GPUS`.
-    number: How many; above 8 a multiple of it.
+    number: How many; above 8, a multiple of 8.
 
   Raises:
     ValueError: The GPU is unknown, the compiler is not installed, or the last
@@ -170,15 +170,15 @@ def compile_for(
   donate_argnums: Sequence[int] = (),
   compiler_options: dict[str, Any] | None = None,
 ) -> Any:
-  """Returns what a function compiles to for one GPU of a kind, or several.
+  """Returns a function compiled for described GPUs.
 
   Args:
     gpu: One of `GPUS`.
-    function: To be compiled.
-    *args: Its arguments, pytrees of anything with a shape and a dtype. With a
-      sharding too they lie on several of `devices`.
-    on_host: Which of the arguments lie in the host's memory, a pytree of bools
-      like them; None is none.
+    function: The function.
+    *args: Its arguments, pytrees of anything with a shape and a dtype. If they
+      have a sharding too, they lie on several of `devices`.
+    on_host: Which arguments lie in the host's memory, a pytree of bools like
+      them; None keeps all on the device.
     donate_argnums: See `jax.jit`.
     compiler_options: See `jax.jit`.
 

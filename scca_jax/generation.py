@@ -129,7 +129,7 @@ def _check(
       f"max_new_tokens must be at least 1, got {max_new_tokens}."
     )
   if not prompts:
-    raise ValueError("there is no prompt.")
+    raise ValueError("got no prompt: give at least one.")
   for i, prompt in enumerate(prompts):
     if not prompt:
       raise ValueError(f"prompt {i} has no token: give it some text.")
@@ -223,7 +223,7 @@ def stream(
   Args:
     model: The model.
     prompts: Token ids, of any lengths.
-    max_new_tokens: Most tokens a sequence gets.
+    max_new_tokens: Most new tokens per sequence.
     sampling: How tokens are drawn; None takes the likeliest.
     prefill_patterns: What the tokens of the prompts attend by; None is dense.
     decode_patterns: What new tokens attend by; None is dense. Both as in
@@ -269,7 +269,7 @@ def stream(
 def generate(
   model: Llama, prompts: Sequence[Sequence[int]], **settings: Any
 ) -> list[list[int]]:
-  """Returns the new tokens of every prompt, the one that ended it included.
+  """Returns the new tokens of every prompt, including one that ends it.
 
   Args:
     model: The model.

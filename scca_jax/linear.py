@@ -1,4 +1,4 @@
-"""The linear map that every matrix of the model is, adapted or not."""
+"""The linear map of all matrices of the model, with or without an adapter."""
 
 from typing import Any
 
@@ -35,8 +35,8 @@ class Linear(nnx.Module):
     Args:
       num_inputs: Channels of the input.
       num_outputs: Channels of the output.
-      lora: The adapter; None has no arrays for it.
-      stddev: Standard deviation of the kernel at first.
+      lora: The adapter; None adds no arrays.
+      stddev: Standard deviation of the new kernel.
       dtype: Dtype of the computation.
       param_dtype: Dtype that the kernel is held in.
       rngs: Its stream `params` draws the weights. The kernel does not depend
@@ -74,6 +74,6 @@ class Linear(nnx.Module):
       kept = jax.random.bernoulli(dropout_rng, 1 - self.dropout, x.shape)
       x = jnp.where(kept, x / (1 - self.dropout), 0)
     down = x @ self.lora_a[...].astype(self.dtype)
-    # The small matrix is scaled, not the product: that would be a pass over
-    # memory of its own, forward and backward.
+    # Scale the small matrix: scaling the product would be one more pass over
+    # memory, forward and backward.
     return y + down @ (self.scaling * self.lora_b[...]).astype(self.dtype)

@@ -116,8 +116,8 @@ class Embedding(nnx.Module):
 
   def __call__(self, tokens: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """Returns the vectors of the tokens, `[batch, seq, hidden]`."""
-    # Taken before the cast: gradients of a token that occurs often are summed
-    # in the dtype of the parameter.
+    # Look up before the cast, so that the gradients of a frequent token are
+    # summed in the dtype of the parameter.
     table = self.embedding[...]
     vectors = (
       table[tokens] if mesh is None else sharding.lookup(table, tokens, mesh)
@@ -127,7 +127,7 @@ class Embedding(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Making:
-  """What the modules of a model are made with."""
+  """Settings that all modules of a model share."""
 
   config: LlamaConfig
   lora: LoraConfig | None
@@ -171,7 +171,7 @@ class SelfAttention(nnx.Module):
     dropout_rngs: Any,
     cache: "_LayerCache | None",
   ) -> tuple[jax.Array, "_LayerCache | None"]:
-    """Returns its part of the residual stream, like `x`, and the cache."""
+    """Returns what it adds to the residual stream, like `x`, and the cache."""
     batch, seq_len, _ = x.shape
     heads = (batch, seq_len, -1, self.head_dim)
     query = self.q_proj(x, dropout_rngs["q_proj"]).reshape(heads)
@@ -208,7 +208,7 @@ class MLP(nnx.Module):
   def __call__(
     self, x: jax.Array, dropout_rngs: Any, chunk_len: int | None = None
   ) -> jax.Array:
-    """Returns the MLP's part of the residual stream, like `x`.
+    """Returns what the MLP adds to the residual stream, like `x`.
 
     Args:
       x: `[batch, seq, hidden]`.
@@ -261,7 +261,7 @@ class _Call:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of the tokens before, so that they are computed once.
+  """Keys and values of earlier tokens, so that they are computed once.
 
   Attributes:
     key: Rotated keys, `[layers, batch, capacity, kv_heads, head_dim]`.
@@ -274,7 +274,7 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class _LayerCache:
-  """The part of one layer, `layer`, of a cache that is carried along."""
+  """One layer of a cache that is carried along."""
 
   cache: Cache
   layer: Any
@@ -282,7 +282,7 @@ class _LayerCache:
   def write(
     self, key: jax.Array, value: jax.Array, starts: jax.Array | None
   ) -> "_LayerCache":
-    """Puts keys and values, `[batch, seq, ...]`, at `starts` and after."""
+    """Writes keys and values, `[batch, seq, ...]`, from `starts` on."""
     batch, seq_len = key.shape[:2]
     rows = jnp.arange(batch)[:, None]
     columns = jnp.arange(seq_len)[None, :]
@@ -301,8 +301,8 @@ class _LayerCache:
   ) -> jax.Array:
     """Returns attention over the cache, each sequence from its own start.
 
-    Keys that are not written yet lie behind every query: no pattern with
-    position causality shows them.
+    Slots that are not written yet lie after every query, where no pattern with
+    position causality looks.
     """
 
     def of_sequence(query, key, value, start):
@@ -385,18 +385,18 @@ def _project_primal(
 ) -> jax.Array:
   """Returns the float32 product of hidden states and the output head.
 
-  The rule that JAX has for a product with a float32 result multiplies in
-  float32 when it goes back: slow on a GPU, with a float32 copy of the head and
-  a gradient rounded to the dtype of the computation. Here both products have
-  operands of that dtype, and the gradient of the head is float32 as it leaves
-  the accumulators.
+  JAX's own rule for a product with a float32 result multiplies in float32 in
+  the backward pass: slow on a GPU, with a float32 copy of the head and a
+  gradient rounded to the compute dtype. Here the operands of both products have
+  the compute dtype, and the gradient of the head leaves the accumulators as
+  float32.
 
   Args:
     axis: The axis of the head that is summed over.
     hidden: `[..., hidden]`.
-    kernel: The parameter, `[hidden, vocab]` or `[vocab, hidden]`; the gradient
-      goes to it.
-    cast: The same in the dtype of `hidden`; this is multiplied with.
+    kernel: The parameter, `[hidden, vocab]` or `[vocab, hidden]`; it gets the
+      gradient.
+    cast: `kernel` in the dtype of `hidden`; it enters the products.
   """
   del kernel
   return jax.lax.dot_general(
@@ -552,7 +552,7 @@ class Llama(nnx.Module):
 
     Args:
       config: Sizes.
-      lora: Adapters; None has none.
+      lora: Adapters; None adds none.
       dtype: Dtype of the computation: float32, bfloat16 or float16.
       param_dtype: Dtype that weights are held in. Norms and adapters are
         float32, and so are embeddings that are trained beside adapters.
@@ -818,7 +818,7 @@ class Llama(nnx.Module):
     return jax.random.split(rngs.dropout(), self.config.num_layers)
 
   def _head(self) -> tuple[jax.Array, int]:
-    """Returns the output head, and its axis that is as wide as the states."""
+    """Returns the output head and its axis that hidden states multiply."""
     if self.lm_head is None:
       return self.embed_tokens.embedding[...], 1
     return self.lm_head.kernel[...], 0

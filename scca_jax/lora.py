@@ -81,9 +81,9 @@ def init_lora_a(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def trainable(config: LoraConfig | None) -> Any:
-  """Returns the `nnx` filter of what a run trains.
+  """Returns the `nnx` filter of the trained parameters.
 
-  `nnx.split(model, trainable(config), ...)` parts it from what is frozen.
+  `nnx.split(model, trainable(config), ...)` separates them from what is frozen.
 
   Args:
     config: The adapter; None trains every parameter.
@@ -91,7 +91,7 @@ def trainable(config: LoraConfig | None) -> Any:
   if config is None:
     return nnx.Param
   filters: list[Any] = [LoraParam]
-  # Tied or not: without a matrix of its own the head is the embedding.
+  # A tied head is the embedding.
   if config.train_embeddings:
     filters += [nnx.PathContains("embed_tokens"), nnx.PathContains("lm_head")]
   if config.train_norms:

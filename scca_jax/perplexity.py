@@ -1,8 +1,8 @@
 """Perplexity of long texts, by one of three protocols.
 
-All three cut a corpus in windows of `context_len` tokens, `L` below, and score
-predictions of the next token. They differ in which windows and predictions
-count, so their numbers are not to be compared with each other:
+All three cut a corpus into windows of `context_len` tokens, `L` below, and
+score predictions of the next token. They differ in which windows and
+predictions count, so do not compare their numbers with each other:
 
 * "longlora" (the evaluation of LongLoRA, arXiv 2309.12307): the corpus is one
   flat array, document borders or not; windows start at
@@ -73,13 +73,13 @@ class Perplexity:
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
-  """Where windows lie in the corpus, and what they score.
+  """Where windows lie in the corpus, and which tokens they score.
 
   Attributes:
     starts: `[windows]` offset of each window's first token.
     firsts: `[windows]` position in the window of the first token it scores.
     begins: `[windows]` whether the first token is a BOS that the corpus does
-      not have; it takes the place in front of the document.
+      not have; it stands for the token before the document.
     num_skipped: Documents left out.
   """
 
@@ -436,7 +436,7 @@ def perplexity(
     document_ends=document_ends,
     bos_id=bos_id,
   )
-  bos = 0 if bos_id is None else bos_id  # None: no window begins with it.
+  bos = 0 if bos_id is None else bos_id  # Without BOS no window needs it.
   graphdef, state = nnx.split(model)
   batch_size = min(batch_size, len(windows))
   quarter_start = context_len - context_len // 4
@@ -461,8 +461,8 @@ def perplexity(
           " the weights are damaged, or their dtype is too narrow."
         )
       in_quarter = row[max(first, quarter_start) - 1 :]
-      # All windows of "longlora" score as many tokens: the mean over windows
-      # of their means is the mean over tokens, as in the other protocols.
+      # All windows of "longlora" score the same number of tokens: the mean over
+      # windows of their means is the mean over tokens, as in the others.
       total += scored.sum()
       num_tokens += len(scored)
       quarter_total += in_quarter.sum()

@@ -80,7 +80,7 @@ def dequantize(kernel: Any, dtype: Any) -> jax.Array:
 
 
 def method_of(kernel: Any) -> str | None:
-  """Returns the method that a matrix was quantised by, or None."""
+  """Returns the method that a matrix was quantised with, or None."""
   qtype = getattr(kernel, "qtype", None)
   return qtype if qtype in (None, "nf4") else "int8"
 

@@ -3,14 +3,14 @@
 A mesh has four axes, and one table says which of them cuts which dimension:
 
     data      copies of the model, each with its own sequences
-    fsdp      the same, but every weight is cut too and gathered where it is
-              used, a layer at a time
+    fsdp      the same, but every weight is cut as well, and gathered where it
+              is used, one layer at a time
     tensor    heads, the inner channels of the MLP and the vocabulary
     sequence  the tokens of a sequence (`parallel`)
 
-Arrays are placed by `place` and `place_batch`; the rest is `jax.jit`, which
-adds what must be moved. Devices of the last axes are neighbours: in a cluster
-`tensor` and `sequence` stay within a host as long as they fit.
+`place` and `place_batch` lay arrays out, and `jax.jit` inserts the collectives.
+Devices of the last axes are neighbours: in a cluster `tensor` and `sequence`
+stay within a host as long as they fit.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ DATA, FSDP, TENSOR, SEQUENCE = AXES = ("data", "fsdp", "tensor", "sequence")
 # The memory kind of the host's memory that a device reads directly.
 HOST = "pinned_host"
 
-# Which mesh axes cut a logical axis; those that are not here stay whole.
+# Mesh axes that cut each logical axis; other logical axes stay whole.
 _RULES: dict[str, tuple[str, ...]] = {
   "batch": (DATA, FSDP),
   "seq": (SEQUENCE,),
@@ -64,8 +64,8 @@ class MeshConfig:
   Attributes:
     data: Copies of the model, each with its own sequences.
     fsdp: The same, with every weight cut over them.
-    tensor: Parts of the heads, of the MLP and of the vocabulary.
-    sequence: Pieces of every sequence.
+    tensor: Shards of the heads, of the MLP and of the vocabulary.
+    sequence: Shards of every sequence.
   """
 
   data: int = 1
@@ -90,7 +90,7 @@ class MeshConfig:
 
   @classmethod
   def parse(cls, text: str) -> "MeshConfig":
-    """Returns the mesh that a flag says, such as "data=2,sequence=4".
+    """Returns the mesh that a flag describes, such as "data=2,sequence=4".
 
     Raises:
       ValueError: It is not of that form, or names another axis.
@@ -114,19 +114,19 @@ def make_mesh(
 
   Args:
     config: Its sizes.
-    devices: What it is made of; None takes all devices of all processes. One
-      process may leave the last of its devices unused.
+    devices: Devices to use; None takes those of all processes. A single process
+      may leave its last devices unused.
 
   Raises:
-    ValueError: The devices are too few, or those of some process would be left
-      out.
+    ValueError: There are too few devices, or some of several processes would be
+      left out.
   """
   devices = jax.devices() if devices is None else devices
   num_processes = len({device.process_index for device in devices})
   wanted, there = config.num_devices, len(devices)
   if wanted > there or (num_processes > 1 and wanted != there):
     axis = max(AXES, key=lambda axis: config.sizes[axis])
-    # The axis that is largest is the one to change.
+    # Suggest another size of the largest axis.
     most = max(1, there // (wanted // config.sizes[axis]))
     raise ValueError(
       f"the mesh {shown(config)} takes {wanted} devices, and"
@@ -149,7 +149,7 @@ def shown(config: MeshConfig) -> str:
 
 
 def _nearest(size: int, fits: Iterable[int]) -> int:
-  """Returns what lies nearest to a size; of two, the smaller."""
+  """Returns the candidate nearest to a size, the smaller one of two."""
   return min(fits, key=lambda other: (abs(other - size), other))
 
 
@@ -166,19 +166,20 @@ def check(
   seq_len: int,
   chunk_sizes: Iterable[int | None] = (),
 ) -> None:
-  """Checks that a training step can be cut as a mesh says.
+  """Checks that a mesh can cut a training step.
 
   Args:
     config: The mesh.
-    num_kv_heads: Of the model; its query heads are a multiple.
-    batch_size: Sequences of a step.
-    num_micro_batches: Parts of the batch.
+    num_kv_heads: Key/value heads of the model.
+    batch_size: Sequences per step.
+    num_micro_batches: Micro batches per step.
     seq_len: Tokens of a sequence.
-    chunk_sizes: Of the heads' patterns, in tokens; None where there are none.
+    chunk_sizes: Chunk sizes of the heads' patterns, in tokens; None is a head
+      without chunks.
 
   Raises:
-    ValueError: It cannot; the message names the axis and the nearest size of
-      it that fits.
+    ValueError: It cannot; the message names the axis and its nearest size that
+      fits.
   """
   tensor, pieces = config.tensor, config.sequence
   if num_kv_heads % tensor:
@@ -213,12 +214,12 @@ def check(
     remedy = (
       f"the nearest that fits is mesh.sequence={_nearest(pieces, whole)}"
       if whole
-      else f"take a length that is a multiple of {pieces * unit}"
+      else f"take a length divisible by {pieces * unit}"
     )
     of_chunks = f" of whole chunks of {unit} tokens" if unit > 1 else ""
     raise ValueError(
-      f"mesh.sequence={pieces} cannot cut {seq_len} tokens in equal"
-      f" pieces{of_chunks}: {remedy}."
+      f"mesh.sequence={pieces} cannot cut {seq_len} tokens into equal"
+      f" shards{of_chunks}: {remedy}."
     )
 
 
@@ -263,8 +264,8 @@ def _spec(
 ) -> PartitionSpec:
   """Returns the partition spec of the last dimensions of a shape.
 
-  What cannot be cut in equal parts stays whole, such as the scales of a
-  quantised matrix along a dimension that has few of them.
+  A dimension that cannot be cut into equal parts stays whole, such as the few
+  scales of a quantised matrix along its inputs.
   """
   axes = axes[max(0, len(axes) - len(shape)) :]
   axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
@@ -299,7 +300,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of what every device has whole."""
+  """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -311,7 +312,7 @@ def activation_spec(
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-  """Returns an activation, laid out by its logical axes.
+  """Returns an activation, constrained to lie as its logical axes say.
 
   Args:
     x: `[*axes]`.
@@ -326,17 +327,17 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
 
 
 def by_piece(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-  """Returns an activation with the pieces of a sequence as sequences.
+  """Returns an activation in which each shard of a sequence is a sequence.
 
-  What goes through the tokens of a sequence bit by bit then goes through all
-  pieces at once, each on its device. A reshape undoes it.
+  A loop over chunks of tokens then runs on all shards at once, each on its
+  device. A reshape undoes it.
 
   Args:
     x: `[batch, seq, ...]`.
     mesh: None leaves it as it is.
 
   Returns:
-    `[batch * pieces, seq / pieces, ...]`.
+    `[batch * shards, seq / shards, ...]`.
   """
   pieces = 1 if mesh is None else mesh.shape[SEQUENCE]
   if pieces == 1 or x.shape[1] % pieces:
@@ -348,15 +349,15 @@ def by_piece(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 def gathered(
   tree: Tree, mesh: Mesh | None, *, leave: str | None = None
 ) -> Tree:
-  """Returns parameters with their parts along `fsdp` brought together.
+  """Returns parameters gathered along `fsdp`.
 
-  Called where weights are used: without it XLA may rather cut the activations
-  than gather the weights, or gather them in every turn of a loop.
+  Call it where weights are used: otherwise XLA may cut the activations instead
+  of gathering the weights, or gather them in every iteration of a loop.
 
   Args:
     tree: Parameters.
     mesh: From `make_mesh`, or None.
-    leave: Those with this name in their path stay as they are.
+    leave: Parameters with this name in their path stay as they are.
   """
   if mesh is None or mesh.shape[FSDP] == 1:
     return tree
@@ -373,11 +374,12 @@ def gathered(
 
 
 def lookup(table: jax.Array, tokens: jax.Array, mesh: Mesh) -> jax.Array:
-  """Returns the rows of an embedding, each device those of its tokens.
+  """Returns the embeddings of tokens; each device looks up its own tokens.
 
-  What XLA makes of `table[tokens]` is wrong on GPUs with jax 0.10.2 and 0.11.2
-  (openxla/xla issue 49143): of the gradient that is summed over micro batches
-  all devices but one lose what they have, at each micro batch but the first.
+  XLA's own partition of `table[tokens]` is wrong on GPUs with jax 0.10.2 and
+  0.11.2 (openxla/xla issue 49143): where the gradient is summed over micro
+  batches, all devices but one drop their sum at every micro batch but the
+  first.
 
   Args:
     table: `[vocab, hidden]`.
@@ -411,10 +413,10 @@ def lookup(table: jax.Array, tokens: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def place(tree: Tree, mesh: Mesh | None) -> Tree:
-  """Returns parameters or a training state, each device with its part.
+  """Returns parameters or a training state, laid out on a mesh.
 
   Args:
-    tree: Arrays, of the same values in every process.
+    tree: Arrays, with the same values in every process.
     mesh: From `make_mesh`; None leaves them where they are.
   """
   if mesh is None:
@@ -423,15 +425,15 @@ def place(tree: Tree, mesh: Mesh | None) -> Tree:
 
 
 def put(array: Any, sharding: Sharding) -> jax.Array:
-  """Returns an array, of the same values in every process, laid out.
+  """Returns an array with a sharding; all processes have the same values.
 
-  One that lies so already is not copied.
+  An array that has the sharding already is not copied.
   """
   if isinstance(array, jax.Array) and array.sharding == sharding:
     return array
   if sharding.is_fully_addressable:
     return jax.device_put(array, sharding)
-  # Every process has the whole array and gives its own devices their parts.
+  # Every process has the whole array and fills its own devices.
   host = np.asarray(array)
   return jax.make_array_from_callback(
     host.shape, sharding, lambda index: host[index]
@@ -451,7 +453,7 @@ def on_host() -> Iterator[None]:
 
 
 def data_shard(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
-  """Returns which part of every batch this process has to load.
+  """Returns which part of every batch this process loads.
 
   Args:
     mesh: From `make_mesh`.
@@ -459,7 +461,7 @@ def data_shard(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
 
   Returns:
     The part's number and the number of parts, for `batches.make_batches`.
-    Processes whose devices hold pieces of the same sequences load the same
+    Processes whose devices hold shards of the same sequences load the same
     part.
   """
   if mesh is None:
@@ -469,7 +471,7 @@ def data_shard(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
   rows = [index[0].indices(batch_size) for index in mine.values() if index]
   start, stop = min(r[0] for r in rows), max(r[1] for r in rows)
   size = stop - start
-  # Parts that do not meet the borders of equal ones: all is loaded.
+  # Equal parts do not fit these rows: load all of them.
   if batch_size % size or start % size:
     return 0, 1
   return start // size, batch_size // size
@@ -478,10 +480,10 @@ def data_shard(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
 def place_batch(
   batch: dict[str, np.ndarray], mesh: Mesh | None, batch_size: int
 ) -> dict[str, Any]:
-  """Returns a batch, each device with its sequences or pieces of them.
+  """Returns a batch, laid out on a mesh.
 
   Args:
-    batch: Arrays `[rows, seq]`: the part that `data_shard` says.
+    batch: Arrays `[rows, seq]`, the part that `data_shard` names.
     mesh: From `make_mesh`; None leaves it as it is.
     batch_size: Sequences of the whole batch.
   """
@@ -499,7 +501,7 @@ def place_batch(
 def to_host(tree: Tree) -> Tree:
   """Returns a tree of whole numpy arrays, in every process.
 
-  All processes of a run must call it. One array at a time is put together.
+  All processes of a run must call it. Arrays are gathered one at a time.
   """
 
   def whole(array: Any) -> np.ndarray:

@@ -1,17 +1,17 @@
 """What a compiled step moves between devices, in bytes.
 
-The numbers are those that one device receives, read from the program that XLA
-made of the step: what it does in a loop counts as often as the loop turns. Of
-the common algorithms, an all-gather or all-to-all among `n` devices brings
-`(n - 1) / n` of its result, a reduce-scatter `n - 1` times its result, and an
-all-reduce twice `(n - 1) / n` of it.
+Numbers are what one device receives, read from the compiled program; a
+collective in a loop counts once per iteration. With the usual algorithms a
+device receives `(n - 1) / n` of the result of an all-gather or all-to-all among
+`n` devices, `n - 1` times that of a reduce-scatter, and twice `(n - 1) / n` of
+that of an all-reduce.
 """
 
 import math
 import re
 from typing import Any
 
-# Bytes of a number, by the names of XLA.
+# Bytes of an element, by XLA's names.
 _BYTES = {
   "pred": 1,
   "s4": 0.5,
@@ -55,7 +55,7 @@ _AXES = re.compile(r"replica_groups=\w+\[([^\]]*)\][^{]*\{([^}]*)\}")
 
 
 def _group_size(line: str) -> int:
-  """Returns how many devices exchange with each other."""
+  """Returns how many devices take part in a collective."""
   found = _GRID.search(line)
   if found:
     return int(found[1])
@@ -71,11 +71,11 @@ def _group_size(line: str) -> int:
 
 
 def _received(kind: str, line: str, shape: str) -> tuple[float, float]:
-  """Returns the bytes of a collective: floats, and all else."""
+  """Returns the bytes of a collective: of floats and of everything else."""
   arrays = _ARRAY.findall(shape)
-  # Of an all-reduce some versions of XLA give the results alone.
+  # Some versions of XLA list only the results of an all-reduce.
   if "-start(" in line and (kind != "all-reduce" or shape.startswith("((")):
-    # Operands come before results, and integers of XLA's own behind them.
+    # Operands come before results, and XLA's own integers after them.
     arrays = [
       (dtype, dimensions)
       for dtype, dimensions in arrays
@@ -106,8 +106,8 @@ def moved_bytes(compiled: Any) -> dict[str, dict[str, float]]:
     compiled: A `jax.stages.Compiled`, or the text of its HLO.
 
   Returns:
-    By kind of collective, of those that occur: `floats`, the bytes of
-    floating-point numbers, and `others`, those of all else.
+    For each kind of collective that occurs: `floats`, the bytes of
+    floating-point numbers, and `others`, the bytes of everything else.
   """
   text = compiled if isinstance(compiled, str) else compiled.as_text()
   own: dict[str, list[tuple[str, float, float]]] = {}
@@ -128,13 +128,13 @@ def moved_bytes(compiled: Any) -> dict[str, dict[str, float]]:
     if kind in KINDS and not found["name"].endswith("-done"):
       own[name].append((kind, *_received(kind, line, found["shape"])))
     if found["name"].endswith(("-done", "-update")):
-      continue  # Of what was started and counted before.
+      continue  # It was counted where it started.
     turns = _TURNS.search(line)
     times = int(turns[1]) if turns and found["name"] == "while" else 1
     called = _CALLED.findall(line)
     branches = _BRANCHES.search(line)
     if branches:
-      # Of branches one is taken; they hold no collectives of ours.
+      # Only one of them runs, but ours hold no collectives.
       called += [b.strip().lstrip("%") for b in branches[1].split(",")]
     calls[name] += [(c, times) for c in called]
   totals: dict[str, dict[str, float]] = {}
@@ -162,16 +162,15 @@ def ring_bytes(
 ) -> int:
   """Returns what a device receives in ring attention (arXiv 2310.01889).
 
-  All keys and values but its own go round once, in one forward pass of one
-  layer. The backward pass moves twice as much: keys and values, and their
-  gradients.
+  In one forward pass of one layer, that is all keys and values but its own. The
+  backward pass moves twice as much: keys and values, and their gradients.
 
   Args:
     seq_len: Tokens.
     num_pieces: Devices that share a sequence.
     num_kv_heads: Key heads on the device.
-    head_dim: Length of a head.
-    itemsize: Bytes of a number.
+    head_dim: Width of a head.
+    itemsize: Bytes of an element.
     batch: Sequences on the device.
   """
   others = seq_len // num_pieces * (num_pieces - 1)

@@ -26,8 +26,8 @@ SCHEDULES = ("constant", "cosine")
 _INITIAL_LOSS_SCALE = 2.0**15
 _MAX_LOSS_SCALE = 2.0**24
 _GROWTH_INTERVAL = 2000
-# So many overflows in a row cannot be the scale's search for its range: from
-# the largest scale to 1 takes 24.
+# More overflows in a row than the scale takes to find its range: 24 lead from
+# the largest scale to 1.
 MAX_SKIPPED_IN_A_ROW = 30
 # XLA's Triton GEMMs first copy each layer's weights out of the stacked array;
 # cuBLAS reads them in place. Other backends than GPUs ignore the option.
@@ -194,7 +194,7 @@ class LossScale:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that a training step changes.
+  """What a training step changes.
 
   Attributes:
     step: Steps done, int32 scalar.
@@ -261,7 +261,7 @@ def state_shardings(
 
 
 def _offloaded(state: TrainState, layout: TrainState) -> TrainState:
-  """Returns the layout with the moments, not scalars, on the host."""
+  """Returns the layout with the moments, but not scalars, on the host."""
   return dataclasses.replace(
     layout,
     optimizer=jax.tree.map(
