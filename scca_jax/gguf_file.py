@@ -3,12 +3,15 @@
 The `gguf` library reads the file and dequantises; here are the names, and what
 llama.cpp changes when it writes a LLaMA: query and key rows are permuted to
 rotate neighbouring channels, and the rope scaling of Llama 3.1 is a tensor.
-`gguf_tokenizer` makes a tokenizer of the vocabulary.
+What the metadata means is what llama.cpp takes it for; keys of which that is
+not known are refused. `gguf_tokenizer` makes a tokenizer of the vocabulary.
 """
 
+import math
 import os
 import pathlib
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +33,73 @@ _NAMES = {
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _ROPE_FACTORS = "rope_freqs.weight"
+_PIECE = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
+# Keys that are read, then those that may stand beside them with the values that
+# change nothing. Off, which is 0 or false, always changes nothing.
+_READ = (
+  "vocab_size",
+  "context_length",
+  "embedding_length",
+  "feed_forward_length",
+  "block_count",
+  "expert_count",
+  "attention.head_count",
+  "attention.head_count_kv",
+  "attention.key_length",
+  "attention.value_length",
+  "attention.layer_norm_rms_epsilon",
+  "rope.dimension_count",
+  "rope.freq_base",
+  "rope.scale_linear",
+  "rope.scaling.type",
+  "rope.scaling.factor",
+  "rope.scaling.original_context_length",
+  "rope.scaling.attn_factor",
+  # Tells how the file came about.
+  "tensor_data_layout",
+  "rope.scaling.finetuned",
+)
+_WITHOUT_EFFECT = {
+  "attention.causal": True,
+  "logit_scale": 1.0,
+  "residual_scale": 1.0,
+  "embedding_scale": 1.0,
+  "rope.scaling.yarn_ext_factor": -1.0,
+  "rope.scaling.yarn_attn_factor": 1.0,
+  "rope.scaling.yarn_beta_fast": 32.0,
+  "rope.scaling.yarn_beta_slow": 1.0,
+}
+# Tokens that llama.cpp ends at whatever the metadata says, by their text: ends
+# of a text or turn, then the padding and separators of infilling.
+_END_TEXTS = (
+  "</s>",
+  "<eos>",
+  "[EOS]",
+  "<|end_of_text|>",
+  "<|endoftext|>",
+  "<|eot_id|>",
+  "<|eom_id|>",
+  "<|im_end|>",
+  "<|end|>",
+  "<end_of_turn>",
+  "<end_of_utterance>",
+  "<EOT>",
+  "_<EOT>",
+  "[EOT]",
+)
+_INFILL_TEXTS = {
+  "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+  "fim_rep": (
+    "<|fim_repo|>",
+    "<|repo_name|>",
+    "<fim-repo>",
+    "<REPO>",
+    "<reponame>",
+  ),
+  "fim_sep": ("<|file_sep|>",),
+}
+# Vocabularies of byte pairs whose texts begin with BOS by default.
+LLAMA_3_PRE_TOKENIZERS = ("llama-bpe", "llama3", "llama-v3")
 
 
 def _hugging_face_name(name: str) -> str:
@@ -49,6 +119,36 @@ def _channels_apart(weight: np.ndarray, num_heads: int) -> np.ndarray:
   """
   pairs = weight.reshape(num_heads, -1, 2, weight.shape[-1])
   return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _open(path: pathlib.Path) -> Any:
+  """Returns the gguf library's reader of one file.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: It is damaged, or of the other byte order.
+  """
+  import gguf
+
+  if not path.is_file():
+    raise FileNotFoundError(f"there is no GGUF file {path}.")
+  try:
+    reader = gguf.GGUFReader(path)
+    for name, field in reader.fields.items():
+      if not name.startswith("tokenizer.ggml."):
+        field.contents()
+  except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+    raise ValueError(
+      f"{path} is not a GGUF file, or is damaged or cut short ({error}): copy"
+      " it again."
+    ) from error
+  if reader.byte_order == "S":
+    order = reader.endianess.name.lower()
+    raise ValueError(
+      f"{path} is {order}-endian, which this machine is not: convert it with"
+      f" `gguf-convert-endian {path.name} native` of the gguf package."
+    )
+  return reader
 
 
 class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
@@ -73,29 +173,28 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     import gguf
 
     self.path = pathlib.Path(path)
-    if not self.path.is_file():
-      raise FileNotFoundError(f"there is no GGUF file {self.path}.")
-    try:
-      reader = gguf.GGUFReader(self.path)
-      self._fields = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        # Long, and only for the tokenizer.
-        if not name.startswith("tokenizer.ggml.")
-      }
-    except (
-      ValueError,
-      IndexError,
-      KeyError,
-      TypeError,
-      OverflowError,
-    ) as error:
+    self._reader = _open(self.path)
+    self._fields = {
+      name: field.contents()
+      for name, field in self._reader.fields.items()
+      # Long, and mostly for the tokenizer.
+      if not name.startswith("tokenizer.ggml.")
+    }
+    self._tensors = {}
+    for piece in self._pieces():
+      for tensor in piece.tensors:
+        if tensor.name in self._tensors:
+          raise ValueError(
+            f"{self.path}: two pieces have the tensor {tensor.name}: copy all"
+            " of them again."
+          )
+        self._tensors[tensor.name] = tensor
+    total = self._fields.get("split.tensors.count", len(self._tensors))
+    if total != len(self._tensors):
       raise ValueError(
-        f"{self.path} is not a GGUF file, or is damaged or cut short"
-        f" ({error}): copy it again."
-      ) from error
-    self._reader = reader
-    self._tensors = {t.name: t for t in reader.tensors}
+        f"{self.path}: its pieces have {len(self._tensors)} tensors, not"
+        f" {total}: copy all of them again."
+      )
     self._dequantize = gguf.dequantize
     self._names = {
       _hugging_face_name(name): name
@@ -103,6 +202,34 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       if name != _ROPE_FACTORS
     }
     self.config = self._read_config()
+
+  def _pieces(self) -> Iterator[Any]:
+    """Yields the reader of each file that the model is split into."""
+    yield self._reader
+    count = self._fields.get("split.count", 0)
+    if count < 2:
+      return
+    name = _PIECE.fullmatch(self.path.name)
+    if name is None or int(name.group(2)) != count:
+      raise ValueError(
+        f"{self.path} is one of {count} pieces of a split model: name it as"
+        f" llama.cpp does, such as model-00001-of-{count:05d}.gguf."
+      )
+    stem = name.group(1)
+    if self._fields.get("split.no", 0) != 0:
+      raise ValueError(
+        f"{self.path} is not the first piece of a split model: give"
+        f" {stem}-00001-of-{count:05d}.gguf."
+      )
+    for i in range(2, count + 1):
+      path = self.path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf")
+      piece = _open(path)
+      field = piece.get_field("split.no")
+      if field is None or field.contents() != i - 1:
+        raise ValueError(
+          f"{path} is not piece {i} of a split model: copy it again."
+        )
+      yield piece
 
   def name_in_file(self, name: str) -> str:
     """Returns the name in the file of a tensor, given its Hugging Face name."""
@@ -188,6 +315,18 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
         f"{self.path} holds a mixture of {self._field('expert_count')} experts:"
         " only dense models can be read."
       )
+    for key, value in self._fields.items():
+      name = key.removeprefix("llama.")
+      if (
+        name == key
+        or name in _READ
+        or not value
+        or value == _WITHOUT_EFFECT.get(name)
+      ):
+        continue
+      raise ValueError(
+        f"{self.path}: {key}={reprlib.repr(value)} is not supported."
+      )
     embedding = self._tensors.get("token_embd.weight")
     if embedding is None:
       raise ValueError(f"{self.path} lacks the tensor token_embd.weight.")
@@ -200,6 +339,17 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     num_heads = self._size("attention.head_count")
     hidden_size = self._size("embedding_length")
     head_dim = self._size("attention.key_length", hidden_size // num_heads)
+    values = self._size("attention.value_length", head_dim)
+    if values != head_dim:
+      raise ValueError(
+        f"attention.value_length={values} is not supported, only the head_dim"
+        f" {head_dim}."
+      )
+    if self._size("vocab_size", int(vocab_size)) != vocab_size:
+      raise ValueError(
+        f"vocab_size={self._field('vocab_size')}, but token_embd.weight has"
+        f" {vocab_size} rows: copy it again."
+      )
     rotated = self._size("rope.dimension_count", head_dim)
     if rotated != head_dim:
       raise ValueError(
@@ -208,6 +358,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       )
     context_len = self._size("context_length")
     theta = float(self._field("rope.freq_base", 10000.0))
+    ends = self.end_ids()
     return LlamaConfig(
       vocab_size=int(vocab_size),
       hidden_size=hidden_size,
@@ -222,28 +373,50 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       rms_norm_eps=float(self._required("attention.layer_norm_rms_epsilon")),
       tie_embeddings="output.weight" not in self._tensors,
       bos_token_id=self.special_id("bos"),
-      eos_token_id=self.special_id("eos"),
+      eos_token_id=ends[0] if len(ends) == 1 else ends or None,
     )
 
   def _read_rope_scaling(
     self, head_dim: int, theta: float, context_len: int
   ) -> RopeScaling | None:
-    if _ROPE_FACTORS in self._tensors:
+    # A file that says only a factor means linear.
+    kind = self._field("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+      raise ValueError(f"unknown rope scaling {kind!r}.")
+    # The second is the key of files from before there were kinds.
+    factor = self._field("rope.scaling.factor") or self._field(
+      "rope.scale_linear"
+    )
+    if self._field("rope.scaling.type") in ("linear", "yarn"):
+      factor = factor or self._required("rope.scaling.factor")
+    factor = 1.0 if kind == "none" else float(factor or 1.0)
+    attention = float(self._field("rope.scaling.attn_factor", 1.0))
+    is_llama_3 = _ROPE_FACTORS in self._tensors
+    if attention != 1 and (kind != "yarn" or is_llama_3):
+      raise ValueError(
+        f"rope.scaling.attn_factor={attention:g} is supported for yarn rope"
+        " scaling only."
+      )
+    if is_llama_3:
+      if factor != 1:
+        raise ValueError(
+          f"both the tensor {_ROPE_FACTORS} and rope.scaling.factor="
+          f"{factor:g} scale the rope: only one of them is supported."
+        )
       return self._llama_3_scaling(head_dim, theta)
-    kind = self._field("rope.scaling.type", "none")
-    # The key of files from before there were kinds.
-    factor = self._field("rope.scale_linear")
-    if factor is not None:
-      kind = "linear"
+    if kind == "linear":
+      return None if factor == 1 else RopeScaling(kind=kind, factor=factor)
     if kind == "none":
       return None
-    if kind not in ("linear", "yarn"):
-      raise ValueError(f"unknown rope scaling {kind!r}.")
     length = self._field("rope.scaling.original_context_length", context_len)
     return RopeScaling(
-      kind=kind,
-      factor=float(factor or self._required("rope.scaling.factor")),
-      original_max_position_embeddings=int(length) if kind == "yarn" else None,
+      kind="yarn",
+      factor=factor,
+      original_max_position_embeddings=int(length),
+      # On top of what YaRN does by itself.
+      attention_factor=None
+      if attention == 1
+      else attention * (0.1 * math.log(factor) + 1),
     )
 
   def _llama_3_scaling(self, head_dim: int, theta: float) -> RopeScaling:
@@ -279,8 +452,26 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     token = self.vocabulary(f"{kind}_token_id")
     return None if token is None else int(token)
 
+  def end_ids(self) -> tuple[int, ...]:
+    """Returns the tokens at which llama.cpp ends, that of the text first."""
+    id_of: dict[str, int] = {}
+    for i, token in enumerate(self.vocabulary("tokens", [])):
+      id_of.setdefault(token, i)
+    ends = {self.special_id("eot"), self.special_id("eom")}
+    ends |= {id_of.get(text) for text in _END_TEXTS}
+    for kind, texts in _INFILL_TEXTS.items():
+      token = self.special_id(kind)
+      found = [id_of[text] for text in texts if text in id_of]
+      ends.add(min(found, default=None) if token is None else token)
+    first = self.special_id("eos")
+    others = sorted(ends - {None, first})  # pyright: ignore
+    return tuple(i for i in (first, *others) if i is not None)
+
   @property
   def adds_bos(self) -> bool:
     """Whether a prompt begins with BOS."""
-    default = self.vocabulary("model") == "llama"
+    default = (
+      self.vocabulary("model") == "llama"
+      or self.vocabulary("pre") in LLAMA_3_PRE_TOKENIZERS
+    )
     return bool(self.vocabulary("add_bos_token", default))

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from scca_jax.gguf_file import GgufFile
+from scca_jax.gguf_file import LLAMA_3_PRE_TOKENIZERS, GgufFile
 
 # How text is split before byte pairs are merged, by GGUF's name for it; the
 # expressions are those of the models' own tokenizer.json.
@@ -17,8 +17,7 @@ _LLAMA_3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_LLAMA_3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_PRE_TOKENIZERS = ("gpt-2", "smollm", *_LLAMA_3_NAMES)
+_PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA_3_PRE_TOKENIZERS)
 # Types of tokens; GGUF uses SentencePiece's numbers.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
@@ -107,7 +106,7 @@ def _byte_pairs(file: GgufFile) -> bytes:
       f"{file.path}: how {name!r} cuts text is not known, only how"
       f" {', '.join(_PRE_TOKENIZERS)} do: give --tokenizer=tokenizer.json."
     )
-  is_llama_3 = name in _LLAMA_3_NAMES
+  is_llama_3 = name in LLAMA_3_PRE_TOKENIZERS
   processor = tokenizers.Tokenizer(
     models.BPE(
       vocab={token: i for i, token in enumerate(tokens)},

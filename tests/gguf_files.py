@@ -35,9 +35,14 @@ def tensors(tied=False):
   }
 
 
-def write(path, tensors, kind=None, arch="llama", extra=None, theta=5000.0):
-  """Writes a file; matrices are quantised to `kind`."""
-  writer = gguf.GGUFWriter(path, arch)
+def write(
+  path, tensors, kind=None, arch="llama", extra=None, theta=5000.0, **settings
+):
+  """Writes a file; matrices are quantised to `kind`.
+
+  `settings` are those of the writer: byte order, or how to split.
+  """
+  writer = gguf.GGUFWriter(path, arch, **settings)
   writer.add_context_length(64)
   writer.add_embedding_length(HIDDEN)
   writer.add_block_count(LAYERS)

@@ -1,5 +1,7 @@
 """GGUF files, written by the gguf library as llama.cpp lays them out."""
 
+import math
+
 import gguf
 import gguf_files
 import jax.numpy as jnp
@@ -156,6 +158,45 @@ def test_k_quants_are_read(tmp_path):
       ),
       RopeScaling(kind="yarn", factor=2.0, original_max_position_embeddings=32),
     ),
+    # What llama.cpp takes a factor for that has no type beside it.
+    (
+      lambda w: w.add_rope_scaling_factor(4.0),
+      RopeScaling(kind="linear", factor=4.0),
+    ),
+    (
+      lambda w: w.add_float32("llama.rope.scale_linear", 4.0),
+      RopeScaling(kind="linear", factor=4.0),
+    ),
+    (
+      lambda w: (
+        w.add_rope_scaling_type(gguf.RopeScalingType.NONE),
+        w.add_rope_scaling_factor(4.0),
+      ),
+      None,
+    ),
+    (
+      lambda w: (
+        w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+        w.add_rope_scaling_factor(2.0),
+        w.add_rope_scaling_attn_factors(0.5),
+      ),
+      RopeScaling(
+        kind="yarn",
+        factor=2.0,
+        original_max_position_embeddings=64,
+        attention_factor=0.5 * (1 + 0.1 * math.log(2)),
+      ),
+    ),
+    (
+      # The defaults of keys that are refused otherwise.
+      lambda w: (
+        w.add_float32("llama.rope.scaling.yarn_beta_fast", 32.0),
+        w.add_causal_attention(True),
+        w.add_vocab_size(gguf_files.VOCAB),
+        w.add_value_length(gguf_files.HEAD_DIM),
+      ),
+      None,
+    ),
   ],
 )
 def test_rope_scaling_is_read(tmp_path, extra, wanted):
@@ -190,6 +231,50 @@ def test_the_rope_scaling_of_llama_3_is_read_from_its_tensor(tmp_path):
   path = gguf_files.write(tmp_path / "n.gguf", tensors, theta=5e5)
   with pytest.raises(ValueError, match="Llama 3.1 to 3.3"):
     convert.load_config(path)
+
+
+def test_pieces_of_a_split_file_are_read_as_one(tmp_path):
+  tensors = gguf_files.tensors()
+  whole = gguf_files.write(tmp_path / "whole.gguf", tensors)
+  gguf_files.write(tmp_path / "m.gguf", tensors, split_max_tensors=5)
+  first, *others = sorted(tmp_path.glob("m-*-of-*.gguf"))
+  assert len(others) == 4
+  np.testing.assert_array_equal(
+    _logits(convert.load_model(first)), _logits(convert.load_model(whole))
+  )
+  with pytest.raises(ValueError, match=f"not the first.*give .*{first.name}"):
+    convert.load_config(others[0])
+  moved = first.rename(tmp_path / "moved.gguf")
+  with pytest.raises(ValueError, match="one of 5 pieces.*model-00001-of-00005"):
+    convert.load_config(moved)
+  moved.rename(first)
+  others[1].write_bytes(others[2].read_bytes())
+  with pytest.raises(ValueError, match=f"{others[1].name} is not piece 3"):
+    convert.load_config(first)
+  others[1].unlink()
+  with pytest.raises(FileNotFoundError, match=others[1].name):
+    convert.load_config(first)
+
+
+@pytest.mark.parametrize(
+  "end", ["eos", "eot", "eom", "<|eot_id|>", "<|im_end|>"]
+)
+def test_generation_ends_where_llama_cpp_ends(tmp_path, end):
+  def extra(writer):
+    tokens = [f"w{i}" for i in range(gguf_files.VOCAB)]
+    if end.startswith("<"):
+      tokens[7] = end
+    else:
+      getattr(writer, f"add_{end}_token_id")(7)
+    if end != "eos":
+      writer.add_eos_token_id(9)
+    writer.add_token_list(tokens)
+
+  path = gguf_files.write(
+    tmp_path / "m.gguf", gguf_files.tensors(), extra=extra
+  )
+  ends = convert.load_config(path).eos_token_ids
+  assert ends == ((7,) if end == "eos" else (9, 7))
 
 
 def _truncate(path):
@@ -257,6 +342,55 @@ def _nan(path):
         extra=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
       ),
       "m.gguf: llama.rope.scaling.factor is missing",
+    ),
+    (
+      lambda p: gguf_files.write(
+        p, gguf_files.tensors(), endianess=gguf.GGUFEndian.BIG
+      ),
+      "m.gguf is big-endian.*gguf-convert-endian",
+    ),
+    *(
+      (
+        lambda p, key=key, value=value: gguf_files.write(
+          p,
+          gguf_files.tensors(),
+          extra=lambda w: w.add_float32(f"llama.{key}", value),
+        ),
+        f"m.gguf: (llama.)?{key}",
+      )
+      for key, value in {
+        "rope.scaling.attn_factor": 0.5,
+        "rope.scaling.yarn_ext_factor": 1.0,
+        "rope.scaling.yarn_attn_factor": 0.5,
+        "rope.scaling.yarn_beta_fast": 16.0,
+        "rope.scaling.yarn_beta_slow": 2.0,
+        "rope.scaling.yarn_log_multiplier": 0.1,
+        "attention.scale": 0.5,
+        "attention.clamp_kqv": 8.0,
+        "logit_scale": 0.5,
+        "final_logit_softcapping": 30.0,
+      }.items()
+    ),
+    (
+      lambda p: gguf_files.write(
+        p,
+        gguf_files.tensors()
+        | {"rope_freqs.weight": np.ones(gguf_files.HEAD_DIM // 2, np.float32)},
+        extra=lambda w: w.add_rope_scaling_factor(4.0),
+      ),
+      "rope_freqs.weight and rope.scaling.factor=4",
+    ),
+    (
+      lambda p: gguf_files.write(
+        p, gguf_files.tensors(), extra=lambda w: w.add_vocab_size(41)
+      ),
+      "vocab_size=41, but token_embd.weight has 40 rows",
+    ),
+    (
+      lambda p: gguf_files.write(
+        p, gguf_files.tensors(), extra=lambda w: w.add_value_length(4)
+      ),
+      "attention.value_length=4",
     ),
   ],
 )
