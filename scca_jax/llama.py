@@ -373,7 +373,7 @@ class Layer(nnx.Module):
   ) -> jax.Array:
     """Returns the residual stream after the MLP."""
     normalised = self.post_attention_layernorm(x)
-    shards = sharding.by_piece(normalised, call.execution.mesh)
+    shards = sharding.by_shard(normalised, call.execution.mesh)
     result = self.mlp(
       shards, _by_projection(dropout_rng), call.execution.mlp_chunk
     )
@@ -433,18 +433,19 @@ def _project_backward(axis, saved, d_logits):
 _project.defvjp(_project_save, _project_backward)
 
 
-def _period(
+def by_layer(
   patterns: Patterns, config: LlamaConfig
 ) -> tuple[LayerPattern, ...]:
-  """Returns the shortest cycle of patterns that gives each layer its own.
+  """Returns what each layer attends by.
 
-  Its length divides the number of layers.
+  Raises:
+    ValueError: It is neither a pattern nor a tuple with one for each layer.
   """
-  if patterns is None:
-    return (dense(config.num_heads),)
-  if isinstance(patterns, LayerPattern):
-    return (patterns,)
   num_layers = config.num_layers
+  if patterns is None:
+    patterns = dense(config.num_heads)
+  if isinstance(patterns, LayerPattern):
+    return (patterns,) * num_layers
   if not isinstance(patterns, tuple) or len(patterns) != num_layers:
     found = (
       f"a tuple of {len(patterns)}"
@@ -461,12 +462,23 @@ def _period(
         f"the pattern of layer {layer} must be an AttentionPattern or a"
         f" Mixture, got {pattern!r}."
       )
+  return patterns
+
+
+def _period(
+  patterns: Patterns, config: LlamaConfig
+) -> tuple[LayerPattern, ...]:
+  """Returns the shortest cycle of patterns that gives each layer its own.
+
+  Its length divides the number of layers.
+  """
+  layers = by_layer(patterns, config)
   length = next(
     n
-    for n in range(1, num_layers + 1)
-    if num_layers % n == 0 and patterns == patterns[:n] * (num_layers // n)
+    for n in range(1, len(layers) + 1)
+    if len(layers) % n == 0 and layers == layers[:n] * (len(layers) // n)
   )
-  return patterns[:length]
+  return layers[:length]
 
 
 def _scan_layers(

@@ -244,7 +244,7 @@ def window_losses(
   hidden = model.hidden_states(tokens, patterns, execution)
   # The last token has no target in the window: its loss is cut off below.
   targets = jnp.roll(tokens, -1, axis=1)
-  hidden, targets = (sharding.by_piece(x, mesh) for x in (hidden, targets))
+  hidden, targets = (sharding.by_shard(x, mesh) for x in (hidden, targets))
   found = losses.token_losses(model.logits, hidden, targets, loss_chunk)
   return sharding.constrain(
     found.reshape(tokens.shape)[:, :-1], mesh, None, None

@@ -16,7 +16,7 @@ stay within a host as long as they fit.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -148,81 +148,6 @@ def shown(config: MeshConfig) -> str:
   return ",".join(f"{axis}={n}" for axis, n in config.sizes.items() if n > 1)
 
 
-def _nearest(size: int, fits: Iterable[int]) -> int:
-  """Returns the candidate nearest to a size, the smaller one of two."""
-  return min(fits, key=lambda other: (abs(other - size), other))
-
-
-def _divisors(number: int) -> list[int]:
-  return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def check(
-  config: MeshConfig,
-  *,
-  num_kv_heads: int,
-  batch_size: int,
-  num_micro_batches: int = 1,
-  seq_len: int,
-  chunk_sizes: Iterable[int | None] = (),
-) -> None:
-  """Checks that a mesh can cut a training step.
-
-  Args:
-    config: The mesh.
-    num_kv_heads: Key/value heads of the model.
-    batch_size: Sequences per step.
-    num_micro_batches: Micro batches per step.
-    seq_len: Tokens of a sequence.
-    chunk_sizes: Chunk sizes of the heads' patterns, in tokens; None is a head
-      without chunks.
-
-  Raises:
-    ValueError: It cannot; the message names the axis and its nearest size that
-      fits.
-  """
-  tensor, pieces = config.tensor, config.sequence
-  if num_kv_heads % tensor:
-    nearest = _nearest(tensor, _divisors(num_kv_heads))
-    raise ValueError(
-      f"mesh.tensor={tensor} does not divide {num_kv_heads} key/value heads:"
-      f" the nearest that fits is mesh.tensor={nearest}."
-    )
-  micro_batch = batch_size // num_micro_batches
-  if micro_batch % (config.data * config.fsdp):
-    axis, other = (
-      (FSDP, config.data) if config.fsdp >= config.data else (DATA, config.fsdp)
-    )
-    size = config.sizes[axis]
-    fits = [n for n in _divisors(micro_batch) if micro_batch % (n * other) == 0]
-    remedy = (
-      f"the nearest that fits is mesh.{axis}={_nearest(size, fits)}"
-      if fits
-      else "take a larger batch"
-    )
-    fewer, rest = divmod(batch_size, config.data * config.fsdp)
-    if fewer and not rest:
-      remedy += f", or num_micro_batches={fewer}"
-    raise ValueError(
-      f"mesh.{axis}={size}{f', times {other},' if other > 1 else ''} does not"
-      f" divide the {micro_batch} sequences of a micro batch: {remedy}."
-    )
-  sizes = sorted({size for size in chunk_sizes if size is not None})
-  unit = math.lcm(*sizes) if sizes else 1
-  if pieces > 1 and seq_len % (pieces * unit):
-    whole = [n for n in _divisors(seq_len) if seq_len % (n * unit) == 0]
-    remedy = (
-      f"the nearest that fits is mesh.sequence={_nearest(pieces, whole)}"
-      if whole
-      else f"take a length divisible by {pieces * unit}"
-    )
-    of_chunks = f" of whole chunks of {unit} tokens" if unit > 1 else ""
-    raise ValueError(
-      f"mesh.sequence={pieces} cannot cut {seq_len} tokens into equal"
-      f" shards{of_chunks}: {remedy}."
-    )
-
-
 # From arrays to partition specs.
 
 
@@ -326,7 +251,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
   )
 
 
-def by_piece(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def by_shard(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Returns an activation in which each shard of a sequence is a sequence.
 
   A loop over chunks of tokens then runs on all shards at once, each on its

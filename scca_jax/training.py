@@ -7,7 +7,9 @@ gradient, no optimiser state and no place in a checkpoint.
 
 import dataclasses
 import functools
+import math
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,8 +18,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from scca_jax import losses, sharding
+from scca_jax import llama, losses, patterns, sharding
 from scca_jax.llama import DEFAULT_EXECUTION, Execution, Llama, Patterns
+from scca_jax.llama_config import LlamaConfig
+from scca_jax.sharding import MeshConfig
 
 SCHEDULES = ("constant", "cosine")
 # The scale that float16 starts from and may grow to, and how many steps
@@ -239,6 +243,87 @@ class StepConfig:
     return self.execution.mesh
 
 
+def _nearest(size: int, fits: Iterable[int]) -> int:
+  """Returns the candidate nearest to a size, the smaller one of two."""
+  return min(fits, key=lambda other: (abs(other - size), other))
+
+
+def _divisors(number: int) -> list[int]:
+  return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def check_mesh(
+  config: MeshConfig,
+  step: StepConfig,
+  model: LlamaConfig,
+  *,
+  batch_size: int,
+  seq_len: int,
+) -> None:
+  """Checks that a mesh can cut a training step.
+
+  Args:
+    config: The mesh.
+    step: What the step does; its own mesh is not read.
+    model: Sizes of the model.
+    batch_size: Sequences per step.
+    seq_len: Tokens of a sequence.
+
+  Raises:
+    ValueError: It cannot; the message names the axis and its nearest size that
+      fits.
+  """
+  tensor, shards = config.tensor, config.sequence
+  num_kv_heads = model.num_kv_heads
+  if num_kv_heads % tensor:
+    nearest = _nearest(tensor, _divisors(num_kv_heads))
+    raise ValueError(
+      f"mesh.tensor={tensor} does not divide {num_kv_heads} key/value heads:"
+      f" the nearest that fits is mesh.tensor={nearest}."
+    )
+  micro_batch = batch_size // step.num_micro_batches
+  if micro_batch % (config.data * config.fsdp):
+    axis, other = (
+      ("fsdp", config.data)
+      if config.fsdp >= config.data
+      else ("data", config.fsdp)
+    )
+    size = config.sizes[axis]
+    fits = [n for n in _divisors(micro_batch) if micro_batch % (n * other) == 0]
+    remedy = (
+      f"the nearest that fits is mesh.{axis}={_nearest(size, fits)}"
+      if fits
+      else "take a larger batch"
+    )
+    fewer, rest = divmod(batch_size, config.data * config.fsdp)
+    if fewer and not rest:
+      remedy += f", or num_micro_batches={fewer}"
+    raise ValueError(
+      f"mesh.{axis}={size}{f', times {other},' if other > 1 else ''} does not"
+      f" divide the {micro_batch} sequences of a micro batch: {remedy}."
+    )
+  unit = math.lcm(
+    *{
+      head.chunk_size or 1
+      for layer in llama.by_layer(step.patterns, model)
+      for pattern in patterns.members(layer)
+      for head in pattern.heads
+    }
+  )
+  if shards > 1 and seq_len % (shards * unit):
+    whole = [n for n in _divisors(seq_len) if seq_len % (n * unit) == 0]
+    remedy = (
+      f"the nearest that fits is mesh.sequence={_nearest(shards, whole)}"
+      if whole
+      else f"take a length divisible by {shards * unit}"
+    )
+    of_chunks = f" of whole chunks of {unit} tokens" if unit > 1 else ""
+    raise ValueError(
+      f"mesh.sequence={shards} cannot cut {seq_len} tokens into equal"
+      f" shards{of_chunks}: {remedy}."
+    )
+
+
 def _placed(tree: Any, space: Any) -> Any:
   """Returns the tree with its arrays, not its scalars, in a memory space."""
   return jax.tree.map(
@@ -346,7 +431,7 @@ def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
     rngs=nnx.Rngs(dropout=rng),
   )
   hidden, targets, mask = (
-    sharding.by_piece(x, config.mesh)
+    sharding.by_shard(x, config.mesh)
     for x in (hidden, batch["targets"], batch["mask"])
   )
   of_tokens = losses.token_losses(

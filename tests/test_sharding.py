@@ -201,31 +201,6 @@ def test_training_goes_as_on_one_device(offload):
   assert kinds == {sharding.HOST if offload else "device"}
 
 
-@pytest.mark.parametrize(
-  ("mesh", "said"),
-  [
-    ({"tensor": 4}, r"mesh\.tensor=4.*10 key/value.*mesh\.tensor=5\."),
-    ({"data": 3}, r"mesh\.data=3 .*8 sequences.*mesh\.data=2\."),
-    (
-      {"fsdp": 4, "data": 4},
-      r"mesh\.fsdp=4, times 4,.*mesh\.fsdp=2, or num_micro_batches=1\.",
-    ),
-    ({"sequence": 16}, r"mesh\.sequence=16.*64 tokens.*of 8.*sequence=8\."),
-    ({"sequence": 7}, r"mesh\.sequence=7.*sequence=8\."),
-  ],
-)
-def test_a_mesh_that_does_not_fit_names_the_axis_and_what_fits(mesh, said):
-  with pytest.raises(ValueError, match=said):
-    sharding.check(
-      sharding.MeshConfig(**mesh),
-      num_kv_heads=10,
-      batch_size=16,
-      num_micro_batches=2,
-      seq_len=SEQ,
-      chunk_sizes={h.chunk_size for h in PATTERN.heads},
-    )
-
-
 def test_too_few_devices_are_said():
   with pytest.raises(
     ValueError, match=r"fsdp=8,tensor=2 takes 16.*8 are here.*mesh\.fsdp=4\."

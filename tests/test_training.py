@@ -11,7 +11,7 @@ import pattern_strings
 import pytest
 from flax import nnx
 
-from scca_jax import lora, losses, patterns, training
+from scca_jax import lora, losses, patterns, sharding, training
 from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 
@@ -133,6 +133,31 @@ def test_a_batch_that_cannot_be_cut_is_refused():
       state,
       frozen,
       _batch(),
+    )
+
+
+@pytest.mark.parametrize(
+  ("mesh", "said"),
+  [
+    ({"tensor": 4}, r"mesh\.tensor=4.*10 key/value.*mesh\.tensor=5\."),
+    ({"data": 3}, r"mesh\.data=3 .*8 sequences.*mesh\.data=2\."),
+    (
+      {"fsdp": 4, "data": 4},
+      r"mesh\.fsdp=4, times 4,.*mesh\.fsdp=2, or num_micro_batches=1\.",
+    ),
+    ({"sequence": 16}, r"mesh\.sequence=16.*64 tokens.*of 8.*sequence=8\."),
+    ({"sequence": 7}, r"mesh\.sequence=7.*sequence=8\."),
+  ],
+)
+def test_a_mesh_that_does_not_fit_names_the_axis_and_what_fits(mesh, said):
+  step = training.StepConfig(
+    patterns=patterns.mixture(patterns.local(10, 8), patterns.dense(10)),
+    num_micro_batches=2,
+  )
+  model = dataclasses.replace(CONFIG, num_heads=10, num_kv_heads=10)
+  with pytest.raises(ValueError, match=said):
+    training.check_mesh(
+      sharding.MeshConfig(**mesh), step, model, batch_size=16, seq_len=64
     )
 
 

@@ -24,6 +24,7 @@ from scca_jax import (
   patterns,
   perplexity,
   sharding,
+  training,
 )
 from scca_jax.documents import read_documents
 from scca_jax.llama import Execution, Llama
@@ -188,32 +189,24 @@ def lay_out(
   """
   train = run.training
   layers = make_patterns(run.pattern, base, train.seq_len)
-  sharding.check(
-    run.mesh,
-    num_kv_heads=base.num_kv_heads,
-    batch_size=train.batch_size,
-    num_micro_batches=train.num_micro_batches,
-    seq_len=train.seq_len,
-    chunk_sizes={
-      head.chunk_size
-      for layer in layers
-      for pattern in patterns.members(layer)
-      for head in pattern.heads
-    },
-  )
-  mesh = sharding.make_mesh(run.mesh) if find_devices else None
   step = StepConfig(
     patterns=layers,
     execution=Execution(
       implementation=train.implementation,
       remat=train.remat,
       mlp_chunk=train.mlp_chunk,
-      mesh=mesh,
     ),
     num_micro_batches=train.num_micro_batches,
     loss_chunk=train.loss_chunk,
     seed=train.seed,
     offload_optimizer=train.offload_optimizer,
+  )
+  training.check_mesh(
+    run.mesh, step, base, batch_size=train.batch_size, seq_len=train.seq_len
+  )
+  mesh = sharding.make_mesh(run.mesh) if find_devices else None
+  step = dataclasses.replace(
+    step, execution=dataclasses.replace(step.execution, mesh=mesh)
   )
   return Resolved(base=base, target=target, mesh=mesh, step=step)
 
