@@ -30,6 +30,7 @@ from scca_jax import (
   atomic_file,
   convert,
   dispatch,
+  patterns,
   perplexity,
   tasks,
   tokenizer,
@@ -325,7 +326,11 @@ def main() -> None:
     scores = _score_tasks(model, vocabulary, layers)
   _print(results, scores)
   if _OUTPUT.value is not None:
-    found = _result(results, scores, config.rope_scaling)
+    pattern = _PATTERN.value or "dense"
+    if pattern == shared_flags.TRAINING:
+      trained: Any = layers[context_lens[0]]
+      pattern = patterns.text(trained, num_kv_heads=config.num_kv_heads)
+    found = _result(results, scores, pattern, config.rope_scaling)
     atomic_file.write_json(_OUTPUT.value, found)
     print(f"wrote {_OUTPUT.value}")
 
@@ -359,6 +364,7 @@ def _print(
 def _result(
   results: dict[int, perplexity.Perplexity],
   scores: dict[str, dict[int, tasks.Score]],
+  pattern: str,
   rope_scaling: RopeScaling | None,
 ) -> dict[str, Any]:
   """Returns what the JSON file holds."""
@@ -369,7 +375,7 @@ def _result(
   found: dict[str, Any] = {
     "model": _MODEL.value or assets.MODEL.name,
     "adapter": _ADAPTER.value,
-    "pattern": _PATTERN.value or "dense",
+    "pattern": pattern,
     "rope_scaling": rope_scaling and dataclasses.asdict(rope_scaling),
     "dtype": _DTYPE.value,
     "implementation": _IMPLEMENTATION.value,

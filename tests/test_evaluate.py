@@ -216,7 +216,14 @@ def test_adapter_is_measured_with_its_rope_scaling_and_any_pattern(
     found,
     {2 * CONTEXT: measure(files.tuned, files, 2 * CONTEXT, patterns=schedule)},
   )
-  assert found["pattern"] == (pattern or "dense")
+  if pattern == "training":
+    # As a string that says it all.
+    layers = patterns.parse(
+      found["pattern"], num_heads=2, num_kv_heads=1, num_layers=2, seq_len=8
+    )
+    assert layers == files.schedule
+  else:
+    assert found["pattern"] == (pattern or "dense")
   assert found["rope_scaling"]["factor"] == 2.0
 
 

@@ -29,13 +29,14 @@ from scca_jax import (
 from scca_jax.documents import read_documents
 from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
+from scca_jax.patterns import AttentionPattern, Mixture
 from scca_jax.perplexity import Perplexity
 from scca_jax.rope import RopeScaling
 from scca_jax.token_file import TokenFile, write_token_file
 from scca_jax.tokenizer import Tokenizer
 from scca_jax.training import StepConfig
 
-Layers = tuple[Any, ...]
+Layers = tuple[AttentionPattern | Mixture, ...]
 
 # Bytes read at once when a file is hashed.
 _BLOCK = 1 << 20
