@@ -4,9 +4,13 @@ import os
 
 # Before jax starts: sharding is tested on simulated devices, without hardware,
 # what is tested is compiled, not found in the user's cache, and several
-# processes share a GPU if there is one.
+# processes share a GPU if there is one. Tests wait for the compiler, not for
+# what it compiles, so it optimises little; .ci/long lets it do all.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
