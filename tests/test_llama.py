@@ -9,22 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_llama import CONFIG
 
 from scca_jax import llama, lora, patterns
 from scca_jax.llama import Execution, Llama
-from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
 
-CONFIG = LlamaConfig(
-  vocab_size=23,
-  hidden_size=16,
-  intermediate_size=24,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=6,
-  context_len=16,
-)
 FOUR_LAYERS = dataclasses.replace(CONFIG, num_layers=4)
 LORA = lora.LoraConfig(rank=3, alpha=6.0)
 DENSE = patterns.dense(4)

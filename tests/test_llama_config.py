@@ -4,20 +4,10 @@ import dataclasses
 
 import pytest
 from flax import nnx
+from tiny_llama import CONFIG
 
 from scca_jax.llama import Llama
-from scca_jax.llama_config import PROJECTIONS, LlamaConfig
-
-CONFIG = LlamaConfig(
-  vocab_size=23,
-  hidden_size=16,
-  intermediate_size=24,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=6,
-  context_len=16,
-)
+from scca_jax.llama_config import PROJECTIONS
 
 
 def test_the_table_lists_the_matrices_of_a_layer_with_their_shapes():

@@ -9,22 +9,14 @@ import numpy as np
 import optax
 import pattern_strings
 import pytest
+import tiny_llama
 from flax import nnx
 
 from scca_jax import lora, losses, patterns, sharding, training
 from scca_jax.llama import Execution, Llama
-from scca_jax.llama_config import LlamaConfig
 
-CONFIG = LlamaConfig(
-  vocab_size=17,
-  hidden_size=16,
-  intermediate_size=24,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=4,
-  context_len=16,
-  tie_embeddings=True,
+CONFIG = dataclasses.replace(
+  tiny_llama.CONFIG, vocab_size=17, head_dim=4, tie_embeddings=True
 )
 LORA = lora.LoraConfig(rank=2)
 PATTERN = patterns.scca_fixed(4, 4)
