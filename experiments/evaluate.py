@@ -152,7 +152,9 @@ def _open_tokens(
   if path.suffix == ".bin":
     return TokenFile.open(path, vocab_size=config.vocab_size), None
   vocabulary = tokenizer.load(_TOKENIZER.value or folder)
-  tokens = resolve.open_tokens(path, vocabulary, cache)
+  tokens = resolve.open_tokens(
+    path, vocabulary, cache, vocab_size=config.vocab_size
+  )
   # Messages should name what the user gave, not the file in the cache.
   return dataclasses.replace(tokens, name=str(path)), vocabulary.bos_id
 

@@ -153,10 +153,16 @@ def main() -> None:
   )
   cache = output_dir / "tokens"
   train_tokens = resolve.open_tokens(
-    run.data.train or assets.BOOKS_TUNE, vocabulary, cache
+    run.data.train or assets.BOOKS_TUNE,
+    vocabulary,
+    cache,
+    vocab_size=base.vocab_size,
   )
   test_tokens = resolve.open_tokens(
-    run.data.test or assets.BOOKS_TEST, vocabulary, cache
+    run.data.test or assets.BOOKS_TEST,
+    vocabulary,
+    cache,
+    vocab_size=base.vocab_size,
   )
   batches = resolve.make_batches(run, train_tokens, mesh)
   evaluator = resolve.Evaluator(

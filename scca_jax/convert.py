@@ -36,6 +36,7 @@ from scca_jax.rope import RopeScaling
 from scca_jax.safetensors_file import SafetensorsFiles
 
 _CONFIG = "config.json"
+_GENERATION = "generation_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Kinds of rope scaling that config.json can name; "ntk" is not one of them.
@@ -60,7 +61,7 @@ _TOKENIZER_SETTINGS = (
   "special_tokens_map.json",
   "added_tokens.json",
   "chat_template.jinja",
-  "generation_config.json",
+  _GENERATION,
 )
 
 # Tensors read at once: with four, an H200 waits only for the disk.
@@ -188,11 +189,23 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
         f" {wanted!r}."
       )
   try:
-    return _config(config)
+    return _config(config | _ends(path.parent))
   except KeyError as error:
     raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+
+
+def _ends(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the tokens that end generation; nothing if config.json decides.
+
+  To transformers it does only where there is no generation_config.json, even if
+  that names none.
+  """
+  path = folder / _GENERATION
+  if not path.is_file():
+    return {}
+  return {"eos_token_id": json_file.read(path).get("eos_token_id")}
 
 
 def _config(config: dict[str, Any]) -> LlamaConfig:

@@ -62,6 +62,16 @@ def _pieces(file: GgufFile) -> tuple[list[str], list[int]]:
   return tokens, kinds
 
 
+def added_tokens(file: GgufFile) -> dict[int, tokenizers.AddedToken]:
+  """Returns the tokens that llama.cpp cuts out of a text first, by id."""
+  tokens, kinds = _pieces(file)
+  return {
+    i: tokenizers.AddedToken(token, normalized=False)
+    for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+    if kind == _USER_DEFINED
+  }
+
+
 def _sentencepiece(file: GgufFile) -> bytes:
   from sentencepiece import sentencepiece_model_pb2
 
@@ -114,7 +124,6 @@ def _byte_pairs(file: GgufFile) -> bytes:
       ignore_merges=is_llama_3,
     )
   )
-  prefix = bool(file.vocabulary("add_space_prefix", False))
   steps: list[Any] = []
   if name == "smollm":
     steps.append(pre_tokenizers.Digits(individual_digits=True))
@@ -123,7 +132,8 @@ def _byte_pairs(file: GgufFile) -> bytes:
       pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3_SPLIT), "isolated")
     )
   steps.append(
-    pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not is_llama_3)
+    # Whatever add_space_prefix says: llama.cpp reads it for SentencePiece only.
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not is_llama_3)
   )
   processor.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore
   processor.decoder = decoders.ByteLevel()  # pyright: ignore
@@ -145,7 +155,7 @@ def tokenizer_settings(file: GgufFile) -> dict[str, Any]:
   tokens, _ = _pieces(file)
   settings: dict[str, Any] = {
     "add_bos_token": file.adds_bos,
-    "add_eos_token": False,
+    "add_eos_token": bool(file.vocabulary("add_eos_token", False)),
   }
   for kind in ("bos", "eos"):
     token_id = file.special_id(kind)

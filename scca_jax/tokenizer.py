@@ -2,8 +2,9 @@
 
 Two kinds of file are read, SentencePiece's `tokenizer.model` and the
 `tokenizer.json` of Hugging Face's tokenizers, behind one small interface; a
-GGUF file holds one of them. `train` makes a SentencePiece model of the kind
-LLaMA uses.
+GGUF file holds one of them. What stands beside them in a folder, added tokens
+above all, counts as it does for transformers. `train` makes a SentencePiece
+model of the kind LLaMA uses.
 """
 
 import abc
@@ -16,15 +17,19 @@ import os
 import pathlib
 import random
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import sentencepiece
 import tokenizers
+from tokenizers import models
 
-from scca_jax import atomic_file, gguf_file, gguf_tokenizer
+from scca_jax import atomic_file, gguf_file, gguf_tokenizer, json_file
 
-_FILE_NAMES = ("tokenizer.model", "tokenizer.json")
+# Where a folder has both, transformers takes the first.
+_FILE_NAMES = ("tokenizer.json", "tokenizer.model")
+_MODEL_SUFFIX = ".model"
 # Where Hugging Face folders say which tokens begin and end a text, and what
 # the usual names are where none of these files is there.
 _SETTING_FILES = (
@@ -69,7 +74,10 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of `ids`; special tokens of SentencePiece are empty."""
+    """Returns the text of `ids`; special tokens of SentencePiece are empty.
+
+    An id beyond the vocabulary stands for nothing, as for transformers.
+    """
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text` alone: no token is added before or after.
@@ -87,14 +95,85 @@ class SentencePieceTokenizer(Tokenizer):
   """
 
   processor: sentencepiece.SentencePieceProcessor
+  added: "_AddedTokens | None" = None
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of every text."""
-    return self.processor.encode(list(texts))
+    if self.added is None:
+      return self.processor.encode(list(texts))
+    return [self._encode_between(self.added, text) for text in texts]
+
+  def _encode_between(self, added: "_AddedTokens", text: str) -> list[int]:
+    """Returns the ids of a text in which added tokens are cut out first."""
+    ids: list[int] = []
+    for start, part in added.cut(text):
+      if isinstance(part, int):
+        ids.append(part)
+      else:
+        is_first = start == 0 or (
+          added.space_after and not part.startswith(" ")
+        )
+        processor = self.processor if is_first else added.continuing
+        ids += processor.encode(part)
+    return ids
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`."""
-    return self.processor.decode([int(i) for i in ids])
+    # A model may have more, which stand for nothing.
+    ids = [int(i) for i in ids if i < self.vocab_size]
+    if self.added is None:
+      return self.processor.decode(ids)
+    texts: list[str] = []
+    stretch: list[int] = []
+    for token in (*ids, None):
+      if token is not None and token not in self.added.texts:
+        stretch.append(token)
+        continue
+      if stretch:
+        processor = self.added.continuing if texts else self.processor
+        texts.append(processor.decode(stretch))
+        stretch = []
+      if token is not None:
+        texts.append(self.added.texts[token])
+    return "".join(texts)
+
+
+class _AddedTokens:
+  """Tokens that are cut out of a text before SentencePiece sees the rest.
+
+  Attributes:
+    texts: What each id stands for.
+    continuing: SentencePiece for what comes after such a token.
+    space_after: Whether it puts a space in front of that, if there is none.
+  """
+
+  # Stands for whatever is not an added token.
+  _REST = "\0"
+
+  def __init__(
+    self,
+    tokens: dict[int, tokenizers.AddedToken],
+    continuing: sentencepiece.SentencePieceProcessor,
+    space_after: bool,
+  ):
+    self.texts = {i: token.content for i, token in tokens.items()}
+    self.continuing = continuing
+    self.space_after = space_after
+    self._ids = {text: i for i, text in self.texts.items()}
+    # The library's own search, in front of a model that knows no word.
+    self._cutter = tokenizers.Tokenizer(
+      models.WordLevel({self._REST: 0}, unk_token=self._REST)
+    )
+    self._cutter.encode_special_tokens = True
+    self._cutter.add_tokens(list(tokens.values()))
+
+  def cut(self, text: str) -> Iterator[tuple[int, int | str]]:
+    """Yields where each part begins, and its id or else its text."""
+    encoding = self._cutter.encode(text)
+    for token, (start, end) in zip(
+      encoding.tokens, encoding.offsets, strict=True
+    ):
+      yield start, self._ids.get(token, text[start:end])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,12 +201,13 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 
   Args:
     path: A SentencePiece `.model`, a Hugging Face tokenizer `.json`, a model
-      in `.gguf`, or a folder that holds `tokenizer.model` or, else,
-      `tokenizer.json`.
+      in `.gguf`, or a folder that holds `tokenizer.json` or, else,
+      `tokenizer.model`. The files beside it count, too.
 
   Raises:
     FileNotFoundError: No such file, or no tokenizer in the folder.
-    ValueError: The file is not a tokenizer of its kind.
+    ValueError: The file is not a tokenizer of its kind, or those beside it
+      contradict it.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -155,9 +235,14 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 def _load_gguf(path: pathlib.Path) -> Tokenizer:
   file = gguf_file.GgufFile(path)
   name, content = gguf_tokenizer.tokenizer_file(file)
-  read = _load_sentencepiece if name.endswith(".model") else _load_hugging_face
+  if name.endswith(_MODEL_SUFFIX):
+    words = _sentencepiece(
+      path, content, gguf_tokenizer.added_tokens(file), after="space"
+    )
+  else:
+    words = _hugging_face(path, content, {})
   return dataclasses.replace(
-    read(path, content),
+    words,
     bos_id=file.special_id("bos"),
     eos_id=file.special_id("eos"),
     adds_bos=file.adds_bos,
@@ -165,37 +250,179 @@ def _load_gguf(path: pathlib.Path) -> Tokenizer:
 
 
 def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
+  settings = _settings(path.parent)
+  words = _sentencepiece(
+    path,
+    content,
+    _added_tokens(path.parent),
+    after="space if none" if settings.get("legacy", False) else "nothing",
+    prefix=settings.get("add_prefix_space"),
+  )
+  pieces = words.processor.get_piece_size()
+  ids = {words.processor.id_to_piece(i): i for i in range(pieces)}
+  if words.added is not None:
+    ids |= {text: i for i, text in words.added.texts.items()}
+  bos_id = ids.get(_token_named(path.parent, "bos"), words.bos_id)
+  return dataclasses.replace(
+    words,
+    bos_id=bos_id,
+    eos_id=ids.get(_token_named(path.parent, "eos"), words.eos_id),
+    # By default as LLaMA does.
+    adds_bos=bos_id is not None and bool(settings.get("add_bos_token", True)),
+  )
+
+
+def _token_named(folder: pathlib.Path, kind: str) -> str | None:
+  """Returns the `kind` token as tokenizers' settings name it."""
+  for name in _SETTING_FILES[:2]:
+    path = folder / name
+    token = json_file.read(path).get(f"{kind}_token") if path.is_file() else ""
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str) and token:
+      return token
+  return None
+
+
+def _processor(
+  path: pathlib.Path, content: bytes
+) -> sentencepiece.SentencePieceProcessor:
   processor = sentencepiece.SentencePieceProcessor()
   try:
     # An empty proto parses, to a model that answers everything with 0.
     if not content or not processor.LoadFromSerializedProto(content):
       raise RuntimeError("empty")
-    vocab_size = processor.get_piece_size()
-    bos_id, eos_id = processor.bos_id(), processor.eos_id()
   except RuntimeError as error:
     raise ValueError(
-      f"{path} is not a SentencePiece model, or is damaged: copy it again."
+      f"{path} is not a SentencePiece model, or is damaged: copy it again, or"
+      " put its tokenizer.json beside it."
     ) from error
+  return processor
+
+
+def _with_prefix(content: bytes, prefix: bool) -> bytes:
+  """Returns a SentencePiece model that adds a space in front, or does not."""
+  from sentencepiece import sentencepiece_model_pb2
+
+  model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
+  model.ParseFromString(content)
+  model.normalizer_spec.add_dummy_prefix = prefix
+  return model.SerializeToString()
+
+
+def _sentencepiece(
+  path: pathlib.Path,
+  content: bytes,
+  added: dict[int, tokenizers.AddedToken],
+  *,
+  after: str,
+  prefix: Any = None,
+) -> SentencePieceTokenizer:
+  """Returns a SentencePiece tokenizer.
+
+  Args:
+    path: What messages name.
+    content: The model.
+    added: Tokens beside its pieces, by id.
+    after: What is put in front of a text after an added token: "nothing",
+      "space" (llama.cpp), or "space if none" (transformers with `legacy`).
+    prefix: Whether the text gets a space in front; None is as in the model.
+  """
+  processor = _processor(path, content)
+  fingerprint = hashlib.sha256(content)
+  if prefix is not None:
+    prefix = json_file.boolean("add_prefix_space", prefix)
+    fingerprint.update(b"prefix" if prefix else b"no prefix")
+    content = _with_prefix(content, prefix)
+    processor = _processor(path, content)
+  num_pieces = processor.get_piece_size()
+  bos_id, eos_id = processor.bos_id(), processor.eos_id()
+  new = [i for i in added if i >= num_pieces]
+  if new != list(range(num_pieces, num_pieces + len(new))):
+    raise ValueError(
+      f"{path} has {num_pieces:,} pieces, but the ids of the tokens added to"
+      f" it are {reprlib.repr(new)}: they must follow without a gap."
+    )
+  for i, token in added.items():
+    if i < num_pieces and processor.id_to_piece(i) != token.content:
+      raise ValueError(
+        f"{path}: the added token {token.content!r} has the id {i}, which is"
+        f" {processor.id_to_piece(i)!r} there: correct one of the files."
+      )
+  added = {
+    i: token
+    for i, token in added.items()
+    if i >= num_pieces or not token.special
+  }
+  rest = None
+  if added:
+    fingerprint.update(repr((after, added)).encode())
+    continuing = processor
+    if after != "space":
+      continuing = _processor(path, _with_prefix(content, False))
+    rest = _AddedTokens(added, continuing, after == "space if none")
   return SentencePieceTokenizer(
     name=path.name,
-    fingerprint=hashlib.sha256(content).hexdigest(),
-    vocab_size=vocab_size,
+    fingerprint=fingerprint.hexdigest(),
+    vocab_size=num_pieces + len(new),
     bos_id=bos_id if bos_id >= 0 else None,
     eos_id=eos_id if eos_id >= 0 else None,
-    # As LLaMA does.
-    adds_bos=bos_id >= 0
-    and bool(_setting(path.parent, "add_bos_token", default=True)),
+    adds_bos=bos_id >= 0,
     processor=processor,
+    added=rest,
   )
 
 
 def _load_hugging_face(path: pathlib.Path, content: bytes) -> Tokenizer:
+  words = _hugging_face(path, content, _added_tokens(path.parent))
+  prefix = _settings(path.parent).get("add_prefix_space")
+  if prefix is not None and bool(prefix) != _adds_prefix(content):
+    raise ValueError(
+      f"{path.parent / _SETTING_FILES[0]} has add_prefix_space={prefix}, but"
+      f" {path.name} does otherwise: correct one of them."
+    )
+  return words
+
+
+def _adds_prefix(content: bytes) -> bool:
+  """Whether a tokenizer.json puts a space in front of a text."""
+  steps = [json.loads(content).get(k) for k in ("normalizer", "pre_tokenizer")]
+  while steps:
+    step = steps.pop() or {}
+    steps += step.get("normalizers", []) + step.get("pretokenizers", [])
+    kind = step.get("type")
+    if kind == "Prepend" or (
+      kind in ("ByteLevel", "Metaspace")
+      and step.get("add_prefix_space", kind == "Metaspace")
+      and step.get("prepend_scheme") != "never"
+    ):
+      return True
+  return False
+
+
+def _hugging_face(
+  path: pathlib.Path,
+  content: bytes,
+  added: dict[int, tokenizers.AddedToken],
+) -> HuggingFaceTokenizer:
   try:
     processor = tokenizers.Tokenizer.from_buffer(content)
   except Exception as error:  # The bindings raise bare Exception.
     raise ValueError(
       f"{path} is not a tokenizer.json, or is damaged: copy it again."
     ) from error
+  fingerprint = hashlib.sha256(content)
+  before = processor.get_added_tokens_decoder()
+  for i, token in added.items():
+    if repr(before.get(i)) == repr(token):
+      continue
+    fingerprint.update(repr((i, token)).encode())
+    processor.add_tokens([token])
+    found = processor.token_to_id(token.content)
+    if found != i:
+      raise ValueError(
+        f"{path}: the added token {token.content!r} has the id {i} in the files"
+        f" beside, but {found} here: correct one of them."
+      )
   vocabulary = processor.get_vocab(with_added_tokens=True)
   if not vocabulary:
     raise ValueError(f"{path} has an empty vocabulary.")
@@ -207,7 +434,7 @@ def _load_hugging_face(path: pathlib.Path, content: bytes) -> Tokenizer:
   with_special = processor.encode("a", add_special_tokens=True).ids
   return HuggingFaceTokenizer(
     name=path.name,
-    fingerprint=hashlib.sha256(content).hexdigest(),
+    fingerprint=fingerprint.hexdigest(),
     vocab_size=max(vocabulary.values()) + 1,
     bos_id=bos_id,
     eos_id=_special_id(path.parent, "eos", vocabulary),
@@ -216,17 +443,43 @@ def _load_hugging_face(path: pathlib.Path, content: bytes) -> Tokenizer:
   )
 
 
-def _setting(folder: pathlib.Path, name: str, *, default: Any) -> Any:
-  """Returns a setting of the tokenizer_config.json beside, if there is one."""
+def _settings(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the tokenizer_config.json of a folder; empty if it has none."""
   path = folder / _SETTING_FILES[0]
-  if not path.is_file():
-    return default
+  return json_file.read(path) if path.is_file() else {}
+
+
+def _added_tokens(folder: pathlib.Path) -> dict[int, tokenizers.AddedToken]:
+  """Returns the tokens that the files beside a vocabulary add, by id.
+
+  As for transformers, added_tokens.json counts only where
+  tokenizer_config.json has no list of its own.
+  """
+  settings = _settings(folder)
+  found: dict[int, tokenizers.AddedToken] = {}
+  path = folder / _SETTING_FILES[0]
+  listed = settings.get("added_tokens_decoder")
   try:
-    settings = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}.") from error
-  value = settings.get(name) if isinstance(settings, dict) else None
-  return default if value is None else value
+    if listed is not None:
+      for i, token in listed.items():
+        found[int(i)] = tokenizers.AddedToken(**token)
+    else:
+      path = folder / "added_tokens.json"
+      special = {
+        token["content"] if isinstance(token, dict) else token
+        for name, value in settings.items()
+        if name.endswith(("_token", "_special_tokens"))
+        for token in (value if isinstance(value, list) else [value])
+      }
+      for token, i in (json_file.read(path) if path.is_file() else {}).items():
+        found[json_file.integer(token, i, 0)] = tokenizers.AddedToken(
+          token, normalized=token not in special, special=token in special
+        )
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"{path}: the list of added tokens is damaged ({error}): copy it again."
+    ) from error
+  return dict(sorted(found.items()))
 
 
 def _special_id(

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from experiments.shared import loop
-from scca_jax import assets, training
+from experiments.shared import loop, resolve
+from scca_jax import assets, tokenizer, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Small enough that a step is a few milliseconds.
@@ -436,3 +436,16 @@ def test_float16_ends_where_float32_does(run_command, tmp_path):
     )
     assert steps[-1]["skipped_in_a_row"] == 0
   np.testing.assert_allclose(ends["float16"], ends["float32"], rtol=0.01)
+
+
+def test_ids_of_a_token_file_are_bounded_by_the_model(tmp_path):
+  words = tokenizer.load(assets.MODEL)
+  np.asarray([5, words.vocab_size + 2] * 50, "<u2").tofile(tmp_path / "t.bin")
+  wider = resolve.open_tokens(
+    tmp_path / "t.bin", words, tmp_path, vocab_size=words.vocab_size + 3
+  )
+  assert len(wider) == 100
+  with pytest.raises(ValueError, match=f"{words.vocab_size + 2}"):
+    resolve.open_tokens(
+      tmp_path / "t.bin", words, tmp_path, vocab_size=words.vocab_size + 2
+    )

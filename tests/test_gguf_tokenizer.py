@@ -66,6 +66,35 @@ def test_a_sentencepiece_vocabulary_cuts_text_as_its_model_does(tmp_path):
   )
 
 
+def test_user_defined_tokens_are_cut_out_first(tmp_path):
+  trained = tokenizer.train(TEXTS * 20, 340, tmp_path / "t.model")
+  plain = _sentencepiece_vocabulary(tmp_path / "t.model")
+
+  def extra(writer):
+    plain(writer)
+    for name, value, kind in (
+      ("tokens", "grey sea", gguf.GGUFValueType.STRING),
+      ("scores", 0.0, gguf.GGUFValueType.FLOAT32),
+      ("token_type", gguf.TokenType.USER_DEFINED, gguf.GGUFValueType.INT32),
+    ):
+      key = f"tokenizer.ggml.{name}"
+      values = [*writer.kv_data[0].pop(key).value, value]
+      writer.add_key_value(key, values, gguf.GGUFValueType.ARRAY, kind)
+
+  path = gguf_files.write(
+    tmp_path / "m.gguf", gguf_files.tensors(), extra=extra
+  )
+  words = tokenizer.load(path)
+  # llama.cpp puts a space in front of what follows, too.
+  assert words.encode("a grey sea;") == [
+    *trained.encode("a "),
+    340,
+    *trained.encode(";"),
+  ]
+  assert words.encode("grey sea") == [340]
+  assert words.decode(words.encode("a grey sea;")) == "a grey sea;"
+
+
 def _byte_pair_vocabulary(pre):
   # Bytes as GPT-2 writes them, some merges, and two special tokens.
   from tokenizers.pre_tokenizers import ByteLevel
@@ -113,6 +142,8 @@ def test_llama_3_numbers_come_in_threes(tmp_path):
   words = tokenizer.load(
     gguf_files.write(tmp_path / "m.gguf", gguf_files.tensors(), extra=extra)
   )
+  # llama.cpp starts with BOS unless the file says otherwise.
+  assert words.adds_bos
   cut = [tokens[i] for i in words.encode("the 1231 23")]
   assert cut == ["the", "Ġ", "12", "3", "1", "Ġ", "2", "3"]
 

@@ -88,6 +88,13 @@ def test_both_kinds_give_text_back_whatever_their_settings(
   assert len(hugging_face.encode(text)) == len(text.encode())
 
 
+def test_ids_beyond_the_vocabulary_stand_for_nothing(trained, tmp_path):
+  for words in (trained[0], tokenizer.load(_write_hugging_face(tmp_path))):
+    ids = words.encode("king")
+    beyond = [words.vocab_size, *ids, words.vocab_size + 7]
+    assert words.decode(beyond) == "king"
+
+
 def test_what_looks_like_a_special_token_is_text(trained, tmp_path):
   hugging_face = tokenizer.load(_write_hugging_face(tmp_path / "model"))
   for words in (trained[0], hugging_face):
@@ -141,13 +148,139 @@ def test_a_tokenizer_without_special_tokens_says_so(tmp_path):
 
 def test_a_folder_and_its_file_are_the_same_tokenizer(trained, tmp_path):
   words, path = trained
-  _write_hugging_face(tmp_path)
   (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
   for loaded in (tokenizer.load(tmp_path), tokenizer.load(path)):
     assert loaded.name == "tokenizer.model"
     assert loaded.fingerprint == words.fingerprint
+  # Where there are both, transformers takes this one.
+  _write_hugging_face(tmp_path)
   other = tokenizer.load(tmp_path / "tokenizer.json")
+  assert tokenizer.load(tmp_path).fingerprint == other.fingerprint
   assert other.fingerprint != words.fingerprint
+  # As in the folders of Llama 3, whose tokenizer.model is of another kind.
+  (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+  assert tokenizer.load(tmp_path).name == "tokenizer.json"
+  (tmp_path / "tokenizer.json").unlink()
+  with pytest.raises(ValueError, match="not a SentencePiece.*tokenizer.json"):
+    tokenizer.load(tmp_path)
+
+
+def _token(content, **flags):
+  return {"content": content, "special": False, "normalized": False} | flags
+
+
+def test_tokens_of_tokenizer_config_are_added_to_tokenizer_json(tmp_path):
+  folder = _write_hugging_face(
+    tmp_path,
+    tokenizer_config={
+      "added_tokens_decoder": {
+        "259": _token("quxbar"),
+        "260": _token("<mask>", lstrip=True),
+        "261": _token("ab", single_word=True),
+      }
+    },
+  )
+  words = tokenizer.load(folder)
+  expected = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  expected.no_truncation()
+  expected.no_padding()
+  expected.add_tokens(
+    [
+      tokenizers.AddedToken("quxbar", normalized=False),
+      tokenizers.AddedToken("<mask>", normalized=False, lstrip=True),
+      tokenizers.AddedToken("ab", normalized=False, single_word=True),
+    ]
+  )
+  text = "a quxbar <mask> ab cab"
+  ids = expected.encode(text, add_special_tokens=False).ids
+  assert {259, 260, 261} <= set(ids)
+  assert words.encode(text) == ids
+  assert words.vocab_size == 262
+  (folder / "tokenizer_config.json").unlink()
+  plain = tokenizer.load(folder)
+  assert plain.fingerprint != words.fingerprint
+  # What older versions of transformers wrote.
+  (folder / "added_tokens.json").write_text('{"quxbar": 259}')
+  assert 259 in tokenizer.load(folder).encode(text)
+
+
+def _sentencepiece_folder(trained, folder, **files):
+  folder.mkdir(exist_ok=True)
+  (folder / "tokenizer.model").write_bytes(trained[1].read_bytes())
+  for name, content in files.items():
+    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf8")
+  return folder
+
+
+def test_tokens_added_to_a_sentencepiece_model_are_cut_out_first(
+  trained, tmp_path
+):
+  words = tokenizer.load(
+    _sentencepiece_folder(
+      trained,
+      tmp_path,
+      added_tokens={"old king": 330, "<|im_end|>": 331},
+      tokenizer_config={"eos_token": "<|im_end|>", "legacy": False},
+    )
+  )
+  assert (words.vocab_size, words.eos_id, words.bos_id) == (332, 331, 1)
+  plain = trained[0]
+  text = "The old king of the hill"
+  first, rest = plain.encode("The "), plain.encode("x of the hill")
+  cut = words.encode(text)
+  assert cut[: len(first) + 1] == [*first, 330]
+  assert plain.decode(plain.encode("x") + cut[len(first) + 1 :]) == (
+    "x of the hill"
+  )
+  assert rest[-3:] == cut[-3:]
+  assert words.decode(cut) == text
+  assert words.decode([*cut, 331]) == text + "<|im_end|>"
+  # Special, and so text where a text spells it.
+  assert 331 not in words.encode("a<|im_end|>")
+  assert words.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize(
+  ("files", "said"),
+  [
+    ({"added_tokens": {"a": 5}}, "added token 'a' has the id 5"),
+    ({"added_tokens": {"quxbar": 332}}, r"are \[332\].*without a gap"),
+    ({"added_tokens": {"quxbar": "330"}}, "added_tokens.json.*damaged"),
+    (
+      {"tokenizer_config": {"added_tokens_decoder": {"330": "quxbar"}}},
+      "tokenizer_config.json.*damaged",
+    ),
+    (
+      {"tokenizer_config": {"add_prefix_space": "no"}},
+      "add_prefix_space must be true or false",
+    ),
+  ],
+)
+def test_contradictions_beside_a_sentencepiece_model_are_named(
+  trained, tmp_path, files, said
+):
+  folder = _sentencepiece_folder(trained, tmp_path, **files)
+  with pytest.raises(ValueError, match=said) as error:
+    tokenizer.load(folder)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    (
+      {"added_tokens_decoder": {"300": _token("quxbar")}},
+      "added token 'quxbar' has the id 300.* but 259",
+    ),
+    ({"add_prefix_space": True}, "add_prefix_space=True, but tokenizer.json"),
+  ],
+)
+def test_contradictions_beside_tokenizer_json_are_named(
+  tmp_path, settings, said
+):
+  folder = _write_hugging_face(tmp_path, tokenizer_config=settings)
+  with pytest.raises(ValueError, match=said):
+    tokenizer.load(folder)
 
 
 def test_missing_tokenizers_are_named(tmp_path):

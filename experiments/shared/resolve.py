@@ -237,23 +237,30 @@ def resolve(run: FinetuneConfig, *, find_devices: bool = True) -> Resolved:
 
 
 def open_tokens(
-  path: str | pathlib.Path, tokenizer: Tokenizer, cache: pathlib.Path
+  path: str | pathlib.Path,
+  tokenizer: Tokenizer,
+  cache: pathlib.Path,
+  *,
+  vocab_size: int | None = None,
 ) -> TokenFile:
   """Returns the tokens of a token file or of text.
 
   Args:
     path: A `.bin`, or text: .txt, .jsonl, .jsonl.gz/.xz/.zst or a folder.
-    tokenizer: Used for text; its vocabulary bounds the ids of a `.bin`.
+    tokenizer: Used for text.
     cache: Folder in which the token file of a text is kept. Its name has a
       hash of text and tokenizer, so that a change of either makes a new one.
+    vocab_size: Tokens of the model, whose embedding bounds the ids; None takes
+      the tokenizer's.
 
   Raises:
     FileNotFoundError: The path does not exist.
     ValueError: It holds no usable tokens or text.
   """
   path = pathlib.Path(path)
+  vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
   if path.suffix == ".bin":
-    return TokenFile.open(path, vocab_size=tokenizer.vocab_size)
+    return TokenFile.open(path, vocab_size=vocab_size)
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist: name a file or folder.")
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
@@ -270,7 +277,7 @@ def open_tokens(
       print(f"Tokenising {path.name}.", flush=True)
       target.parent.mkdir(parents=True, exist_ok=True)
       write_token_file(read_documents(path), tokenizer, target)
-  return TokenFile.open(target, vocab_size=tokenizer.vocab_size)
+  return TokenFile.open(target, vocab_size=vocab_size)
 
 
 def make_batches(

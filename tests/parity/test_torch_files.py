@@ -497,3 +497,85 @@ def test_tokenizer_json_gives_the_ids_of_transformers(byte_pairs):
     ids = ours.encode(text)
     assert ids == theirs(text, add_special_tokens=False).input_ids, text
     assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"legacy": False},
+    {"legacy": True},
+    {},
+    {"add_prefix_space": False},
+    {"eos_token": "<|im_end|>"},
+  ],
+)
+def test_sentencepiece_with_added_tokens_gives_the_ids_of_transformers(
+  tmp_path, settings
+):
+  text = "the king of 1918 and the old queen\n" * 50
+  tokenizer.train([text], 300, tmp_path / "tokenizer.model")
+  flags = {"lstrip": False, "rstrip": False, "single_word": False}
+  added = {
+    "0": {"content": "<unk>", "special": True, "normalized": False, **flags},
+    "1": {"content": "<s>", "special": True, "normalized": False, **flags},
+    "2": {"content": "</s>", "special": True, "normalized": False, **flags},
+    "300": {"content": "quxbar", "special": False, "normalized": True, **flags},
+    "301": {
+      "content": "<|im_end|>",
+      "special": True,
+      "normalized": False,
+      **flags,
+    },
+  }
+  (tmp_path / "tokenizer_config.json").write_text(
+    json.dumps(
+      {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "added_tokens_decoder": added,
+      }
+      | settings
+    )
+  )
+  words = tokenizer.load(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  for line in (
+    "the king",
+    "the king quxbar of 1918",
+    "quxbar",
+    "quxbarthe old quxbar",
+  ):
+    expected = theirs.encode(line, add_special_tokens=False)
+    assert words.encode(line) == expected, line
+  assert (words.bos_id, words.eos_id) == (
+    theirs.bos_token_id,
+    theirs.eos_token_id,
+  )
+  assert words.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize(
+  "generation_config",
+  [
+    None,
+    {},
+    {"eos_token_id": None},
+    {"eos_token_id": 5},
+    {"eos_token_id": [6]},
+  ],
+)
+def test_generation_ends_where_it_does_in_transformers(
+  tmp_path, generation_config
+):
+  model = Llama(dataclasses.replace(CONFIG, eos_token_id=2), rngs=nnx.Rngs(0))
+  convert.save_model(model, tmp_path, dtype=jnp.float32)
+  if generation_config is not None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(generation_config))
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+  ends = theirs.generation_config.eos_token_id
+  ends = () if ends is None else ends
+  ours = convert.load_config(tmp_path).eos_token_ids
+  assert ours == ((ends,) if isinstance(ends, int) else tuple(ends))
