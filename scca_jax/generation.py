@@ -21,6 +21,8 @@ from scca_jax.llama import (
 
 # What a finished sequence yields.
 FINISHED = -1
+# In place of a token where a logit is not finite.
+_NOT_FINITE = -2
 # Prompts are padded to multiples, so that few lengths are compiled, in tokens.
 _BUCKET = 64
 
@@ -112,13 +114,19 @@ def next_tokens(
   sampling: Sampling,
   execution: Execution,
 ) -> tuple[jax.Array, Cache]:
-  """Returns the token after `tokens[:, last]` and the cache with `tokens`."""
+  """Returns the token after `tokens[:, last]` and the cache with `tokens`.
+
+  The token is -2 where a logit is not finite.
+  """
   model = nnx.merge(graphdef, state)
   hidden, cache = model.cached_hidden_states(
     tokens, cache, patterns, execution, starts=starts, inv_freq=inv_freq
   )
   hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  return _draw(model.logits(hidden), sampling, step), cache
+  logits = model.logits(hidden)
+  drawn = _draw(logits, sampling, step)
+  is_finite = jnp.isfinite(logits).all(-1)
+  return jnp.where(is_finite, drawn, _NOT_FINITE), cache
 
 
 def _check(
@@ -232,8 +240,8 @@ def stream(
     execution: As in `Llama.hidden_states`, on one device.
 
   Raises:
-    ValueError: A prompt is empty or beyond the vocabulary, or a setting is out
-      of range.
+    ValueError: A prompt is empty or beyond the vocabulary, a setting is out of
+      range, or a logit is not finite.
   """
   _check(model, prompts, max_new_tokens)
   eos = np.asarray(
@@ -257,6 +265,11 @@ def stream(
   found = decoder.next_tokens(tokens, lengths, prefill_patterns, first=True)
   finished = np.zeros(len(prompts), bool)
   for num_new in range(1, max_new_tokens + 1):
+    for i in np.flatnonzero((found == _NOT_FINITE) & ~finished):
+      raise ValueError(
+        f"a logit of token {num_new:,} after prompt {i} is not finite: compute"
+        " in bfloat16 or float32 (--dtype), or look for damaged weights."
+      )
     yield np.where(finished, FINISHED, found)
     finished |= np.isin(found, eos)
     if finished.all() or num_new == max_new_tokens:

@@ -194,6 +194,22 @@ def _live_bytes(*args):
   return [int(n) for n in re.findall(r"^live (\d+)$", done.stdout, re.M)]
 
 
+def test_a_loss_that_is_not_finite_stops_a_run_and_metrics_stay_json(tmp_path):
+  line = {"step": 3, "skipped_in_a_row": 1, "loss": float("nan")}
+  with pytest.raises(ValueError, match="loss of step 3 is not finite"):
+    loop._check_finite(line, False)
+  metrics = loop.Metrics(tmp_path, 0)
+  metrics.write([line, {"step": 3, "evaluation": {"64": float("inf")}}])
+  text = (tmp_path / "metrics.jsonl").read_text()
+  metrics.close()
+
+  def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+  rows = [json.loads(x, parse_constant=refuse) for x in text.splitlines()]
+  assert rows[0]["loss"] is None and rows[1]["evaluation"] == {"64": None}
+
+
 @pytest.mark.slow
 def test_no_model_is_held_beside_another(base, arguments, tmp_path):
   output = tmp_path / "run"

@@ -233,3 +233,19 @@ def test_a_cache_that_is_too_small_is_named():
       model.init_cache(1, 4),
       patterns=patterns.dense(4),
     )
+
+
+def test_a_logit_that_is_not_finite_ends_generation():
+  model = Llama(CONFIG, rngs=nnx.Rngs(1))
+  # Only what follows token 5 overflows.
+  embedding = model.embed_tokens.embedding
+  embedding[...] = embedding[...].at[5].set(jnp.inf)
+  settings = {"max_new_tokens": 3, "eos_ids": ()}
+  for sampling in (None, Sampling(temperature=1.0, top_k=3)):
+    with pytest.raises(
+      ValueError, match="token 1 after prompt 1 is not finite"
+    ):
+      generation.generate(
+        model, [[1, 2], [1, 5]], sampling=sampling, **settings
+      )
+  assert len(generation.generate(model, [[1, 2]], **settings)[0]) == 3

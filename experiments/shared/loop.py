@@ -12,6 +12,7 @@ What a run leaves in its output folder:
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import signal
 import statistics
@@ -120,7 +121,7 @@ class Metrics:
       return
     with self._path.open("a", encoding="utf8") as file:
       for line in lines:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
     for line in lines:
       for name, value in line.items():
         values = value if isinstance(value, dict) else {"": value}
@@ -179,8 +180,23 @@ class Result:
   final_loss: float
 
 
+def _without_nan(value: Any) -> Any:
+  """Returns a number, or a dict of them, with null for what JSON lacks."""
+  if isinstance(value, dict):
+    return {name: _without_nan(entry) for name, entry in value.items()}
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
 def _check_finite(line: dict[str, Any], scaled: bool) -> None:
-  """Stops a run whose gradients have not been finite for many steps."""
+  """Stops a run whose loss, or gradients for many steps, are not finite."""
+  if not math.isfinite(line.get("loss", 0.0)):
+    # No loss scale mends this: it acts on the gradients only.
+    raise ValueError(
+      f"the loss of step {line['step']} is not finite: lower the learning rate"
+      " or compute in bfloat16 or float32."
+    )
   if line["skipped_in_a_row"] >= training.MAX_SKIPPED_IN_A_ROW:
     remedy = (
       "the loss scale has reached its floor, so lower the learning rate or"
