@@ -100,18 +100,17 @@ def main() -> None:
       bos_id=vocabulary.bos_id,
       context_lens=(train.seq_len,),
     )
-  model = loop.load(
-    lambda: Llama(
+
+  def make() -> Llama:
+    return Llama(
       config,
       dtype=jnp.dtype(train.dtype),
       param_dtype=jnp.dtype(train.param_dtype),
       rngs=nnx.Rngs(train.seed),
-    ),
-    resolved.mesh,
-  )
-  num_params = sum(
-    leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))
-  )
+    )
+
+  shapes = nnx.state(nnx.eval_shape(make), nnx.Param)
+  num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
   print(
     f"{num_params:,} parameters, {len(tokens):,} tokens to train"
     f" on, {train.steps * train.batch_size * train.seq_len:,} in all steps;"
@@ -119,7 +118,7 @@ def main() -> None:
     flush=True,
   )
   result = loop.fit(
-    model,
+    loop.load(make, resolved.mesh),
     run=run,
     step=resolved.step,
     trainable=lora.trainable(None),
@@ -127,7 +126,6 @@ def main() -> None:
     output_dir=output_dir,
     evaluate=evaluator.on_the_way if evaluator else None,
   )
-  del model
   folder = output_dir / "model"
   trained = loop.to_host(result.model, lora.trainable(None))
   if cluster.is_primary():
