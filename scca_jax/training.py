@@ -51,8 +51,9 @@ class OptimizerConfig:
     beta1: Decay of the first moment.
     beta2: Decay of the second moment.
     epsilon: Added to the root of the second moment.
-    weight_decay: Decoupled decay of the weight matrices; norms and embeddings
-      have none.
+    weight_decay: Decoupled decay of the matrices of the layers and of their
+      adapters, as in the Trainer of transformers. Norms, the embedding and the
+      head, tied or not, have none. (Own choice: the Trainer spares norms only.)
     clip_norm: Largest global norm of the gradient; None leaves it as it is.
   """
 
@@ -116,8 +117,10 @@ def learning_rate_schedule(
   return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def _is_matrix(path: tuple[Any, ...]) -> bool:
-  return any(getattr(key, "key", None) == "kernel" for key in path)
+def _decays(path: tuple[Any, ...]) -> bool:
+  """Whether weight decay acts on the parameter at `path`."""
+  names = {getattr(key, "key", None) for key in path}
+  return "lm_head" not in names and bool(names & {"kernel", "lora_a", "lora_b"})
 
 
 def make_optimizer(
@@ -133,7 +136,7 @@ def make_optimizer(
       optax.add_decayed_weights(
         config.weight_decay,
         mask=functools.partial(
-          jax.tree_util.tree_map_with_path, lambda path, _: _is_matrix(path)
+          jax.tree_util.tree_map_with_path, lambda path, _: _decays(path)
         ),
       )
     )

@@ -276,14 +276,18 @@ def test_the_loss_scale_doubles_after_good_steps():
   assert grown.good_steps == 0
 
 
-def test_weight_decay_spares_norms_and_embeddings():
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_weight_decay_spares_norms_embeddings_and_heads(adapter):
   config = dataclasses.replace(OPTIMIZER, weight_decay=0.5, clip_norm=None)
-  graphdef, _, rule, state = _start(adapter=None, optimizer=config)
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
-  updates, _ = rule.update(zeros, state.optimizer, state.params)
+  graphdef, _, rule, state = _start(adapter=adapter, optimizer=config)
+  # All of them 1: a new adapter has zeros, which nothing shrinks.
+  params = jax.tree.map(jnp.ones_like, state.params)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = rule.update(zeros, state.optimizer, params)
   for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
     name = jax.tree_util.keystr(path)
-    assert bool(jnp.any(update != 0)) == ("kernel" in name), name
+    spared = any(part in name for part in ("norm", "embed", "lm_head"))
+    assert bool(jnp.any(update != 0)) != spared, name
 
 
 def test_schedules_warm_up_from_the_first_step():

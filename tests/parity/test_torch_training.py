@@ -4,7 +4,10 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -176,3 +179,32 @@ def test_a_fine_tuning_run_has_the_losses_of_pytorch(tokens, tmp_path):
       err_msg=name,
     )
   assert ours[-1]["loss"] < ours[0]["loss"] - 0.1
+
+
+def test_weight_decay_acts_on_what_it_does_in_the_trainer(tmp_path):
+  model = _start()
+  adapters.save_adapter(model, tmp_path, base_model=str(assets.MODEL))
+  theirs = peft.PeftModel.from_pretrained(
+    transformers.LlamaForCausalLM.from_pretrained(assets.MODEL),
+    tmp_path,
+    is_trainable=True,
+  )
+  decays = transformers.Trainer.get_decay_parameter_names(None, theirs)
+  trained = {n for n, p in theirs.named_parameters() if p.requires_grad}
+  # We spare the embedding, which the Trainer does not.
+  wanted = {name for name in trained & set(decays) if "embed" not in name}
+  _, params, _ = nnx.split(model, lora.trainable(model.lora), ...)
+  ones = jax.tree.map(jnp.ones_like, params)
+  rule = training.make_optimizer(
+    training.OptimizerConfig(weight_decay=0.1, clip_norm=None), 10
+  )
+  zeros = jax.tree.map(jnp.zeros_like, ones)
+  updates, _ = rule.update(zeros, rule.init(ones), ones)
+  shrunk = set()
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    if bool(jnp.any(update != 0)):
+      path = tuple(k.key for k in path if hasattr(k, "key"))
+      shrunk |= set(convert.file_names(path, model.config.num_layers))
+  assert shrunk == {
+    re.sub(r"base_model\.model\.|\.default", "", name) for name in wanted
+  }
