@@ -191,7 +191,8 @@ def attention(
       GPUs from Ampere on, else "xla". What it falls back to, and why, is
       logged once.
     deterministic: Whether gradients must be bit-equal from run to run on one
-      device; "cudnn" cannot promise that.
+      device. "cudnn" cannot promise that, and "mosaic" is slower so: otherwise
+      it adds up the gradient of the query in an order that varies.
     mesh: From `sharding.make_mesh`: sequences lie along `data` and `fsdp`,
       heads along `tensor`, tokens along `sequence`; what cannot be divided is
       computed by all. None is one device.

@@ -58,12 +58,14 @@ class Execution:
       over devices, this counts the tokens of each shard.
     mesh: From `sharding.make_mesh`, if parameters and tokens lie on several
       devices; None is one device.
+    deterministic: Whether attention has bit-equal gradients from run to run.
   """
 
   implementation: str | tuple[str, ...] | None = None
   remat: str = "none"
   mlp_chunk: int | None = None
   mesh: Mesh | None = None
+  deterministic: bool = False
 
   def __post_init__(self):
     if self.remat not in REMAT:
@@ -187,6 +189,7 @@ class SelfAttention(nnx.Module):
         pattern,
         segment_ids=call.segment_ids,
         implementation=call.execution.implementation,
+        deterministic=call.execution.deterministic,
         mesh=call.execution.mesh,
       )
     if cache is not None:

@@ -161,7 +161,7 @@ def _error(found, truth):
   return np.linalg.norm(found - truth) / max(np.linalg.norm(truth), 1e-30)
 
 
-def _check(implementation, case, with_log_sum=True):
+def _check(implementation, case, with_log_sum=True, deterministic=False):
   pattern, seq_len, head_dim, kv_heads, dtype, more = case
   batch, size = more.get("batch", 1), more.get("size", 1)
   heads = pattern.num_heads
@@ -194,6 +194,7 @@ def _check(implementation, case, with_log_sum=True):
         segment_ids=ids,
         implementation=implementation,
         return_lse=with_log_sum,
+        deterministic=deterministic,
       )
 
     if not with_log_sum:
@@ -229,6 +230,38 @@ def _check(implementation, case, with_log_sum=True):
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_as_exact_as_dense_attention(implementation, name):
   _check(implementation, CASES[name])
+
+
+@pytest.mark.parametrize(
+  "name", ["scca_fixed", "fixed, GQA", "anything, local", "segments"]
+)
+def test_deterministic_gradients_are_as_exact(name):
+  if target.current().compute_capability[0] != 9:
+    pytest.skip(f"mosaic does not run on {target.current().kind}")
+  _check("mosaic", CASES[name], deterministic=True)
+
+
+def test_deterministic_gradients_have_the_same_bits(implementation):
+  shape = 1, 4096, 8, 128
+  random = np.random.default_rng(0)
+  arrays = [jnp.asarray(random.normal(size=shape), BF16) for _ in range(4)]
+
+  @jax.jit
+  def gradients(*inputs, d_output):
+    def attend(*x):
+      return attention(
+        *x,
+        patterns.scca_fixed(8, 1024),
+        implementation=implementation,
+        deterministic=True,
+      )
+
+    return jax.vjp(attend, *inputs)[1](d_output)
+
+  first = gradients(*arrays[:3], d_output=arrays[3])
+  for _ in range(100):
+    again = gradients(*arrays[:3], d_output=arrays[3])
+    assert all(map(jnp.array_equal, first, again))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,9 @@ class TrainingConfig:
     checkpoint_every: Steps between checkpoints; the last step has one too.
     keep_checkpoints: How many of the newest checkpoints are kept.
     implementation: Attention back end; None takes the best for the device.
+    deterministic: Whether attention has bit-equal gradients from run to run, so
+      that a run that is killed and resumed on a GPU ends as it would have;
+      otherwise it ends within noise of that, and may be faster.
   """
 
   seq_len: int = 1024
@@ -110,6 +113,7 @@ class TrainingConfig:
   checkpoint_every: int = 100
   keep_checkpoints: int = 2
   implementation: str | None = None
+  deterministic: bool = False
 
   def __post_init__(self):
     for field in dataclasses.fields(self):

@@ -196,6 +196,7 @@ def lay_out(
       implementation=train.implementation,
       remat=train.remat,
       mlp_chunk=train.mlp_chunk,
+      deterministic=train.deterministic,
     ),
     num_micro_batches=train.num_micro_batches,
     loss_chunk=train.loss_chunk,

@@ -471,7 +471,10 @@ def make_groups(
 
 
 def deal(
-  groups: Sequence[np.ndarray], costs: np.ndarray, num_hands: int
+  groups: Sequence[np.ndarray],
+  costs: np.ndarray,
+  num_hands: int,
+  num_sorted: int = _NUM_SORTED,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Assigns tile groups to multiprocessors so that all finish together.
 
@@ -482,6 +485,7 @@ def deal(
     groups: See `make_groups`.
     costs: Likewise.
     num_hands: Multiprocessors.
+    num_sorted: How many groups a hand go by cost.
 
   Returns:
     The table, int32 `[num_hands, most tiles, fields]`, and how many tiles each
@@ -490,7 +494,7 @@ def deal(
   """
   empty = np.array([g[0, FIELD["num_blocks"]] == 0 for g in groups], bool)
   order = np.flatnonzero(~empty)
-  split = max(0, len(order) - _NUM_SORTED * num_hands)
+  split = max(0, len(order) - num_sorted * num_hands)
   end = order[split:]
   order[split:] = end[np.argsort(-costs[end], kind="stable")]
   free = [(0.0, hand) for hand in range(num_hands)]

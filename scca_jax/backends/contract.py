@@ -106,6 +106,8 @@ class BackEnd:
     cache: Whether queries may begin at an offset, or be fewer than the keys.
     log_sum: Whether it returns the log-sum-exp.
     deterministic: Whether gradients are bit-equal from run to run.
+    takes_deterministic: Whether its function takes `deterministic` too, and is
+      faster without.
     checked_axes: Whether it runs inside a `jax.shard_map` with
       `check_vma=True`, where every value in a kernel would have to say along
       which mesh axes it varies.
@@ -128,6 +130,7 @@ class BackEnd:
   cache: bool = False
   log_sum: bool = True
   deterministic: bool = True
+  takes_deterministic: bool = False
   checked_axes: bool = False
   automatic: bool = True
   furthest: int | None = None

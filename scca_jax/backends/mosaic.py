@@ -4,12 +4,15 @@ Forward and backward pass visit only blocks that hold a seen pair, and mask only
 those that straddle a border (`blocks`). Keys and values are read where they
 lie: heads of one dilation `r` are one launch, over the view `[n / r, r]` of the
 sequence, and launches of several dilations write into one output. The kernels
-are in `mosaic_forward` and `mosaic_backward`.
+are in `mosaic_forward`, `mosaic_backward` and `mosaic_backward_single`. The
+last is the faster backward pass, for bfloat16 and heads of 128; the one before
+gives the same bits in every run.
 
 Memory beyond inputs, outputs and gradients: the log-sum-exp and, in the
-backward pass, `delta`, one float32 a query and head each; a sequence whose
-length is not divisible by `8 r` is copied once to be padded. What `mosaic`
-saves for the backward pass are its inputs, its output and the log-sum-exp.
+backward pass, `delta`, one float32 a query and head each; the faster backward
+pass also sums up the gradient of the query in float32. A sequence whose length
+is not divisible by `8 r` is copied once to be padded. What `mosaic` saves for
+the backward pass are its inputs, its output and the log-sum-exp.
 """
 
 import dataclasses
@@ -24,7 +27,12 @@ import numpy as np
 from jax import ad_checkpoint
 
 from scca_jax import target
-from scca_jax.backends import block_sizes, blocks, heads
+from scca_jax.backends import (
+  block_sizes,
+  blocks,
+  heads,
+  mosaic_backward_single,
+)
 from scca_jax.backends.block_sizes import BlockSizes
 from scca_jax.backends.contract import SAVED
 from scca_jax.backends.mosaic_backward import backward_keys, backward_queries
@@ -60,6 +68,10 @@ _DEFAULTS = {
 }
 
 
+# Sizes of the kernel that visits each block once; others do not fit.
+_VISITS_ONCE = BlockSizes(128, 64, 2)
+
+
 def default_sizes(head_dim: int, dtype: Any, kind: str) -> Sizes:
   """Returns the sizes tuned for a GPU, or for an H200 if it is unknown."""
   tuned = block_sizes.tuned_sizes("mosaic", kind, dtype, head_dim)
@@ -92,12 +104,25 @@ class _Settings:
     scale: Factor of the scores.
     sizes: Kernel tile sizes.
     num_multiprocessors: Of the device.
+    deterministic: Whether gradients must be bit-equal from run to run.
   """
 
   pattern: AttentionPattern
   scale: float
   sizes: Sizes
   num_multiprocessors: int
+  deterministic: bool
+
+  def visits_once(self, query: jax.Array) -> bool:
+    """Whether the backward pass takes one kernel, not two."""
+    return (
+      not self.deterministic
+      # For float16, see `_backward_pass`.
+      and query.dtype == jnp.bfloat16
+      and query.shape[3] == mosaic_backward_single.HEAD_DIM
+      # It fills arrays, see `_merging_batches`.
+      and jax.__version_info__ >= (0, 11)
+    )
 
   @property
   def num_launches(self) -> int:
@@ -234,7 +259,9 @@ def _backward_pass(
   # Among float16 scores can be large; bfloat16 is as coarse as the error.
   exact = query.dtype == jnp.float16
   query_sizes = sizes.queries_exact if exact else sizes.queries
+  visits_once = settings.visits_once(query)
   d_query: Any = None
+  d_queries: list[jax.Array] = []
   d_keys: list[list[jax.Array]] = []
   for launch, log_sum in zip(launches, log_sums, strict=True):
     ids = launch.ids_by_residue(segment_ids)
@@ -246,6 +273,30 @@ def _backward_pass(
       for x in (delta, d_log_sum)
     ]
     lse = jnp.where(has_key, log_sum * LOG2E, NO_WEIGHT)
+    into = d_keys.pop() if alone and d_keys else None
+    if into is not None:
+      into = [launch.by_residue(x) for x in into]
+    if visits_once:
+      of_queries, of_keys = mosaic_backward_single.backward(
+        launch,
+        _VISITS_ONCE,
+        inputs,
+        launch.tables(
+          _VISITS_ONCE,
+          True,
+          segment_ids,
+          num_sorted=mosaic_backward_single.NUM_SORTED,
+        ),
+        ids,
+        d_out,
+        lse,
+        rows[0],
+        into=into,
+        alone=alone,
+      )
+      d_queries.append(of_queries)
+      d_keys.append([launch.by_token(x) for x in of_keys])
+      continue
     d_query, *mended = backward_queries(
       launch,
       query_sizes,
@@ -259,7 +310,6 @@ def _backward_pass(
       d_lse=rows[1] if exact else None,
     )
     d_query = launch.by_token(d_query)
-    into = d_keys.pop() if alone and d_keys else None
     of_keys = backward_keys(
       launch,
       sizes.keys,
@@ -269,10 +319,12 @@ def _backward_pass(
       d_out,
       lse,
       mended[0] if mended else rows[0],
-      into=None if into is None else [launch.by_residue(x) for x in into],
+      into=into,
       alone=alone,
     )
     d_keys.append([launch.by_token(x) for x in of_keys])
+  if visits_once:
+    d_query = _assemble(d_queries, [x.heads for x in launches], query.shape[2])
   if alone:
     (parts,) = d_keys
   else:
@@ -338,7 +390,11 @@ def _attend_and_save(
 def _attend_backward(
   settings: _Settings, saved: Any, cotangents: Any
 ) -> tuple[Any, ...]:
-  has_refs = settings.num_launches > 1 or saved[0].dtype == jnp.float16
+  has_refs = (
+    settings.num_launches > 1
+    or saved[0].dtype == jnp.float16
+    or settings.visits_once(saved[0])
+  )
   run = _merging_batches(functools.partial(_backward_pass, settings), has_refs)
   return *run(*saved, *cotangents), None
 
@@ -355,6 +411,7 @@ def attention(
   segment_ids: jax.Array | None,
   query_offset: int | jax.Array,
   scale: float,
+  deterministic: bool = False,
   sizes: Sizes | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the output and the log-sum-exp; see `scca_jax.attention`.
@@ -368,11 +425,14 @@ def attention(
     segment_ids: Integers `[batch, seq]`, or None.
     query_offset: 0.
     scale: Factor of the scores.
+    deterministic: Whether gradients must be bit-equal from run to run.
     sizes: Kernel tile sizes; None takes `default_sizes`.
   """
   device = target.current()
   del query_offset  # 0.
   if sizes is None:
     sizes = default_sizes(query.shape[3], query.dtype, device.kind)
-  settings = _Settings(pattern, float(scale), sizes, device.num_multiprocessors)
+  settings = _Settings(
+    pattern, float(scale), sizes, device.num_multiprocessors, deterministic
+  )
   return _attend(settings, query, key, value, segment_ids)

@@ -87,7 +87,11 @@ class Launch:
     return -(-num_slots // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
   def tables(
-    self, sizes: BlockSizes, inverse: bool, segment_ids: jax.Array | None
+    self,
+    sizes: BlockSizes,
+    inverse: bool,
+    segment_ids: jax.Array | None,
+    **dealing: int,
   ) -> list[jax.Array]:
     """Returns the tiles of each multiprocessor, their numbers, and the rules.
 
@@ -95,8 +99,9 @@ class Launch:
       sizes: Of the tiles.
       inverse: Whether rows are keys.
       segment_ids: Integers `[batch, seq]`, or None.
+      **dealing: See `blocks.deal`.
     """
-    table, counts = _deal(self, sizes, inverse)
+    table, counts = _deal(self, sizes, inverse, **dealing)
     rules = np.zeros((self.num_heads, len(RULE_FIELDS)), np.int32)
     for head, rule in zip(self.heads, self.rules, strict=True):
       rules[head] = rule.numbers()
@@ -173,7 +178,7 @@ class Launch:
 
 @functools.lru_cache(maxsize=256)
 def _deal(
-  launch: Launch, sizes: BlockSizes, inverse: bool
+  launch: Launch, sizes: BlockSizes, inverse: bool, **dealing: int
 ) -> tuple[np.ndarray, np.ndarray]:
   groups, costs = blocks.make_groups(
     launch.rules,
@@ -185,7 +190,7 @@ def _deal(
     inverse=inverse,
     in_order=launch.has_segments,
   )
-  return blocks.deal(groups, costs, launch.num_multiprocessors)
+  return blocks.deal(groups, costs, launch.num_multiprocessors, **dealing)
 
 
 class Tile:
@@ -335,9 +340,10 @@ def seen_pairs(
   return seen & (over_columns(row_ids, shape) == over_rows(column_ids, shape))
 
 
-def tiled() -> tuple[Any, Any]:
-  """Returns how a matrix of 2-byte numbers lies in shared memory."""
-  return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+def tiled(itemsize: int = 2) -> tuple[Any, Any]:
+  """Returns how a matrix of numbers of so many bytes lies in shared memory."""
+  columns = 128 // itemsize
+  return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
 
 
 def run(
@@ -347,6 +353,7 @@ def run(
   into: Sequence[jax.Array],
   scratch: Sequence[Any],
   *operands: jax.Array,
+  auto_barriers: bool = True,
 ) -> list[jax.Array]:
   """Runs a kernel of three warpgroups on every multiprocessor.
 
@@ -357,12 +364,18 @@ def run(
     into: Arrays to fill in part, in place.
     scratch: Its scratch.
     *operands: Its inputs.
+    auto_barriers: Whether a warpgroup waits for all its threads before and
+      after it reads or writes shared memory.
 
   Returns:
     The outputs and the filled arrays.
   """
   # No reduction here crosses warps, so hardly any room is needed for them.
-  params = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512)
+  params = plgpu.CompilerParams(
+    approx_math=True,
+    reduction_scratch_bytes=512,
+    unsafe_no_auto_barriers=not auto_barriers,
+  )
   settings = {
     "grid": (launch.num_multiprocessors,),
     "grid_names": ("sm",),

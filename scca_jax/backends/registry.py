@@ -67,6 +67,7 @@ BACK_ENDS: dict[str, BackEnd] = {
       needs="a Hopper GPU (compute capability 9.0)",
       furthest=blocks.FAR // 2,
       max_dilation=blocks.MAX_DILATION,
+      takes_deterministic=True,
     ),
     BackEnd(
       name="triton",
@@ -194,6 +195,9 @@ def _run(back_end: BackEnd, call: Call) -> tuple[jax.Array, jax.Array | None]:
   query, key, value, segment_ids = vary_alike(
     [call.query, call.key, call.value, call.segment_ids]
   )
+  options = {}
+  if back_end.takes_deterministic:
+    options["deterministic"] = call.deterministic
   return attention(
     query,
     key,
@@ -202,6 +206,7 @@ def _run(back_end: BackEnd, call: Call) -> tuple[jax.Array, jax.Array | None]:
     segment_ids=segment_ids,
     query_offset=call.query_offset,
     scale=call.scale,
+    **options,
   )
 
 
