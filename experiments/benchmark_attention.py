@@ -9,9 +9,11 @@ turns, round after round, so that ratios compare calls made while the chip had
 the same temperature. By default, on a CPU: 4,096 tokens, 8 heads of 64, chunks
 of 512, float32, beside `jax.nn.dot_product_attention`, dense; and memory alone,
 by compiling, at twice and four times the length. On a GPU the peers are cuDNN's
-dense attention (`jax.nn`), `xla` and, where PyTorch is installed,
-flex_attention with the same mask, dense SDPA, and LongLoRA's S2 as its users
-run it.
+dense attention (`jax.nn`), `xla`, FlashAttention-3 (`pip install
+flash-attn3-jax`) as a user would compose it and its kernels alone, and, where
+PyTorch is installed, flex_attention with the same mask, dense SDPA, and
+LongLoRA's S2 as its users run it. Times are of calls in flight, and of single
+calls besides; of the backward pass alone, the difference of the two.
 
 `--tune` looks for the best sizes of the kernels instead.
 """
@@ -117,8 +119,14 @@ def _print_row(row: dict[str, Any]) -> None:
       cells.append(f"{values['tflops']:>8.3f} {values['matmul_share']:>4.0%}")
     if values["temporary_mib"] is not None:
       cells.append(f"{values['temporary_mib']:>9.1f} MiB")
+    if "single_call_ms" in values:
+      cells.append(f"{values['single_call_ms']:>9.3f} a single call")
     cells += [f"{r:.2f}x {n}" for n, r in values.get("ratios", {}).items()]
     print(" ".join(cells), flush=True)
+  if "backward" in row:
+    values = row["backward"]
+    rate = f", {values['tflops']:.3f} TFLOP/s" if "tflops" in values else ""
+    print(f"{'':>12}the backward pass alone: {values['median_ms']:.3f}{rate}")
 
 
 def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:

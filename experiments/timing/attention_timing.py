@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import scca_jax
-from experiments.timing import attention_peers, clock
+from experiments.timing import attention_peers, clock, fa3_peers
 from scca_jax import patterns
 from scca_jax.patterns import AttentionPattern, HeadPattern, Mixture
 
 # Peers by the names of the flag; those of PyTorch are in `attention_peers`.
-PEERS = ("jax.nn", "xla", *attention_peers.LABELS)
+PEERS = ("jax.nn", "xla", *fa3_peers.LABELS, *attention_peers.LABELS)
 DENSE = "jax.nn dense"
 # Largest error in the 2-norm, relative to the truth, by dtype.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -168,6 +168,37 @@ class JaxRun:
     return analysis.temp_size_in_bytes / 2**20
 
 
+class _PiecesRun(JaxRun):
+  """FlashAttention-3's kernels on pieces that are cut beforehand."""
+
+  def __init__(self, case: Case):
+    if not isinstance(case.pattern, AttentionPattern):
+      raise NotImplementedError("FlashAttention-3 is given no mixture.")
+    pieces = fa3_peers.Pieces(case.pattern, case.seq_len, fa3_peers.flash_mha())
+    *inputs, d_output = _inputs(case.shapes, case.dtype)
+    self._pieces = jax.jit(pieces.cut)(*inputs)
+    self._d_outputs = jax.jit(pieces.cut_rows)(d_output)
+
+    def with_backward(inputs: Any, d_outputs: Any) -> Any:
+      outputs, pull = jax.vjp(pieces.on_pieces, inputs)
+      return outputs, pull(d_outputs)
+
+    self._compiled = {
+      "forward": jax.jit(pieces.on_pieces).lower(self._pieces).compile(),
+      "forward_backward": jax.jit(with_backward)
+      .lower(self._pieces, self._d_outputs)
+      .compile(),
+    }
+
+  def forward(self) -> Any:
+    """Starts the forward pass."""
+    return self._compiled["forward"](self._pieces)
+
+  def forward_backward(self) -> Any:
+    """Starts both passes."""
+    return self._compiled["forward_backward"](self._pieces, self._d_outputs)
+
+
 def _temporary_mib(run: Any, part: str) -> float | None:
   if isinstance(run, JaxRun):
     return run.part_temporary_mib(part)
@@ -175,7 +206,7 @@ def _temporary_mib(run: Any, part: str) -> float | None:
 
 
 def time_part(
-  runs: dict[str, Any], part: str, repeats: int
+  runs: dict[str, Any], part: str, repeats: int, in_flight: bool = True
 ) -> dict[str, list[float]]:
   """Returns the milliseconds of each contestant in each round.
 
@@ -183,11 +214,12 @@ def time_part(
     runs: By name, a `JaxRun` or an `attention_peers.Peer`.
     part: One of `PARTS`.
     repeats: Rounds.
+    in_flight: See `clock.take_turns`.
   """
   contestants = {
     name: (getattr(run, part), run.wait) for name, run in runs.items()
   }
-  return clock.take_turns(contestants, repeats)
+  return clock.take_turns(contestants, repeats, in_flight)
 
 
 def check(
@@ -248,6 +280,12 @@ def _peer(name: str, case: Case) -> tuple[str, Any]:
     return DENSE, JaxRun(dense, case)
   if name == "xla":
     return name, JaxRun(attend(case.pattern, "xla"), case)
+  if name in fa3_peers.LABELS:
+    label = fa3_peers.LABELS[name]
+    check(case, label, fa3_peers.composed)
+    if name == "fa3_kernels":
+      return label, _PiecesRun(case)
+    return label, JaxRun(fa3_peers.composed(case.pattern), case)
   return attention_peers.LABELS[name], attention_peers.make(
     name,
     case.pattern,
@@ -284,7 +322,8 @@ def _contestants(
       runs[label] = run
     # A peer's failure, out of memory for one, must not end the run.
     except Exception as error:
-      skip(attention_peers.LABELS.get(name, name), error)
+      labels = attention_peers.LABELS | fa3_peers.LABELS
+      skip(labels.get(name, name), error)
   return runs, skipped
 
 
@@ -316,12 +355,16 @@ def measure(
     row["is_peer"] = name not in implementations
     # Peers without the pattern see pairs of their own; S2 has as many as ours
     # in a chunk, but its users' form sees those of the wrap as well.
-    if name in (*implementations, "xla", attention_peers.LABELS["flex"]):
+    same = ("xla", attention_peers.LABELS["flex"], *fa3_peers.LABELS.values())
+    if name in (*implementations, *same):
       row["num_pairs"] = pairs
     elif name in (DENSE, attention_peers.LABELS["sdpa"]):
       row["num_pairs"] = case.batch_size * dense
   for part in PARTS:
     times = time_part(runs, part, repeats)
+    single = {}
+    if clock.on_gpu():
+      single = time_part(runs, part, repeats, in_flight=False)
     for name, row in rows.items():
       median = statistics.median(times[name])
       row[part] = {
@@ -330,6 +373,8 @@ def measure(
         "most_ms": max(times[name]),
         "temporary_mib": _temporary_mib(runs[name], part),
       }
+      if name in single:
+        row[part]["single_call_ms"] = statistics.median(single[name])
       if "num_pairs" in row:
         work = _WORK[part] * case.head_dim * row["num_pairs"]
         row[part]["tflops"] = 1e-9 * work / median
@@ -341,6 +386,14 @@ def measure(
           for other in runs
           if other != name
         }
+  for row in rows.values():
+    forward, both = (row[part] for part in PARTS)
+    median = both["median_ms"] - forward["median_ms"]
+    row["backward"] = {"median_ms": median}
+    if "num_pairs" in row:
+      work = _WORK["forward_backward"] - _WORK["forward"]
+      work *= case.head_dim * row["num_pairs"]
+      row["backward"]["tflops"] = 1e-9 * work / median
   return [*rows.values(), *skipped]
 
 

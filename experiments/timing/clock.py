@@ -47,6 +47,7 @@ def _seconds_a_call(
 def take_turns(
   contestants: Mapping[str, tuple[Callable[[], Any], Callable[[Any], None]]],
   repeats: int,
+  in_flight: bool = True,
 ) -> dict[str, list[float]]:
   """Returns the milliseconds of a call of each contestant in each round.
 
@@ -56,12 +57,14 @@ def take_turns(
   Args:
     contestants: By name, what starts a call and what waits for its result.
     repeats: Rounds.
+    in_flight: Whether a GPU is given the next call before the last is done, as
+      in a training step; otherwise a call includes its launch.
   """
   calls = {}
   for name, (start, wait) in contestants.items():
     _seconds_a_call(start, wait, 1)
     calls[name] = 1
-    if on_gpu():
+    if on_gpu() and in_flight:
       calls[name] = max(
         1, round(_SAMPLE_SECONDS / _seconds_a_call(start, wait, 2))
       )
