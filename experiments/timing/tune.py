@@ -32,6 +32,8 @@ def _with_sizes(pattern: Pattern, implementation: str, sizes: Any) -> Function:
   if isinstance(pattern, Mixture):
     raise ValueError("sizes are found by single patterns, not by mixtures.")
   module = _module(implementation)
+  # The other backward pass of mosaic has sizes that do not change.
+  options = {"deterministic": True} if implementation == "mosaic" else {}
 
   def attend(query, key, value):
     return module.attention(
@@ -43,6 +45,7 @@ def _with_sizes(pattern: Pattern, implementation: str, sizes: Any) -> Function:
       query_offset=0,
       scale=query.shape[-1] ** -0.5,
       sizes=sizes,
+      **options,
     )[0]
 
   return attend
