@@ -72,7 +72,9 @@ def main() -> None:
   )
   if _FORMAT.value == "hf":
     dtype = jnp.dtype(_DTYPE.value or param_dtype)
-    convert.copy_tokenizer(source, output_dir)
+    convert.copy_tokenizer(
+      source, output_dir, context_len=model.config.context_len
+    )
     convert.save_model(
       model,
       output_dir,

@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import math
 import os
 import pathlib
@@ -870,18 +871,50 @@ def save_model(
   atomic_file.write_json(folder / _CONFIG, config_to_json(model.config, dtype))
 
 
+# Where files beside the weights limit the length of a text, in tokens.
+_LIMITS = {
+  "tokenizer_config.json": ("model_max_length",),
+  "tokenizer.json": ("truncation", "max_length"),
+  _GENERATION: ("max_length",),
+}
+
+
+def _with_limit(name: str, content: bytes, context_len: int) -> bytes:
+  """Returns a file that limits texts to no less than `context_len` tokens."""
+  try:
+    settings = json.loads(content)
+    *outer, last = _LIMITS[name]
+    place = settings
+    for key in outer:
+      place = place.get(key) or {}
+    limit = place.get(last)
+  except (AttributeError, ValueError) as error:
+    raise ValueError(
+      f"{name} is not valid ({error}): copy it again."
+    ) from error
+  if not isinstance(limit, int | float) or limit >= context_len:
+    return content
+  place[last] = context_len
+  return json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
 def copy_tokenizer(
-  source: str | os.PathLike[str], folder: str | os.PathLike[str]
+  source: str | os.PathLike[str],
+  folder: str | os.PathLike[str],
+  *,
+  context_len: int = 1,
 ) -> None:
   """Writes a model's tokenizer to a folder, in files that other tools read.
 
   Args:
     source: A model's folder, whose tokenizer files are copied, or a GGUF file.
     folder: Output folder, made if missing.
+    context_len: Longest sequence of the model that they go with, in tokens.
+      Files that limit texts to less are raised to it.
 
   Raises:
     OSError: A file cannot be written.
-    ValueError: The GGUF file's vocabulary cannot be read.
+    ValueError: The GGUF file's vocabulary, or one of the files, cannot be read.
   """
   folder = pathlib.Path(folder)
   if _is_gguf(source):
@@ -895,7 +928,10 @@ def copy_tokenizer(
   for name in (*_TOKENIZER_FILES, *_TOKENIZER_SETTINGS):
     path = pathlib.Path(source) / name
     if path.is_file():
-      atomic_file.write(folder / name, path.read_bytes())
+      content = path.read_bytes()
+      if name in _LIMITS:
+        content = _with_limit(name, content, context_len)
+      atomic_file.write(folder / name, content)
 
 
 def stored_dtype(source: str | os.PathLike[str]) -> np.dtype:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 from scca_jax import adapters, assets, convert, lora, patterns, tokenizer
@@ -71,6 +73,36 @@ def test_a_fused_model_computes_what_the_adapter_does(
     "rope_type": "linear",
     "factor": 4.0,
   }
+
+
+def test_files_beside_do_not_keep_the_old_limit(run_command, tmp_path, adapted):
+  model, folder = adapted
+  base = tmp_path / "base"
+  shutil.copytree(assets.MODEL, base)
+  words = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+  words.enable_truncation(64)
+  words.save(str(base / "tokenizer.json"))
+  for name, content in {
+    "tokenizer_config": {"model_max_length": 64, "bos_token": "é"},
+    "generation_config": {"max_length": 64, "eos_token_id": 2},
+  }.items():
+    (base / f"{name}.json").write_text(json.dumps(content))
+  out = tmp_path / "hf"
+  args = (f"--model={base}", f"--adapter={folder}", f"--output_dir={out}")
+  assert run_command("export", *args) == 0
+  length = model.config.context_len
+  read = {
+    name: json.loads((out / f"{name}.json").read_text(encoding="utf8"))
+    for name in ("tokenizer_config", "generation_config", "config")
+  }
+  assert read == {
+    "tokenizer_config": {"model_max_length": length, "bos_token": "é"},
+    "generation_config": {"max_length": length, "eos_token_id": 2},
+    "config": read["config"],
+  }
+  assert read["config"]["max_position_embeddings"] == length > 64
+  limits = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+  assert limits.truncation["max_length"] == length
 
 
 def test_a_model_without_adapter_keeps_every_bit(run_command, tmp_path):
