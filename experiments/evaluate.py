@@ -26,6 +26,7 @@ from tqdm import tqdm
 from experiments.shared import cli, resolve
 from experiments.shared import flags as shared_flags
 from scca_jax import (
+  adapters,
   assets,
   atomic_file,
   convert,
@@ -89,7 +90,8 @@ _PATTERN = flags.DEFINE_string(
 _ROPE_SCALING = flags.DEFINE_string(
   "rope_scaling",
   None,
-  "Extend a model that was not tuned: linear, dynamic, ntk, yarn or llama3.",
+  "Extend a model that was not tuned, or whose adapter does not say what it was"
+  " tuned with: linear, dynamic, ntk, yarn or llama3.",
 )
 _ROPE_FACTOR = flags.DEFINE_float(
   "rope_factor",
@@ -120,11 +122,6 @@ def _check_flags() -> None:
     raise ValueError("--rope_scaling needs the lengths, --context_lens=….")
   if _ROPE_SCALING.value is None and _ROPE_FACTOR.value is not None:
     raise ValueError("--rope_factor needs --rope_scaling=linear or another.")
-  if _ROPE_SCALING.value is not None and _ADAPTER.value is not None:
-    raise ValueError(
-      "--rope_scaling is for models without an adapter: an adapter brings the"
-      " one it was tuned with."
-    )
   for name in _TASKS.value:
     tasks.get(name)
   shared_flags.check_trained(_PATTERN, _ADAPTER)
@@ -134,6 +131,15 @@ def _check_flags() -> None:
     )
   dispatch.check_implementation(_IMPLEMENTATION.value)
   shared_flags.check_exist(_MODEL, _ADAPTER, _DATA, _TOKENIZER)
+  if (
+    _ROPE_SCALING.value is not None
+    and _ADAPTER.value is not None
+    and adapters.has_settings(_ADAPTER.value)
+  ):
+    raise ValueError(
+      f"--rope_scaling cannot replace that of {_ADAPTER.value}: such an adapter"
+      " brings the one it was tuned with."
+    )
   shared_flags.check_output(_OUTPUT, ".json")
 
 
@@ -260,15 +266,19 @@ def main() -> None:
   _check_flags()
   folder = pathlib.Path(_MODEL.value or assets.MODEL)
   config = convert.load_config(folder)
+  if _ROPE_SCALING.value is not None:
+    config = resolve.extended(
+      config,
+      _ROPE_SCALING.value,
+      _ROPE_FACTOR.value,
+      max(_CONTEXT_LENS.value or ()),
+    )
   model = None
   if _ADAPTER.value is not None:
     model = _load(folder, config)
     config = model.config
   context_lens = _CONTEXT_LENS.value or (config.context_len,)
   _check_protocol(context_lens)
-  config = resolve.extended(
-    config, _ROPE_SCALING.value, _ROPE_FACTOR.value, max(context_lens)
-  )
   layers = {
     n: resolve.trained_or_made(_PATTERN.value, _ADAPTER.value, config, n)
     for n in context_lens

@@ -305,6 +305,15 @@ def _own_config(folder: pathlib.Path) -> dict[str, Any] | None:
   return json_file.read(path) if path.is_file() else None
 
 
+def has_settings(folder: str | os.PathLike[str]) -> bool:
+  """Returns whether an adapter says its rope scaling; those of PEFT do not.
+
+  Args:
+    folder: The adapter's folder.
+  """
+  return (pathlib.Path(folder) / _OWN_CONFIG).is_file()
+
+
 def load_patterns(
   folder: str | os.PathLike[str],
 ) -> tuple[AttentionPattern | Mixture, ...] | None:
@@ -378,6 +387,7 @@ def load_adapter(
   base_folder: str | os.PathLike[str],
   folder: str | os.PathLike[str],
   *,
+  config: LlamaConfig | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = jnp.float32,
 ) -> Llama:
@@ -388,6 +398,8 @@ def load_adapter(
   Args:
     base_folder: The model's folder.
     folder: The adapter's, from `save_adapter` or from PEFT.
+    config: Replaces the model's, for example for the rope scaling that an
+      adapter of PEFT was tuned with; see `has_settings`.
     dtype: Dtype of the computation.
     param_dtype: Dtype of the frozen weights.
 
@@ -398,7 +410,9 @@ def load_adapter(
   """
   folder = pathlib.Path(folder)
   lora = _adapter_config(folder / _CONFIG)
-  config = _adapted_config(folder, convert.load_config(base_folder))
+  if config is None:
+    config = convert.load_config(base_folder)
+  config = _adapted_config(folder, config)
   tensors = SafetensorsFiles([folder / _WEIGHTS])
   model = convert.load_model(
     base_folder,
@@ -408,6 +422,18 @@ def load_adapter(
     param_dtype=param_dtype,
     quantize_by=(_own_config(folder) or {}).get("quantize"),
   )
+  head, embedding = _PREFIX + _HEAD, _PREFIX + _EMBEDDING
+  if (
+    config.tie_embeddings
+    and embedding in tensors
+    and head not in tensors
+    and not json_file.read(folder / _CONFIG).get("ensure_weight_tying")
+  ):
+    raise ValueError(
+      f"{folder}: the embedding was trained, but not the head that is tied to"
+      " it, to which PEFT gives weights of its own: tune it with"
+      " ensure_weight_tying=True."
+    )
   names, targets = {}, {}
   for path, array in convert.parameters(model).items():
     of_path = [
@@ -421,7 +447,6 @@ def load_adapter(
       targets[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
   read = convert.read_parameters(targets, names, tensors, folder)
   used = {name for of_path in names.values() for name in of_path}
-  head, embedding = _PREFIX + _HEAD, _PREFIX + _EMBEDDING
   if config.tie_embeddings and head in tensors:
     if embedding not in tensors or not np.array_equal(
       tensors[head](), tensors[embedding]()

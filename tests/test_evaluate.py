@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import types
 
 import absl.logging
@@ -313,6 +314,28 @@ def test_rope_scaling_is_not_put_on_an_adapter(run_command, files, capsys):
   assert (
     "an adapter brings the one it was tuned with" in capsys.readouterr().err
   )
+
+
+def test_rope_scaling_can_be_said_for_an_adapter_of_peft(
+  evaluate, files, tmp_path, monkeypatch
+):
+  warnings = []
+  monkeypatch.setattr(
+    absl.logging, "warning", lambda text, *args: warnings.append(text % args)
+  )
+  # What PEFT writes has no scca_config.json.
+  plain = tmp_path / "plain"
+  shutil.copytree(files.folder / "adapter", plain)
+  (plain / "scca_config.json").unlink()
+  found, _ = evaluate(
+    f"--adapter={plain}",
+    f"--context_lens={2 * CONTEXT}",
+    "--rope_scaling=linear",
+  )
+  expect(found, {2 * CONTEXT: measure(files.tuned, files, 2 * CONTEXT)})
+  assert not warnings
+  evaluate(f"--adapter={plain}", "--num_windows=1")
+  assert "does not say what rope scaling" in warnings[0]
 
 
 def test_an_adapter_without_its_pattern_cannot_be_run_with_it(

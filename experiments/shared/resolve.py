@@ -61,11 +61,18 @@ def load_model(
   Args:
     source: Hugging Face folder or GGUF file.
     adapter: Folder of the adapter, which brings its own rope scaling.
-    config: Configuration of a model without adapter; None takes its own.
+    config: Replaces the model's; None takes its own.
     **dtypes: `dtype` and `param_dtype`.
   """
   if adapter is not None:
-    return adapters.load_adapter(source, adapter, **dtypes)
+    model = adapters.load_adapter(source, adapter, config=config, **dtypes)
+    if model.config.rope_scaling is None and not adapters.has_settings(adapter):
+      logging.warning(
+        "The adapter %s does not say what rope scaling it was tuned with, and"
+        " none is set: if it had one, the model is much worse without.",
+        adapter,
+      )
+    return model
   return convert.load_model(source, config=config, **dtypes)
 
 

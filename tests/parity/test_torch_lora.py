@@ -215,3 +215,28 @@ def test_three_steps_of_adamw_train_what_pytorch_trains(pair, by_torch_name):
     assert np.median(np.abs(after - before[name])) > 5e-4, name
     error = np.abs(found[name] - after)
     assert error.max() < 1e-5 and error.mean() < 1e-7, name
+
+
+def test_an_embedding_trained_without_its_tied_head_is_refused(
+  tmp_path, random_llama
+):
+  base = random_llama(tie_word_embeddings=True)
+  base.save_pretrained(tmp_path / "base")
+  with pytest.warns(UserWarning, match="ensure_weight_tying"):
+    theirs = peft.get_peft_model(
+      base,
+      peft.LoraConfig(
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+        task_type="CAUSAL_LM",
+      ),
+    )
+  head = theirs.get_output_embeddings().weight
+  assert all(
+    parameter is not head
+    for parameter in theirs.parameters()
+    if parameter.requires_grad
+  )
+  theirs.save_pretrained(tmp_path / "adapter")
+  with pytest.raises(ValueError, match="ensure_weight_tying=True"):
+    adapters.load_adapter(tmp_path / "base", tmp_path / "adapter")
