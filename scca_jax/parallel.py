@@ -42,10 +42,15 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from scca_jax import sharding
-from scca_jax.backends import registry
+from scca_jax.backends import registry, unions
 from scca_jax.backends.contract import BackEnd, Call
-from scca_jax.backends.heads import join_heads, take_heads
-from scca_jax.patterns import AttentionPattern, Boundary, HeadPattern
+from scca_jax.backends.heads import join_heads, kv_heads_of, take_heads
+from scca_jax.patterns import (
+  AttentionPattern,
+  Boundary,
+  HeadPattern,
+  union_parts,
+)
 
 # Fields of a head that `_local_pattern` knows; a head that uses another one is
 # exchanged whole.
@@ -246,18 +251,6 @@ def _put(x: jax.Array, part: jax.Array, heads: Sequence[int]) -> jax.Array:
   if list(heads) == list(range(first, first + count)):
     return lax.dynamic_update_slice_in_dim(x, part, first, axis=2)
   return x.at[:, : part.shape[1], np.array(heads)].set(part, mode="clip")
-
-
-def _shared(kv_heads: Sequence[int]) -> list[int]:
-  """Returns the key heads once each, if as many queries in a row share them.
-
-  Otherwise it returns one for each query head.
-  """
-  unique = list(dict.fromkeys(kv_heads))
-  count = len(kv_heads) // len(unique)
-  if list(kv_heads) == [head for head in unique for _ in range(count)]:
-    return unique
-  return list(kv_heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -510,7 +503,7 @@ def _attend_part(
   kv_heads = [place // call.group_size for place in part.heads]
   pattern = AttentionPattern(part.patterns, part.boundary)
   if not part.length:
-    shared = _shared(kv_heads)
+    shared = kv_heads_of(part.heads, call.group_size)
     return call.attend(
       query,
       take_heads(key, shared),
@@ -525,7 +518,7 @@ def _attend_part(
     if front.length == part.length
   }
   if len(set(part.starts)) == 1:
-    start, shared = part.starts[0], _shared(kv_heads)
+    start, shared = part.starts[0], kv_heads_of(part.heads, call.group_size)
     front = fronts[start, part.length]
     places = [numbers[start].index(head) for head in shared]
     keys, values = (
@@ -888,6 +881,13 @@ def attend(
       f" not query_offset={call.query_offset}, {call.key.shape[1]} keys and"
       f" {call.query.shape[1]} queries."
     )
+  if (
+    call.is_union
+    and mesh.shape[sharding.SEQUENCE] > 1
+    and not unions.refuses(call)
+  ):
+    run = functools.partial(attend, mesh=mesh, back_ends=back_ends)
+    return unions.attend(call, run)
   query, key, value, pattern = call.query, call.key, call.value, call.pattern
   segment_ids = call.segment_ids
   seq_len, kv_heads = query.shape[1], key.shape[2]
@@ -967,6 +967,27 @@ def bytes_received(
     itemsize: Bytes of a number.
     batch: Sequences on the device.
   """
+  parts = union_parts(pattern)
+  if len(parts) > 1 and not any(part.before_chunk for part in parts):
+    group_size = pattern.num_heads // num_kv_heads
+    total = 0
+    for part in parts:
+      kv_heads = len(kv_heads_of(part.heads, group_size))
+      if part.num_keys is not None:
+        # Of sinks all devices receive the keys and values.
+        numbers = 2 * min(part.num_keys, seq_len) * kv_heads * head_dim
+        total += batch * numbers * itemsize
+        continue
+      total += bytes_received(
+        part.pattern,
+        seq_len=seq_len,
+        num_pieces=num_pieces,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        itemsize=itemsize,
+        batch=batch,
+      )
+    return total
   cut = _Cut(num_pieces, seq_len // num_pieces)
   call = _make_call(
     pattern,

@@ -12,19 +12,17 @@ attention with products of the dtype.
 import dataclasses
 import functools
 
-import jax
+import attention_cases as cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from scca_jax import attention, patterns, target
+from scca_jax.backends import registry
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
 pytestmark = pytest.mark.gpu
 
-# Smallest compute capability of each.
-LEAST = {"triton": (8, 0), "mosaic": (9, 0)}
-NAMES = ("output", "d_query", "d_key", "d_value")
 BF16, F16 = jnp.bfloat16, jnp.float16
 ODD = AttentionPattern(
   (
@@ -87,6 +85,32 @@ CASES = {
     {},
   ),
   "anything, local": (ODD, 1111, 128, 2, BF16, {"batch": 2}),
+  "near": (
+    patterns.scca_near(8, 256, 4, sinks=64),
+    1000,
+    128,
+    4,
+    BF16,
+    {"batch": 2},
+  ),
+  "near, segments": (
+    patterns.scca_near(8, 128, 8),
+    1000,
+    64,
+    8,
+    F16,
+    {"segments": 5},
+  ),
+  "flow, own chunk, local": (
+    dataclasses.replace(
+      patterns.scca_flow(8, 128, 8, own_chunk=True, sinks=5), boundary="local"
+    ),
+    1000,
+    64,
+    2,
+    BF16,
+    {},
+  ),
   "short": (patterns.scca_fixed(2, 4), 9, 64, 1, BF16, {}),
   "large scores": (patterns.scca_fixed(4, 256), 1024, 64, 4, F16, {"size": 60}),
   "segments": (
@@ -116,13 +140,15 @@ CASES = {
 }
 
 
-@pytest.fixture(params=LEAST)
+def _skip_unless_it_runs(name):
+  reason = registry.BACK_ENDS[name].refuses_device(target.current())
+  if reason:
+    pytest.skip(reason)
+
+
+@pytest.fixture(params=["triton", "mosaic"])
 def implementation(request):
-  capability = target.current().compute_capability
-  if capability < LEAST[request.param] or (
-    request.param == "mosaic" and capability[0] != 9
-  ):
-    pytest.skip(f"{request.param} does not run on {target.current().kind}")
+  _skip_unless_it_runs(request.param)
   return request.param
 
 
@@ -135,170 +161,122 @@ def _segment_ids(segments, batch, seq_len):
   return jnp.asarray(np.stack(ids) % 4, jnp.int32)
 
 
-def _dense(query, key, value, seen, scale, dtype):
-  """Returns dense attention with products of the dtype."""
-  group_size = query.shape[2] // key.shape[2]
-  query, key, value = (x.astype(dtype) for x in (query, key, value))
-  key, value = (jnp.repeat(x, group_size, axis=2) for x in (key, value))
-  product = functools.partial(
-    jnp.einsum, preferred_element_type=jnp.float32, precision="highest"
-  )
-  scores = scale * product("bqhd,bkhd->bhqk", query, key)
-  scores = jnp.where(seen, scores, -1e30)
-  top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-  weights = jnp.where(seen, jnp.exp(scores - top), 0)
-  total = weights.sum(axis=-1, keepdims=True)
-  total = jnp.where(total == 0, 1, total)
-  output = product("bhqk,bkhd->bqhd", (weights / total).astype(dtype), value)
-  log_sum = (top + jnp.log(total))[..., 0]
-  return output, jnp.swapaxes(log_sum, 1, 2)
-
-
-def _error(found, truth):
-  """Returns the error in the 2-norm, relative to the truth."""
-  found, truth = (np.asarray(x, np.float64) for x in (found, truth))
-  assert np.isfinite(found).all()
-  return np.linalg.norm(found - truth) / max(np.linalg.norm(truth), 1e-30)
-
-
-def _check(implementation, case, with_log_sum=True, deterministic=False):
+def _inputs(case):
+  """Returns the arrays of a case, and its segment ids."""
   pattern, seq_len, head_dim, kv_heads, dtype, more = case
-  batch, size = more.get("batch", 1), more.get("size", 1)
-  heads = pattern.num_heads
-  random = np.random.default_rng(0)
-  arrays = [
-    jnp.asarray(
-      factor * random.normal(size=(batch, seq_len, n, head_dim)), dtype
-    )
-    for n, factor in ((heads, size), (kv_heads, 1), (kv_heads, 1), (heads, 1))
-  ]
-  seen = jnp.asarray(pattern.visible(seq_len))[None]
+  batch = more.get("batch", 1)
+  query, *others, d_log_sum = cases.make_inputs(
+    pattern.num_heads, seq_len, kv_heads, head_dim=head_dim, batch=batch
+  )
+  arrays = (more.get("size", 1) * query, *others)
   ids = None
   if "segments" in more:
     ids = _segment_ids(more["segments"], batch, seq_len)
-    same = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, None, :]
-    seen = seen & same[:, None]
-  empty = np.asarray(~seen.any(axis=-1)).swapaxes(1, 2)
-  empty = np.broadcast_to(empty, (batch, seq_len, heads))
-  d_log_sum = random.normal(size=empty.shape)
-  d_log_sum = jnp.asarray(np.where(empty, 0, d_log_sum), jnp.float32)
-  d_log_sum = d_log_sum if with_log_sum else 0 * d_log_sum
-  scale = head_dim**-0.5
+  return (*(x.astype(dtype) for x in arrays), d_log_sum), ids
 
-  @jax.jit
-  def ours(query, key, value, d_output):
-    def attend(*x):
-      return attention(
-        *x,
-        pattern,
-        segment_ids=ids,
-        implementation=implementation,
-        return_lse=with_log_sum,
-        deterministic=deterministic,
-      )
 
-    if not with_log_sum:
-      output, vjp = jax.vjp(attend, query, key, value)
-      return output, None, *vjp(d_output)
-    (output, log_sum), vjp = jax.vjp(attend, query, key, value)
-    return output, log_sum, *vjp((d_output, d_log_sum))
+def _attend(implementation, return_lse=True, **settings):
+  attend = functools.partial(
+    attention,
+    implementation=implementation,
+    return_lse=return_lse,
+    **settings,
+  )
+  return attend if return_lse else lambda *x, **more: (attend(*x, **more), None)
 
-  @functools.partial(jax.jit, static_argnums=4)
-  def dense(query, key, value, d_output, dtype):
-    wide = [x.astype(jnp.float32) for x in (query, key, value)]
-    attend = functools.partial(_dense, seen=seen, scale=scale, dtype=dtype)
-    (output, log_sum), vjp = jax.vjp(attend, *wide)
-    return output, log_sum, *vjp((d_output.astype(jnp.float32), d_log_sum))
 
-  found = ours(*arrays)
-  truth = dense(*arrays, jnp.float32)
-  rounded = dense(*arrays, dtype)
-  for i, name in zip((0, 2, 3, 4), NAMES, strict=True):
-    assert found[i].dtype == dtype
-    allowed = 2 * _error(rounded[i].astype(dtype), truth[i]) + 1e-6
-    assert _error(found[i], truth[i]) <= allowed, name
-  for i in (0, 2):
-    assert not np.any(np.asarray(found[i], np.float32)[empty])
-  if with_log_sum:
-    log_sum = np.asarray(found[1])
-    np.testing.assert_array_equal(log_sum == -np.inf, empty)
+def _check(attend, case):
+  pattern = case[0]
+  inputs, ids = _inputs(case)
+  found = cases.run(inputs, ids, attend=attend, pattern=pattern)
+  has_log_sum = "log_sum" in found
+  if not has_log_sum:
+    inputs = (*inputs[:4], jnp.zeros_like(inputs[4]))
+  wide = tuple(x.astype(jnp.float32) for x in inputs)
+  truth = cases.run(wide, ids, attend=cases.dense, pattern=pattern)
+  rounded = cases.run(inputs, ids, attend=cases.dense, pattern=pattern)
+  log_sum = np.asarray(truth.pop("log_sum"))
+  empty = log_sum == -np.inf
+  if has_log_sum:
+    ours = np.asarray(found.pop("log_sum"))
+    np.testing.assert_array_equal(ours == -np.inf, empty)
     np.testing.assert_allclose(
-      log_sum[~empty], np.asarray(truth[1])[~empty], rtol=1e-3, atol=1e-3
+      ours[~empty], log_sum[~empty], rtol=1e-3, atol=1e-3
     )
+  assert all(x.dtype == case[4] for x in found.values())
+  # In the 2-norm.
+  cases.compare_half(found, rounded, truth, order=2, slack=1e-6)
+  for name in ("output", "d_query"):
+    assert not np.any(np.asarray(found[name], np.float32)[empty]), name
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_as_exact_as_dense_attention(implementation, name):
-  _check(implementation, CASES[name])
+  _check(_attend(implementation), CASES[name])
 
 
 @pytest.mark.parametrize(
   "name", ["scca_fixed", "fixed, GQA", "anything, local", "segments"]
 )
 def test_deterministic_gradients_are_as_exact(name):
-  if target.current().compute_capability[0] != 9:
-    pytest.skip(f"mosaic does not run on {target.current().kind}")
-  _check("mosaic", CASES[name], deterministic=True)
+  _skip_unless_it_runs("mosaic")
+  _check(_attend("mosaic", deterministic=True), CASES[name])
 
 
 def test_deterministic_gradients_have_the_same_bits(implementation):
-  shape = 1, 4096, 8, 128
-  random = np.random.default_rng(0)
-  arrays = [jnp.asarray(random.normal(size=shape), BF16) for _ in range(4)]
-
-  @jax.jit
-  def gradients(*inputs, d_output):
-    def attend(*x):
-      return attention(
-        *x,
-        patterns.scca_fixed(8, 1024),
-        implementation=implementation,
-        deterministic=True,
-      )
-
-    return jax.vjp(attend, *inputs)[1](d_output)
-
-  first = gradients(*arrays[:3], d_output=arrays[3])
+  inputs = cases.make_inputs(8, 4096, 8, head_dim=128, batch=1)
+  inputs = (*(x.astype(BF16) for x in inputs[:4]), inputs[4])
+  gradients = functools.partial(
+    cases.run,
+    inputs,
+    attend=_attend(implementation, deterministic=True),
+    pattern=patterns.scca_fixed(8, 1024),
+  )
+  first = gradients()
   for _ in range(100):
-    again = gradients(*arrays[:3], d_output=arrays[3])
-    assert all(map(jnp.array_equal, first, again))
+    again = gradients()
+    assert all(jnp.array_equal(x, again[name]) for name, x in first.items())
 
 
 @pytest.mark.parametrize(
   "name", ["dense", "local", "sliding", "s2", "fixed, GQA", "flow, local"]
 )
 def test_cudnn_is_as_exact_as_dense_attention(name):
-  if target.current().compute_capability < (8, 0):
-    pytest.skip(f"cudnn does not run on {target.current().kind}")
-  _check("cudnn", CASES[name], with_log_sum=False)
+  _skip_unless_it_runs("cudnn")
+  _check(_attend("cudnn", return_lse=False), CASES[name])
+
+
+@pytest.mark.parametrize(
+  "name", ["longmixed, shared keys", "near", "large scores"]
+)
+def test_gradients_are_equal_in_every_run(implementation, name):
+  attend = _attend(implementation, deterministic=True)
+  inputs, ids = _inputs(CASES[name])
+  first, second = (
+    cases.run(inputs, ids, attend=attend, pattern=CASES[name][0])
+    for _ in range(2)
+  )
+  for name, x in first.items():
+    np.testing.assert_array_equal(x, second[name], err_msg=name)
+
+
+def test_gradients_of_shared_keys_are_equal_in_every_run_by_xla():
+  pattern = patterns.longmixed(16, 128).interleaved(2)
+  inputs = cases.make_inputs(16, 1000, 2, head_dim=64)
+  attend = _attend("xla", deterministic=True)
+  first, second = (
+    cases.run(inputs, attend=attend, pattern=pattern) for _ in range(2)
+  )
+  for name, x in first.items():
+    np.testing.assert_array_equal(x, second[name], err_msg=name)
 
 
 def test_transformations_change_nothing(implementation):
-  pattern = patterns.longmixed(4, 128)
-  random = np.random.default_rng(0)
-  query, key, value = (
-    jnp.asarray(random.normal(size=(3, 500, n, 64)), BF16) for n in (4, 2, 2)
+  inputs = cases.make_inputs(4, 500, head_dim=64, batch=3)
+  cases.check_transformations(
+    _attend(implementation, return_lse=True),
+    1e-5,
+    [x.astype(BF16) for x in inputs],
+    patterns.longmixed(4, 128),
+    segmented=False,
   )
-
-  def attend(*x):
-    return attention(*x, pattern, implementation=implementation)
-
-  def one_by_one(*x):
-    return jax.vmap(attend)(*(y[:, None] for y in x))[:, 0]
-
-  def loss(way, *x):
-    return jnp.sum(jnp.sin(way(*x).astype(jnp.float32)))
-
-  results = [
-    jax.jit(jax.value_and_grad(functools.partial(loss, way), (0, 1, 2)))(
-      query, key, value
-    )
-    for way in (attend, one_by_one, jax.checkpoint(attend))
-  ]
-  for result in results[1:]:
-    for a, b in zip(
-      jax.tree.leaves(results[0]), jax.tree.leaves(result), strict=True
-    ):
-      np.testing.assert_allclose(
-        np.asarray(a, np.float32), np.asarray(b, np.float32), 1e-5, 1e-6
-      )

@@ -27,6 +27,11 @@ CASES = {
     patterns.scca_flow(HEADS, 32, 8),
     0 + 32 + 5 * PIECE + 32,
   ),
+  # The shifts are 1, 1, 2, 3, 4, 5, 6 and 7 chunks; its own chunk is there.
+  "scca_near": (
+    patterns.scca_near(HEADS, 32, 8),
+    2 * 32 + 5 * PIECE + 32,
+  ),
   "sliding": (patterns.sliding(HEADS, 10), HEADS * 9),
   "dna": (patterns.dna(HEADS, 5, 3), HEADS * 12),
   "dilated": (patterns.dilated(HEADS, 32, 4), 0),

@@ -63,6 +63,11 @@ class Call:
     return any(x is not None and varying_axes(x) for x in arrays)
 
   @property
+  def is_union(self) -> bool:
+    """Whether heads see their own chunk or sinks beside their first part."""
+    return any(head.is_union for head in self.pattern.head_groups())
+
+  @property
   def has_cache(self) -> bool:
     """Whether queries stand elsewhere than the keys, as in decoding."""
     return (
@@ -136,6 +141,12 @@ class BackEnd:
   furthest: int | None = None
   max_dilation: int | None = None
   max_size: int | None = None
+
+  @property
+  def serves_unions(self) -> bool:
+    """Whether it obeys `own_chunk` and `sinks` by itself."""
+    union = {"own_chunk", "sinks"}
+    return self.pattern_fields is None or union <= self.pattern_fields
 
   def refuses_device(self, device: Target) -> str | None:
     """Returns why it does not run on a device, or None if it does."""

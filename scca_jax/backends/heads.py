@@ -22,6 +22,8 @@ def take_heads(x: jax.Array, heads: Sequence[int]) -> jax.Array:
     heads: Indices, in any order.
   """
   heads = [int(head) for head in heads]
+  if heads == list(range(x.shape[2])):
+    return x
   if _is_range(heads):
     return x[:, :, heads[0] : heads[0] + len(heads)]
   unique = list(dict.fromkeys(heads))
@@ -57,6 +59,23 @@ def join_heads(
   order = [head for of_part in heads for head in of_part]
   joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
   return take_heads(joined, np.argsort(order).tolist())
+
+
+def kv_heads_of(heads: Sequence[int], group_size: int) -> list[int]:
+  """Returns the key heads for a call of some query heads alone.
+
+  Each is returned once if as many query heads in a row share it; otherwise one
+  is returned for each query head.
+
+  Args:
+    heads: Query heads.
+    group_size: Query heads that share a key head.
+  """
+  kv_heads = [head // group_size for head in heads]
+  unique = list(dict.fromkeys(kv_heads))
+  count = len(kv_heads) // len(unique)
+  shared = [head for head in unique for _ in range(count)]
+  return unique if kv_heads == shared else kv_heads
 
 
 def safe_maximum(maximum: jax.Array) -> jax.Array:

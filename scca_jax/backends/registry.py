@@ -12,7 +12,7 @@ import jax
 from absl import logging
 
 from scca_jax import target
-from scca_jax.backends import blocks
+from scca_jax.backends import blocks, unions
 from scca_jax.backends.contract import Attend, BackEnd, Call
 from scca_jax.backends.heads import vary_alike
 
@@ -183,6 +183,8 @@ def _log_once(chosen: str, reasons: tuple[str, ...]) -> None:
 
 def _run(back_end: BackEnd, call: Call) -> tuple[jax.Array, jax.Array | None]:
   """Raises NotImplementedError for a call that the back end refuses."""
+  if call.is_union and not back_end.serves_unions and not unions.refuses(call):
+    return unions.attend(call, functools.partial(_run, back_end))
   reason = back_end.refuses(call, target.current())
   if reason:
     raise NotImplementedError(reason)

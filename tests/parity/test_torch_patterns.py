@@ -3,10 +3,10 @@
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
+import attention_cases as shared
 import numpy as np
 import pytest
+from attention_cases import NAMES, TOLERANCE
 
 torch = pytest.importorskip("torch", reason="parity needs the extra parity")
 
@@ -14,12 +14,6 @@ import torch_attention as written  # noqa: E402
 
 from scca_jax import attention, patterns  # noqa: E402
 
-# That of every implementation in float32 (SPEC 3). PyTorch computes in float64
-# here, so that no error but ours counts.
-TOLERANCE = 2e-5
-NAMES = ("output", "log_sum", "d_query", "d_key", "d_value")
-# The tests wait for the compiler, not for what it compiles.
-QUICKLY = {"xla_backend_optimization_level": 0}
 DENSER_PAIRS = ((8, 1), (32, 4))
 SPARSER_PAIRS = ((16, 2), (64, 4))
 HEADS = 8
@@ -177,34 +171,9 @@ def _rule(name):
 def _inputs(name):
   """Query, key, value, and the cotangents of output and log-sum-exp."""
   length, kv_heads = SIZES[_rule(name)]
-  rng = np.random.default_rng(list(CASES).index(name))
-  query, key = (2, length, HEADS, 8), (2, length, kv_heads, 8)
-  return [
-    rng.normal(size=shape).astype(np.float32)
-    for shape in (query, key, key, query, query[:3])
-  ]
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=("pattern", "implementation"),
-  compiler_options=QUICKLY,
-)
-def _run(query, key, value, d_output, d_log_sum, *, pattern, implementation):
-  def both(query, key, value):
-    output, log_sum = attention(
-      query,
-      key,
-      value,
-      pattern,
-      implementation=implementation,
-      return_lse=True,
-    )
-    # -inf is no number to differentiate.
-    return (output, jnp.where(log_sum > -jnp.inf, log_sum, 0.0)), log_sum
-
-  (output, _), vjp, log_sum = jax.vjp(both, query, key, value, has_aux=True)
-  return output, log_sum, *vjp((d_output, d_log_sum))
+  return shared.make_inputs(
+    HEADS, length, kv_heads, seed=list(CASES).index(name)
+  )
 
 
 @functools.cache
@@ -216,30 +185,37 @@ def _ours_of_rule(rule, implementation):
     for parts in zip(*(_parts(name) for name in names), strict=True)
   )
   columns = zip(*(_inputs(name) for name in names), strict=True)
-  results = _run(
-    *(np.concatenate(column, axis=2) for column in columns),
+  results = shared.run(
+    tuple(np.concatenate(column, axis=2) for column in columns),
+    attend=functools.partial(
+      attention, implementation=implementation, return_lse=True
+    ),
     pattern=pattern,
-    implementation=implementation,
   )
-  split = [np.split(np.asarray(x), len(names), axis=2) for x in results]
-  return dict(zip(names, zip(*split, strict=True), strict=True))
+  split = {
+    key: np.split(np.asarray(x), len(names), axis=2)
+    for key, x in results.items()
+  }
+  return {
+    name: {key: x[i] for key, x in split.items()}
+    for i, name in enumerate(names)
+  }
 
 
 def _ours(name, implementation):
-  found = _ours_of_rule(_rule(name), implementation)[name]
-  return dict(zip(NAMES, found, strict=True))
+  return _ours_of_rule(_rule(name), implementation)[name]
 
 
 @functools.cache
 def _theirs(name):
   _, function = CASES[name]
-  *inputs, d_output, d_log_sum = (torch.tensor(x) for x in _inputs(name))
-  inputs = [x.double().requires_grad_() for x in inputs]
+  # In float64, so that no error but ours counts.
+  arrays = (torch.tensor(np.asarray(x)).double() for x in _inputs(name))
+  *inputs, d_output, d_log_sum = arrays
+  inputs = [x.requires_grad_() for x in inputs]
   output, log_sum = function(*inputs)
   finite = log_sum.masked_fill(log_sum == -torch.inf, 0.0)
-  torch.autograd.backward(
-    [output, finite], [d_output.double(), d_log_sum.double()]
-  )
+  torch.autograd.backward([output, finite], [d_output, d_log_sum])
   found = (output, log_sum, *(x.grad for x in inputs))
   return {
     name: x.detach().numpy() for name, x in zip(NAMES, found, strict=True)
@@ -249,11 +225,7 @@ def _theirs(name):
 @implementations
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients_equal_those_of_pytorch(name, implementation):
-  ours = _ours(name, implementation)
-  for key, expected in _theirs(name).items():
-    np.testing.assert_allclose(
-      ours[key], expected, rtol=TOLERANCE, atol=TOLERANCE, err_msg=key
-    )
+  shared.compare(_ours(name, implementation), _theirs(name))
 
 
 @implementations
@@ -281,7 +253,7 @@ def test_queries_without_keys_get_exactly_nothing(
 
 @implementations
 def test_the_roll_of_s2_changes_only_queries_that_wrap_round(implementation):
-  inputs = [torch.tensor(x) for x in _inputs("s2 split")[:3]]
+  inputs = [torch.tensor(np.asarray(x)) for x in _inputs("s2 split")[:3]]
   rolled, _ = written.s2_rolled(*inputs, chunk_size=16)
   exact = _ours("s2 split", implementation)["output"]
   differs = np.abs(rolled.numpy() - exact).max(axis=(0, 3)) > TOLERANCE
