@@ -1,32 +1,32 @@
-"""Attention over a mesh of devices: sequences, heads and pieces of sequences.
+"""Attention over a mesh: batch, heads and the sequence are sharded.
 
-Every device runs an ordinary `scca_jax.attention` on what it has. Sequences and
-heads need nothing from each other. Where a sequence is cut in pieces, a head's
-pattern says what a piece needs of the others:
+Every device calls a back end on its shard. Shards of the batch and of the heads
+need nothing from each other. Where the sequence is sharded, a head's pattern
+says what a shard needs of the others:
 
-* chunks within a piece need nothing;
-* a head that looks back by less than a piece needs the keys just in front of
-  it, a *halo*: half a chunk for `scca_fixed` and S2, the reach of a window;
-* a head shifted by `s` tokens, a chunk or more, needs one piece's length of
-  keys, from `s` tokens before it (`scca_flow`);
+* chunks within a shard need nothing;
+* a head that looks back by less than a shard needs the keys just before it, a
+  *halo*: half a chunk for `scca_fixed` and S2, the reach of a window;
+* a head shifted by `s` tokens, a chunk or more, needs a halo of one shard's
+  length that starts `s` tokens before the shard (`scca_flow`);
 * a head that sees the whole sequence, dense or dilated, is exchanged: each
   device gets all tokens of some of those heads (DeepSpeed-Ulysses, arXiv
   2309.14509).
 
-Keys from in front are put before the piece's own, with as many idle queries:
-borders, shifts and distances stay what they are, positions stay in order, and
-any implementation can serve the call. A halo is for the first few queries of a
-piece alone: all are served by its own keys, then those once more, with a halo
-in front. Where those are most of a piece, or all, one call does it, and segment
-0 hides what would lie before the first token. Gradients go back the way the
-keys came.
+A halo is put before the shard's own keys, with as many idle queries: chunk
+borders, shifts and distances stay as they are, positions stay in order, and any
+back end can serve the call. A short halo matters only to the first few queries
+of a shard: all queries are served with the shard's own keys, then those few
+once more with the halo. Where they are most of a shard, one call with the halo
+serves all, and segment 0 hides what would lie before the first token. Gradients
+travel back along the messages.
 
-All that goes from a device to another one so many pieces on is one message, a
-`ppermute`, whatever heads it is for. Where devices have heads of different
-patterns (`tensor`), each takes its own branch; messages are of one size.
+Everything sent to the device `d` shards ahead goes in one `ppermute`, whatever
+heads it is for. Where devices have heads of different patterns (`tensor`), each
+takes its own branch; messages have one size.
 
-The module is long because what is planned, sent and computed must agree to the
-token, and is read best side by side.
+The parts of this module: the plan (`_plan`), messages, local calls, heads
+exchanged whole, and `attend`.
 """
 
 import dataclasses
@@ -57,30 +57,30 @@ from scca_jax.patterns import (
 _LOCAL_FIELDS = frozenset(
   {"chunk_size", "offset", "shift", "dilation", "window", "select"}
 )
-# What a place without a head attends to: little.
+# Pattern of padding heads: each query sees only itself.
 _IDLE = HeadPattern(window=1)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cut:
-  """How a sequence is cut.
+class _Split:
+  """How a sequence is split.
 
   Attributes:
-    num_pieces: Pieces, one a device along the axis `sequence`.
-    length: Tokens of a piece.
+    num_shards: Shards, one per device along the axis `sequence`.
+    length: Tokens per shard.
   """
 
-  num_pieces: int
+  num_shards: int
   length: int
 
 
 @dataclasses.dataclass(frozen=True)
-class _Front:
-  """Keys that a piece needs of those before it.
+class _Halo:
+  """Keys that a shard needs from the shards before it.
 
   Attributes:
-    start: They begin so many tokens before the piece.
-    length: Tokens, at most a piece.
+    start: How many tokens before the shard they begin.
+    length: Number of tokens, at most a shard.
     kv_heads: Key heads.
   """
 
@@ -88,30 +88,32 @@ class _Front:
   length: int
   kv_heads: tuple[int, ...]
 
-  def sources(self, cut: _Cut) -> list[tuple[int, int, int]]:
-    """Returns where they are, the first ones first.
+  def sources(self, split: _Split) -> list[tuple[int, int, int]]:
+    """Returns where the keys are, in order.
 
-    Each is how many pieces before this one, first and last token there.
+    Each entry is the distance in shards, and the first token and the end there.
     """
     found = []
-    for distance in range(-(-self.start // cut.length), -1, -1):
-      first = max(0, distance * cut.length - self.start)
-      last = min(cut.length, distance * cut.length - self.start + self.length)
+    for distance in range(-(-self.start // split.length), -1, -1):
+      first = max(0, distance * split.length - self.start)
+      last = min(
+        split.length, distance * split.length - self.start + self.length
+      )
       if first < last:
         found.append((distance, first, last))
     return found
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-  """Query heads that one local call serves.
+class _LocalCall:
+  """Query heads that one call on the device serves.
 
   Attributes:
-    heads: Their numbers on the device.
-    patterns: What each attends to among its front and the piece.
-    starts: Where the front of each begins, in tokens before the piece.
-    length: Of the fronts, in tokens; 0 is none.
-    num_queries: Of the piece, from its first on; 0 is all.
+    heads: Their indices on the device.
+    patterns: Pattern of each head relative to its halo.
+    starts: Where the halo of each begins, in tokens before the shard.
+    length: Length of the halos, in tokens; 0 is no halo.
+    num_queries: How many queries are served, the first of the shard; 0 is all.
     boundary: See `AttentionPattern`.
   """
 
@@ -128,31 +130,32 @@ class _Plan:
   """How a device serves its heads.
 
   Attributes:
-    parts: Local calls, each head in one.
-    firsts: Local calls for the first queries of heads of the part without a
-      front, in all pieces but the first.
-    fallbacks: Those heads of `boundary="local"` that some queries meet without
-      a shift, a call more; and their own patterns, which say which queries.
-    whole: Heads that must have the whole sequence.
-    fronts: What the calls need from in front.
+    calls: Local calls; each head that is not exchanged is in one.
+    repeated: Local calls that serve the first queries of a shard again, with a
+      halo, in all shards but the first.
+    fallbacks: Heads that serve some queries without the shift
+      (`boundary="local"`), in one more call, and their patterns, which say
+      which queries.
+    whole: Heads that need the whole sequence.
+    halos: What the calls need of other shards.
   """
 
-  parts: tuple[_Part, ...]
-  firsts: tuple[_Part, ...]
+  calls: tuple[_LocalCall, ...]
+  repeated: tuple[_LocalCall, ...]
   fallbacks: tuple[tuple[int, HeadPattern], ...]
   whole: tuple[int, ...]
-  fronts: tuple[_Front, ...]
+  halos: tuple[_Halo, ...]
 
 
 def _local_pattern(
-  head: HeadPattern, pattern: AttentionPattern, cut: _Cut
+  head: HeadPattern, pattern: AttentionPattern, split: _Split
 ) -> tuple[HeadPattern, int, int, int] | None:
-  """Returns what a head is behind a front, and of that the start and length.
+  """Returns the head's pattern relative to its halo, and what it needs.
 
-  The last is how many queries of a piece need the front, from the first on.
-  None if the head needs the whole sequence.
+  That is the halo's start and length, and how many queries of a shard depend on
+  it, from the first on. None if the head needs the whole sequence.
   """
-  size, length = head.chunk_size, cut.length
+  size, length = head.chunk_size, split.length
   if pattern.causality == "slot" or head.in_use() - _LOCAL_FIELDS:
     return None
   if head.select is not None and length % head.dilation:
@@ -161,87 +164,87 @@ def _local_pattern(
     falls_back = pattern.boundary == "local" and head.dilation > 1
     if head.window is None or (falls_back and head.shift):
       return None
-    start = front = queries = head.shift + (head.window - 1) * head.dilation
+    start = halo = queries = head.shift + (head.window - 1) * head.dilation
   elif length % size:
     return None
   elif head.offset % size == 0:
     start = head.shift
-    # A shift below a chunk leaves order to positions: the piece's own keys must
-    # lie where they are. From a chunk on all that is in reach comes earlier.
-    front, queries = (start, size) if start < size else (length, length)
+    # With a shift below a chunk, causality is up to positions, and the shard's
+    # own keys must stay where they are. From a chunk on, all keys are earlier.
+    halo, queries = (start, size) if start < size else (length, length)
   elif head.shift == 0:
-    start = front = -head.offset % size
+    start = halo = -head.offset % size
     queries = head.offset % size
   else:
     return None
-  if front > length:
+  if halo > length:
     return None
   local = dataclasses.replace(
     head,
-    offset=0 if size is None else (head.offset + front) % size,
-    # Of chunks, from the first query to the first key of the front.
-    shift=front if head.shift and size is not None else head.shift,
+    offset=0 if size is None else (head.offset + halo) % size,
+    # In chunks, the distance from the first query to the first halo key.
+    shift=halo if head.shift and size is not None else head.shift,
     select=None
     if head.select is None
-    else (head.select + front) % head.dilation,
+    else (head.select + halo) % head.dilation,
   )
-  return local, start, front, queries
+  return local, start, halo, queries
 
 
 def _plan(
   pattern: AttentionPattern,
   heads: Sequence[int],
   group_size: int,
-  cut: _Cut,
+  split: _Split,
 ) -> _Plan:
   """Returns how a device serves some heads of a pattern.
 
   Args:
-    pattern: Of all heads.
-    heads: Those of the device; it numbers them from 0.
-    group_size: Query heads to a key head.
-    cut: Of the sequence.
+    pattern: Pattern of all heads.
+    heads: The heads of the device, which numbers them from 0.
+    group_size: Query heads that share a key head.
+    split: How the sequence is split.
   """
   whole: list[int] = []
   fallbacks: list[tuple[int, HeadPattern]] = []
-  # By length of their fronts, number of queries, and what they share.
+  # By halo length, number of queries, and what else the heads must share.
   calls: dict[Any, list[tuple[int, HeadPattern, int]]] = {}
   for place, index in enumerate(heads):
     head = pattern.heads[index]
-    found = _local_pattern(head, pattern, cut)
+    found = _local_pattern(head, pattern, split)
     if found is None:
       whole.append(place)
       continue
-    local, start, front, queries = found
-    if front == 0 or 2 * queries <= cut.length:
+    local, start, halo, queries = found
+    if halo == 0 or 2 * queries <= split.length:
       calls.setdefault((0, 0, None), []).append((place, head, 0))
-      if front:
-        key = (front, queries, None)
+      if halo:
+        key = (halo, queries, None)
         calls.setdefault(key, []).append((place, local, start))
       continue
-    # Heads with fronts from one place share a call; those with fronts from
-    # several places do if they attend alike.
-    key = (front, 0, None if start == front else local)
+    # Heads whose halos begin together share a call; other heads do if their
+    # patterns relative to the halo are equal.
+    key = (halo, 0, None if start == halo else local)
     calls.setdefault(key, []).append((place, local, start))
     if pattern.boundary == "local" and head.shift and head.chunk_size:
       fallbacks.append((place, head))
   made = []
-  for (front, queries, _), members in calls.items():
+  for (halo, queries, _), members in calls.items():
     places, locals_, starts = zip(*members, strict=True)
-    boundary = "drop" if front else pattern.boundary
-    made.append(_Part(places, locals_, starts, front, queries, boundary))
-  fronts: dict[tuple[int, int], set[int]] = {}
-  for part in made:
-    if part.length:
-      for place, start in zip(part.heads, part.starts, strict=True):
-        kv_heads = fronts.setdefault((start, part.length), set())
+    boundary = "drop" if halo else pattern.boundary
+    made.append(_LocalCall(places, locals_, starts, halo, queries, boundary))
+  halos: dict[tuple[int, int], set[int]] = {}
+  for local in made:
+    if local.length:
+      for place, start in zip(local.heads, local.starts, strict=True):
+        kv_heads = halos.setdefault((start, local.length), set())
         kv_heads.add(place // group_size)
   return _Plan(
-    tuple(part for part in made if not part.num_queries),
-    tuple(part for part in made if part.num_queries),
+    tuple(local for local in made if not local.num_queries),
+    tuple(local for local in made if local.num_queries),
     tuple(fallbacks),
     tuple(whole),
-    tuple(_Front(*k, tuple(sorted(kv))) for k, kv in fronts.items()),
+    tuple(_Halo(*k, tuple(sorted(kv))) for k, kv in halos.items()),
   )
 
 
@@ -254,26 +257,26 @@ def _put(x: jax.Array, part: jax.Array, heads: Sequence[int]) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class _MeshCall:
   """What the devices of one call have in common.
 
   Attributes:
-    patterns: The pattern of each shard of heads.
-    plans: How each shard of heads is served.
-    group_size: Query heads to a key head.
-    cut: Of the sequence.
-    axes: Mesh axes of heads and of pieces, or None where they are not cut.
+    patterns: The pattern of each shard of the heads.
+    plans: How each shard of the heads is served.
+    group_size: Query heads that share a key head.
+    split: How the sequence is split.
+    axes: Mesh axes of the heads and of the sequence; None if not sharded.
     scale: Factor of the scores.
-    back_ends: What the local calls try, in order.
+    back_ends: Back ends that local calls try, in order.
     has_segments: Whether there are segment ids.
-    needs_log_sum: Whether the log-sum-exp is wanted.
+    needs_log_sum: Whether the log-sum-exp is needed.
     deterministic: See `scca_jax.attention`.
   """
 
   patterns: tuple[AttentionPattern, ...]
   plans: tuple[_Plan, ...]
   group_size: int
-  cut: _Cut
+  split: _Split
   axes: tuple[str | None, str | None]
   scale: float
   back_ends: tuple[BackEnd, ...]
@@ -281,16 +284,16 @@ class _Call:
   needs_log_sum: bool
   deterministic: bool
 
-  def by_shard(
+  def by_head_shard(
     self, values: Sequence[Any], function: Callable[..., Any], *args: Any
   ) -> Any:
-    """Returns `function(value, *args)` with the value of the shard of heads."""
+    """Returns `function(value, *args)` for the device's shard of the heads."""
     index = 0 if self.axes[0] is None else lax.axis_index(self.axes[0])
     return _switch(values, index, function, *args)
 
   @property
-  def piece(self) -> Any:
-    """Number of the device's piece."""
+  def shard_index(self) -> Any:
+    """Which shard of the sequence the device has, from 0."""
     return 0 if self.axes[1] is None else lax.axis_index(self.axes[1])
 
   def attend(
@@ -301,7 +304,7 @@ class _Call:
     pattern: AttentionPattern,
     segment_ids: jax.Array | None,
   ) -> tuple[jax.Array, ...]:
-    """Returns the output of a local call, and the log-sum-exp if wanted."""
+    """Returns the output of a local call, and the log-sum-exp if needed."""
     output, log_sum = registry.attend(
       Call(
         query=query,
@@ -336,46 +339,48 @@ def _switch(
   )
 
 
-# Messages from pieces before.
+# Messages from earlier shards.
 
 
-def _messages(plan: _Plan, cut: _Cut) -> dict[int, list[tuple[_Front, slice]]]:
-  """Returns what a shard needs of each piece before, by its distance."""
-  found: dict[int, list[tuple[_Front, slice]]] = {}
-  for front in plan.fronts:
-    for distance, first, last in front.sources(cut):
-      if 0 < distance < cut.num_pieces:
-        found.setdefault(distance, []).append((front, slice(first, last)))
+def _messages(
+  plan: _Plan, split: _Split
+) -> dict[int, list[tuple[_Halo, slice]]]:
+  """Returns what a shard needs of each earlier shard, by distance."""
+  found: dict[int, list[tuple[_Halo, slice]]] = {}
+  for halo in plan.halos:
+    for distance, first, last in halo.sources(split):
+      if 0 < distance < split.num_shards:
+        found.setdefault(distance, []).append((halo, slice(first, last)))
   return found
 
 
-def _message_sizes(call: _Call, head_dim: int) -> dict[int, int]:
-  """Returns the length of the message for each distance, in numbers."""
+def _message_sizes(call: _MeshCall, head_dim: int) -> dict[int, int]:
+  """Returns the number of elements of the message for each distance."""
   sizes: dict[int, int] = {}
   for plan in call.plans:
-    for distance, items in _messages(plan, call.cut).items():
+    for distance, items in _messages(plan, call.split).items():
       size = sum(
-        2 * (at.stop - at.start) * len(front.kv_heads) * head_dim
-        for front, at in items
+        2 * (at.stop - at.start) * len(halo.kv_heads) * head_dim
+        for halo, at in items
       )
       sizes[distance] = max(sizes.get(distance, 0), size)
   return sizes
 
 
 def _exchange(
-  call: _Call, key: jax.Array, value: jax.Array
+  call: _MeshCall, key: jax.Array, value: jax.Array
 ) -> dict[int, jax.Array]:
   """Returns the messages received, `[batch, size]` by distance."""
   batch, _, _, head_dim = key.shape
   sizes = _message_sizes(call, head_dim)
 
   def pack(plan: _Plan, key: jax.Array, value: jax.Array) -> list[jax.Array]:
-    messages = _messages(plan, call.cut)
+    messages = _messages(plan, call.split)
     packed = []
     for distance, size in sizes.items():
       parts = [
-        take_heads(x[:, at], front.kv_heads).reshape(batch, -1)
-        for front, at in messages.get(distance, [])
+        take_heads(x[:, at], halo.kv_heads).reshape(batch, -1)
+        for halo, at in messages.get(distance, [])
         for x in (key, value)
       ]
       parts = parts or [jnp.zeros((batch, 0), key.dtype)]
@@ -386,49 +391,49 @@ def _exchange(
 
   if not sizes:
     return {}
-  packed = call.by_shard(call.plans, pack, key, value)
-  axis, pieces = call.axes[1], call.cut.num_pieces
+  packed = call.by_head_shard(call.plans, pack, key, value)
+  axis, shards = call.axes[1], call.split.num_shards
   return {
     distance: lax.ppermute(
-      message, axis, [(i, i + distance) for i in range(pieces - distance)]
+      message, axis, [(i, i + distance) for i in range(shards - distance)]
     )
     for distance, message in zip(sizes, packed, strict=True)
   }
 
 
 def _segments_before(
-  call: _Call, segment_ids: jax.Array | None, batch: int
+  call: _MeshCall, segment_ids: jax.Array | None, batch: int
 ) -> dict[int, jax.Array]:
-  """Returns the segments of this piece and of those before it, by distance.
+  """Returns the segment ids of this shard and of earlier ones, by distance.
 
-  Where there is no piece they are 0: padding.
+  Before the first shard they are 0: padding.
   """
-  length, pieces = call.cut.length, call.cut.num_pieces
+  length, shards = call.split.length, call.split.num_shards
   distances = {0}
   for plan in call.plans:
-    for front in plan.fronts:
-      distances |= {distance for distance, _, _ in front.sources(call.cut)}
+    for halo in plan.halos:
+      distances |= {distance for distance, _, _ in halo.sources(call.split)}
   found = {}
   for distance in sorted(distances):
     if segment_ids is None:
-      there = (call.piece >= distance) * jnp.ones((), jnp.int32)
+      there = (call.shard_index >= distance) * jnp.ones((), jnp.int32)
       found[distance] = jnp.broadcast_to(there, (batch, length))
     elif distance == 0:
       found[distance] = segment_ids
-    elif distance >= pieces:
+    elif distance >= shards:
       found[distance] = jnp.zeros_like(segment_ids)
     else:
       found[distance] = lax.ppermute(
         segment_ids,
         call.axes[1],
-        [(i, i + distance) for i in range(pieces - distance)],
+        [(i, i + distance) for i in range(shards - distance)],
       )
   return found
 
 
 @dataclasses.dataclass(frozen=True)
-class _FrontArrays:
-  """A front as it has come: `[batch, length, ...]`."""
+class _HaloArrays:
+  """The arrays of a halo, `[batch, length, ...]`."""
 
   key: jax.Array
   value: jax.Array
@@ -436,21 +441,21 @@ class _FrontArrays:
 
 
 def _unpack(
-  call: _Call,
+  call: _MeshCall,
   plan: _Plan,
   key: jax.Array,
   value: jax.Array,
   segments: dict[int, jax.Array],
   received: dict[int, jax.Array],
-) -> dict[tuple[int, int], _FrontArrays]:
-  """Returns the fronts of a plan, by start and length."""
+) -> dict[tuple[int, int], _HaloArrays]:
+  """Returns the halos of a plan, by start and length."""
   batch, _, _, head_dim = key.shape
   used = dict.fromkeys(received, 0)
-  pieces: dict[_Front, dict[int, list[jax.Array]]] = {}
-  # In the order in which they were packed.
-  for distance, items in _messages(plan, call.cut).items():
-    for front, at in items:
-      shape = (batch, at.stop - at.start, len(front.kv_heads), head_dim)
+  messages: dict[_Halo, dict[int, list[jax.Array]]] = {}
+  # In the order of `_exchange`.
+  for distance, items in _messages(plan, call.split).items():
+    for halo, at in items:
+      shape = (batch, at.stop - at.start, len(halo.kv_heads), head_dim)
       size = math.prod(shape[1:])
       arrays = []
       for _ in range(2):
@@ -459,51 +464,51 @@ def _unpack(
         arrays.append(
           received[distance][:, begin : begin + size].reshape(shape)
         )
-      pieces.setdefault(front, {})[distance] = arrays
-  fronts = {}
-  for front in plan.fronts:
+      messages.setdefault(halo, {})[distance] = arrays
+  halos = {}
+  for halo in plan.halos:
     keys, values, ids = [], [], []
-    for distance, first, last in front.sources(call.cut):
+    for distance, first, last in halo.sources(call.split):
       at = slice(first, last)
       if distance == 0:
-        arrays = [take_heads(x[:, at], front.kv_heads) for x in (key, value)]
-      elif distance >= call.cut.num_pieces:
-        shape = (batch, last - first, len(front.kv_heads), head_dim)
+        arrays = [take_heads(x[:, at], halo.kv_heads) for x in (key, value)]
+      elif distance >= call.split.num_shards:
+        shape = (batch, last - first, len(halo.kv_heads), head_dim)
         arrays = [jnp.zeros(shape, key.dtype)] * 2
       else:
-        arrays = pieces[front][distance]
+        arrays = messages[halo][distance]
       keys.append(arrays[0])
       values.append(arrays[1])
       ids.append(segments[distance][:, at])
-    fronts[front.start, front.length] = _FrontArrays(
+    halos[halo.start, halo.length] = _HaloArrays(
       *(jnp.concatenate(x, axis=1) for x in (keys, values, ids))
     )
-  return fronts
+  return halos
 
 
 # Local calls.
 
 
-def _attend_part(
-  call: _Call,
+def _run_local_call(
+  call: _MeshCall,
   plan: _Plan,
-  part: _Part,
+  local: _LocalCall,
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
   segment_ids: jax.Array | None,
-  fronts: dict[tuple[int, int], _FrontArrays],
+  halos: dict[tuple[int, int], _HaloArrays],
 ) -> tuple[jax.Array, ...]:
-  """Returns what the part's heads attend to, `[batch, queries, heads, ...]`."""
-  if part.num_queries:
-    query, key, value = (x[:, : part.num_queries] for x in (query, key, value))
+  """Returns the results of a local call, `[batch, queries, heads, ...]`."""
+  if local.num_queries:
+    query, key, value = (x[:, : local.num_queries] for x in (query, key, value))
     if segment_ids is not None:
-      segment_ids = segment_ids[:, : part.num_queries]
-  query = take_heads(query, part.heads)
-  kv_heads = [place // call.group_size for place in part.heads]
-  pattern = AttentionPattern(part.patterns, part.boundary)
-  if not part.length:
-    shared = kv_heads_of(part.heads, call.group_size)
+      segment_ids = segment_ids[:, : local.num_queries]
+  query = take_heads(query, local.heads)
+  kv_heads = [place // call.group_size for place in local.heads]
+  pattern = AttentionPattern(local.patterns, local.boundary)
+  if not local.length:
+    shared = kv_heads_of(local.heads, call.group_size)
     return call.attend(
       query,
       take_heads(key, shared),
@@ -511,47 +516,47 @@ def _attend_part(
       pattern,
       segment_ids,
     )
-  query = jnp.pad(query, ((0, 0), (part.length, 0), (0, 0), (0, 0)))
+  query = jnp.pad(query, ((0, 0), (local.length, 0), (0, 0), (0, 0)))
   numbers = {
-    front.start: front.kv_heads
-    for front in plan.fronts
-    if front.length == part.length
+    halo.start: halo.kv_heads
+    for halo in plan.halos
+    if halo.length == local.length
   }
-  if len(set(part.starts)) == 1:
-    start, shared = part.starts[0], kv_heads_of(part.heads, call.group_size)
-    front = fronts[start, part.length]
+  if len(set(local.starts)) == 1:
+    start, shared = local.starts[0], kv_heads_of(local.heads, call.group_size)
+    halo = halos[start, local.length]
     places = [numbers[start].index(head) for head in shared]
     keys, values = (
       jnp.concatenate(
         [take_heads(before, places), take_heads(own, shared)], axis=1
       )
-      for before, own in ((front.key, key), (front.value, value))
+      for before, own in ((halo.key, key), (halo.value, value))
     )
     ids = None
     if segment_ids is not None:
-      ids = jnp.concatenate([front.segment_ids, segment_ids], axis=1)
+      ids = jnp.concatenate([halo.segment_ids, segment_ids], axis=1)
     result = call.attend(query, keys, values, pattern, ids)
-    return tuple(x[:, part.length :] for x in result)
-  # Heads with fronts from several places attend alike but have segments of
-  # their own: each is a sequence of the batch. They see no key of their piece.
+    return tuple(x[:, local.length :] for x in result)
+  # Heads whose halos begin apart have equal patterns but segments of their own:
+  # each becomes a sequence of the batch. They see no key of their own shard.
   assert segment_ids is not None
-  batch, num_heads = query.shape[0], len(part.heads)
-  own = ((0, 0), (0, query.shape[1] - part.length), (0, 0), (0, 0))
+  batch, num_heads = query.shape[0], len(local.heads)
+  own = ((0, 0), (0, query.shape[1] - local.length), (0, 0), (0, 0))
   chosen = [
-    (fronts[start, part.length], [numbers[start].index(head)])
-    for start, head in zip(part.starts, kv_heads, strict=True)
+    (halos[start, local.length], [numbers[start].index(head)])
+    for start, head in zip(local.starts, kv_heads, strict=True)
   ]
   keys, values = (
     jnp.pad(jnp.concatenate(x, axis=2), own)
     for x in (
-      [take_heads(front.key, place) for front, place in chosen],
-      [take_heads(front.value, place) for front, place in chosen],
+      [take_heads(halo.key, place) for halo, place in chosen],
+      [take_heads(halo.value, place) for halo, place in chosen],
     )
   )
   ids = jnp.stack(
     [
-      jnp.concatenate([front.segment_ids, segment_ids], axis=1)
-      for front, _ in chosen
+      jnp.concatenate([halo.segment_ids, segment_ids], axis=1)
+      for halo, _ in chosen
     ],
     axis=1,
   )
@@ -564,19 +569,19 @@ def _attend_part(
     fold(query),
     fold(keys),
     fold(values),
-    AttentionPattern(part.patterns[:1]),
+    AttentionPattern(local.patterns[:1]),
     ids.reshape(batch * num_heads, -1),
   )
 
   def unfold(x: jax.Array) -> jax.Array:
-    x = x[:, part.length :, 0]
+    x = x[:, local.length :, 0]
     return jnp.moveaxis(x.reshape(batch, num_heads, *x.shape[1:]), 1, 2)
 
   return tuple(unfold(x) for x in result)
 
 
 def _attend_local(
-  call: _Call,
+  call: _MeshCall,
   plan: _Plan,
   query: jax.Array,
   key: jax.Array,
@@ -585,43 +590,45 @@ def _attend_local(
   received: dict[int, jax.Array],
   from_whole: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, ...]:
-  """Returns what all heads of the device attend to, in their order."""
+  """Returns the results of all heads of the device, in order."""
   own_ids = segments[0] if call.has_segments else None
-  fronts = _unpack(call, plan, key, value, segments, received)
+  halos = _unpack(call, plan, key, value, segments, received)
   results = [
-    _attend_part(
+    _run_local_call(
       call,
       plan,
-      part,
+      local,
       query,
       key,
       value,
-      segments[0] if part.length else own_ids,
-      fronts,
+      segments[0] if local.length else own_ids,
+      halos,
     )
-    for part in plan.parts
+    for local in plan.calls
   ]
-  places = [part.heads for part in plan.parts]
+  places = [local.heads for local in plan.calls]
   if plan.whole:
     results.append(tuple(x[:, :, : len(plan.whole)] for x in from_whole))
     places.append(plan.whole)
   result = tuple(join_heads(x, places) for x in zip(*results, strict=True))
-  if plan.firsts:
-    # Keys may travel until here: compilers would not wait for the long kernel.
+  if plan.repeated:
+    # Lets keys travel while the calls above run: XLA would not schedule it so.
     received, result = lax.optimization_barrier((received, result))
-    fronts = _unpack(call, plan, key, value, segments, received)
-  for part in plan.firsts:
-    # The first piece has no front, and has been served.
-    firsts = _attend_part(call, plan, part, query, key, value, own_ids, fronts)
+    halos = _unpack(call, plan, key, value, segments, received)
+  for local in plan.repeated:
+    # The first shard has no halo: the first results stand.
+    again = _run_local_call(
+      call, plan, local, query, key, value, own_ids, halos
+    )
     result = tuple(
       _put(
         x,
         jnp.where(
-          call.piece == 0, take_heads(x[:, : y.shape[1]], part.heads), y
+          call.shard_index == 0, take_heads(x[:, : y.shape[1]], local.heads), y
         ),
-        part.heads,
+        local.heads,
       )
-      for x, y in zip(result, firsts, strict=True)
+      for x, y in zip(result, again, strict=True)
     )
   if not plan.fallbacks:
     return result
@@ -629,9 +636,11 @@ def _attend_local(
   plain = tuple(
     dataclasses.replace(head, shift=0) for _, head in plan.fallbacks
   )
-  part = _Part(unshifted_heads, plain, (0,) * len(plain), 0)
-  unshifted = _attend_part(call, plan, part, query, key, value, own_ids, {})
-  positions = call.piece * call.cut.length + jnp.arange(call.cut.length)
+  local = _LocalCall(unshifted_heads, plain, (0,) * len(plain), 0)
+  unshifted = _run_local_call(call, plan, local, query, key, value, own_ids, {})
+  positions = call.shard_index * call.split.length + jnp.arange(
+    call.split.length
+  )
   heads = {place: head for place, head in plan.fallbacks}
   falls_back = jnp.stack(
     [
@@ -660,14 +669,13 @@ def _attend_local(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seats:
-  """Which heads go to which device, of one shard of heads.
+class _Assignment:
+  """Which heads go to which device, for one shard of the heads.
 
   Attributes:
-    heads: Query heads in the order in which they are sent; None is a place
-      without a head.
+    heads: Query heads in the order in which they are sent; None is padding.
     kv_heads: The key heads sent with them.
-    patterns: For each device what its heads attend to.
+    patterns: The pattern of each device's heads.
   """
 
   heads: tuple[int | None, ...]
@@ -675,18 +683,18 @@ class _Seats:
   patterns: tuple[AttentionPattern, ...]
 
 
-def _seat(call: _Call) -> tuple[_Seats, ...] | None:
-  """Returns where the heads that need the whole sequence go, by shard."""
+def _assign(call: _MeshCall) -> tuple[_Assignment, ...] | None:
+  """Assigns the heads that need the whole sequence, by shard of the heads."""
   if not any(plan.whole for plan in call.plans):
     return None
-  pieces, size = call.cut.num_pieces, call.group_size
+  shards, size = call.split.num_shards, call.group_size
 
   def whole_groups(plan: _Plan) -> list[tuple[int, ...]] | None:
-    """Returns the heads by key head, if all of each are there."""
+    """Returns the heads by key head, if whole groups divide evenly."""
     groups: dict[int, tuple[int, ...]] = {}
     for place in plan.whole:
       groups[place // size] = (*groups.get(place // size, ()), place)
-    if len(groups) % pieces or any(len(g) != size for g in groups.values()):
+    if len(groups) % shards or any(len(g) != size for g in groups.values()):
       return None
     return list(groups.values())
 
@@ -697,13 +705,13 @@ def _seat(call: _Call) -> tuple[_Seats, ...] | None:
     and all(by_group)
   )
   most = max(len(plan.whole) for plan in call.plans)
-  count = -(-most // pieces) * pieces
-  seats = []
+  count = -(-most // shards) * shards
+  assignments = []
   for plan, pattern, groups in zip(
     call.plans, call.patterns, by_group, strict=True
   ):
     units = groups if grouped and groups else [(h,) for h in plan.whole]
-    # Alike ones are dealt out in turn, so that devices have alike work.
+    # Equal heads are dealt in turn, so that devices get equal work.
     alike = {
       tuple(pattern.heads[h] for h in unit): i for i, unit in enumerate(units)
     }
@@ -711,16 +719,16 @@ def _seat(call: _Call) -> tuple[_Seats, ...] | None:
       units, key=lambda unit: alike[tuple(pattern.heads[h] for h in unit)]
     )
     dealt: list[list[int | None]] = [
-      [h for unit in units[device::pieces] for h in unit]
-      for device in range(pieces)
+      [h for unit in units[device::shards] for h in unit]
+      for device in range(shards)
     ]
-    dealt = [d + [None] * (count // pieces - len(d)) for d in dealt]
+    dealt = [d + [None] * (count // shards - len(d)) for d in dealt]
     heads = tuple(h for d in dealt for h in d)
     kv_heads = [(h or 0) // size for h in heads]
     if grouped:
       kv_heads = kv_heads[::size]
-    seats.append(
-      _Seats(
+    assignments.append(
+      _Assignment(
         heads,
         tuple(kv_heads),
         tuple(
@@ -733,26 +741,26 @@ def _seat(call: _Call) -> tuple[_Seats, ...] | None:
         ),
       )
     )
-  return tuple(seats)
+  return tuple(assignments)
 
 
 def _attend_whole(
-  call: _Call,
+  call: _MeshCall,
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
   segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
-  """Returns what those heads attend to, `[batch, length, places, ...]`.
+  """Returns the results of those heads, `[batch, length, heads, ...]`.
 
-  They are in the order of `_Plan.whole`.
+  They are in the order of `_Plan.whole`, then padding.
   """
-  seats = _seat(call)
-  if seats is None:
+  assignments = _assign(call)
+  if assignments is None:
     return ()
-  axis, pieces = call.axes[1], call.cut.num_pieces
+  axis, shards = call.axes[1], call.split.num_shards
 
-  def pack(of: _Seats, query: jax.Array, key: jax.Array, value: jax.Array):
+  def pack(of: _Assignment, query: jax.Array, key: jax.Array, value: jax.Array):
     return (
       take_heads(query, [h or 0 for h in of.heads]),
       take_heads(key, of.kv_heads),
@@ -762,13 +770,16 @@ def _attend_whole(
   exchange = functools.partial(
     lax.all_to_all, axis_name=axis, split_axis=2, concat_axis=1, tiled=True
   )
-  arrays = [exchange(x) for x in call.by_shard(seats, pack, query, key, value)]
+  arrays = [
+    exchange(x)
+    for x in call.by_head_shard(assignments, pack, query, key, value)
+  ]
   if segment_ids is not None:
     segment_ids = lax.all_gather(segment_ids, axis, axis=1, tiled=True)
-  by_device = [pattern for of in seats for pattern in of.patterns]
-  index = call.piece
+  by_device = [pattern for of in assignments for pattern in of.patterns]
+  index = call.shard_index
   if call.axes[0] is not None:
-    index = lax.axis_index(call.axes[0]) * pieces + index
+    index = lax.axis_index(call.axes[0]) * shards + index
   result = _switch(
     by_device,
     index,
@@ -780,30 +791,30 @@ def _attend_whole(
     for x in result
   ]
 
-  def unpack(both: tuple[_Plan, _Seats], *result: jax.Array):
+  def unpack(both: tuple[_Plan, _Assignment], *result: jax.Array):
     plan, of = both
     places = [of.heads.index(h) for h in plan.whole]
     places += [0] * (len(of.heads) - len(places))
     return tuple(take_heads(x, places) for x in result)
 
-  return call.by_shard(
-    list(zip(call.plans, seats, strict=True)), unpack, *result
+  return call.by_head_shard(
+    list(zip(call.plans, assignments, strict=True)), unpack, *result
   )
 
 
-# All of it.
+# The whole call.
 
 
 def _attend(
-  call: _Call,
+  call: _MeshCall,
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
   segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
-  """Returns the device's part of the output, and of the log-sum-exp."""
+  """Returns the device's shard of the output, and of the log-sum-exp."""
   if call.axes[1] is None:
-    return call.by_shard(
+    return call.by_head_shard(
       call.patterns,
       lambda pattern, q, k, v: call.attend(q, k, v, pattern, segment_ids),
       query,
@@ -813,7 +824,7 @@ def _attend(
   received = _exchange(call, key, value)
   segments = _segments_before(call, segment_ids, query.shape[0])
   from_whole = _attend_whole(call, query, key, value, segment_ids)
-  return call.by_shard(
+  return call.by_head_shard(
     call.plans,
     functools.partial(_attend_local, call),
     query,
@@ -825,9 +836,9 @@ def _attend(
   )
 
 
-def _piece_length(pattern: AttentionPattern, seq_len: int, pieces: int) -> int:
-  """Returns the tokens of a piece: whole chunks, if that costs little."""
-  least = -(-seq_len // pieces)
+def _shard_length(pattern: AttentionPattern, seq_len: int, shards: int) -> int:
+  """Returns the tokens per shard: whole chunks, if that pads little."""
+  least = -(-seq_len // shards)
   units = [head.chunk_size or 1 for head in pattern.heads]
   units += [h.dilation for h in pattern.heads if h.select is not None]
   unit = math.lcm(*units)
@@ -838,22 +849,22 @@ def _piece_length(pattern: AttentionPattern, seq_len: int, pieces: int) -> int:
 def _make_call(
   pattern: AttentionPattern,
   num_kv_heads: int,
-  cut: _Cut,
+  split: _Split,
   num_shards: int,
   **settings: Any,
-) -> _Call:
+) -> _MeshCall:
   """Returns what the devices of a call have in common."""
   group_size = pattern.num_heads // num_kv_heads
   count = pattern.num_heads // num_shards
   shards = [range(i * count, (i + 1) * count) for i in range(num_shards)]
-  return _Call(
+  return _MeshCall(
     patterns=tuple(
       dataclasses.replace(pattern, heads=[pattern.heads[h] for h in heads])
       for heads in shards
     ),
-    plans=tuple(_plan(pattern, heads, group_size, cut) for heads in shards),
+    plans=tuple(_plan(pattern, heads, group_size, split) for heads in shards),
     group_size=group_size,
-    cut=cut,
+    split=split,
     **settings,
   )
 
@@ -891,13 +902,13 @@ def attend(
   query, key, value, pattern = call.query, call.key, call.value, call.pattern
   segment_ids = call.segment_ids
   seq_len, kv_heads = query.shape[1], key.shape[2]
-  pieces = mesh.shape[sharding.SEQUENCE]
-  cut = _Cut(pieces, _piece_length(pattern, seq_len, pieces))
-  padding = pieces * cut.length - seq_len
+  shards = mesh.shape[sharding.SEQUENCE]
+  split = _Split(shards, _shard_length(pattern, seq_len, shards))
+  padding = shards * split.length - seq_len
   if padding and pattern.causality == "slot":
     raise NotImplementedError(
       f'causality="slot" wraps round the end of a sequence: its {seq_len}'
-      f" tokens are not divisible by {pieces} devices, take another length."
+      f" tokens are not divisible by {shards} devices, take another length."
     )
   if padding:
     # Behind the sequence, where no query sees it.
@@ -907,16 +918,16 @@ def attend(
     )
     if segment_ids is not None:
       segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)))
-  shards = mesh.shape[sharding.TENSOR]
-  shards = shards if kv_heads % shards == 0 else 1
+  head_shards = mesh.shape[sharding.TENSOR]
+  head_shards = head_shards if kv_heads % head_shards == 0 else 1
   mesh_call = _make_call(
     pattern,
     kv_heads,
-    cut,
-    shards,
+    split,
+    head_shards,
     axes=(
-      sharding.TENSOR if shards > 1 else None,
-      sharding.SEQUENCE if pieces > 1 else None,
+      sharding.TENSOR if head_shards > 1 else None,
+      sharding.SEQUENCE if shards > 1 else None,
     ),
     scale=call.scale,
     back_ends=back_ends,
@@ -924,7 +935,7 @@ def attend(
     needs_log_sum=call.needs_log_sum,
     deterministic=call.deterministic,
   )
-  heads = "heads" if shards > 1 else None
+  heads = "heads" if head_shards > 1 else None
   spec = sharding.activation_spec(
     mesh, query.shape, "batch", "seq", heads, None
   )
@@ -946,25 +957,24 @@ def bytes_received(
   pattern: AttentionPattern,
   *,
   seq_len: int,
-  num_pieces: int,
+  num_shards: int,
   num_kv_heads: int,
   head_dim: int,
   itemsize: int,
   batch: int = 1,
 ) -> int:
-  """Returns the bytes of keys, values and the like that a device receives.
+  """Returns the bytes that a device receives for one layer's attention.
 
-  They are those of one forward pass of one layer, for a device in the middle;
-  the first ones need less. The backward pass moves as many. Segment ids are
-  not counted.
+  They are those of the forward pass, for a device in the middle; the first ones
+  need less. The backward pass moves as many. Segment ids are not counted.
 
   Args:
-    pattern: Of the layer.
-    seq_len: Tokens, a multiple of `num_pieces`.
-    num_pieces: Devices that share a sequence.
+    pattern: Pattern of the layer.
+    seq_len: Tokens, a multiple of `num_shards`.
+    num_shards: Devices that share a sequence.
     num_kv_heads: Key heads on the device.
     head_dim: Length of a head.
-    itemsize: Bytes of a number.
+    itemsize: Bytes per element.
     batch: Sequences on the device.
   """
   parts = union_parts(pattern)
@@ -974,25 +984,25 @@ def bytes_received(
     for part in parts:
       kv_heads = len(kv_heads_of(part.heads, group_size))
       if part.num_keys is not None:
-        # Of sinks all devices receive the keys and values.
+        # Every device receives the keys and values of the sinks.
         numbers = 2 * min(part.num_keys, seq_len) * kv_heads * head_dim
         total += batch * numbers * itemsize
         continue
       total += bytes_received(
         part.pattern,
         seq_len=seq_len,
-        num_pieces=num_pieces,
+        num_shards=num_shards,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         itemsize=itemsize,
         batch=batch,
       )
     return total
-  cut = _Cut(num_pieces, seq_len // num_pieces)
+  split = _Split(num_shards, seq_len // num_shards)
   call = _make_call(
     pattern,
     num_kv_heads,
-    cut,
+    split,
     1,
     axes=(None, sharding.SEQUENCE),
     scale=1.0,
@@ -1002,9 +1012,9 @@ def bytes_received(
     deterministic=False,
   )
   numbers = sum(_message_sizes(call, head_dim).values())
-  seats = _seat(call)
-  if seats is not None:
+  assignments = _assign(call)
+  if assignments is not None:
     # Queries and outputs, keys and values; a share of them stays.
-    heads = 2 * len(seats[0].heads) + 2 * len(seats[0].kv_heads)
-    numbers += cut.length * heads * head_dim * (num_pieces - 1) // num_pieces
+    heads = 2 * len(assignments[0].heads) + 2 * len(assignments[0].kv_heads)
+    numbers += split.length * heads * head_dim * (num_shards - 1) // num_shards
   return batch * numbers * itemsize

@@ -154,7 +154,7 @@ def moved_bytes(compiled: Any) -> dict[str, dict[str, float]]:
 def ring_bytes(
   *,
   seq_len: int,
-  num_pieces: int,
+  num_shards: int,
   num_kv_heads: int,
   head_dim: int,
   itemsize: int,
@@ -167,11 +167,11 @@ def ring_bytes(
 
   Args:
     seq_len: Tokens.
-    num_pieces: Devices that share a sequence.
+    num_shards: Devices that share a sequence.
     num_kv_heads: Key heads on the device.
     head_dim: Width of a head.
     itemsize: Bytes of an element.
     batch: Sequences on the device.
   """
-  others = seq_len // num_pieces * (num_pieces - 1)
+  others = seq_len // num_shards * (num_shards - 1)
   return 2 * batch * others * num_kv_heads * head_dim * itemsize

@@ -206,6 +206,18 @@ CASES = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewHead(HeadPattern):
+  """A head with a field that no back end has been taught."""
+
+  parity: int | None = None
+
+  def seen(self, queries, keys, seq_len, **rules):
+    """Marks the pairs seen, of keys of one parity if there is one."""
+    seen = super().seen(queries, keys, seq_len, **rules)
+    return seen if self.parity is None else seen & (keys % 2 == self.parity)
+
+
 def with_empty_rows(seq_len: int, sinks: int) -> AttentionPattern:
   """Returns a pattern in which some queries see nothing."""
   return patterns.mix(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import attention_cases as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,20 +102,28 @@ def test_only_the_reference_computes_in_float64():
     assert "not float64" in (_refuses(name, call) or "")
 
 
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+@pytest.mark.parametrize(
+  ("head", "segments", "said"),
+  [
+    # Sinks of a document lie anywhere.
+    (HeadPattern(chunk_size=8, sinks=4), True, "sinks"),
+    # What both parts show would count twice.
+    (HeadPattern(chunk_size=8, shift=4, own_chunk=True), False, "own_chunk"),
+  ],
+)
+def test_unions_without_disjoint_parts_are_refused(name, head, segments, said):
+  call = _call(head, segments=segments)
+  with (
+    target.compile_for(HOPPER),
+    pytest.raises(NotImplementedError, match=f"{name} does not serve {said}"),
+  ):
+    registry.attend(call, (registry.BACK_ENDS[name],))
+
+
 def test_all_but_cudnn_promise_equal_gradients_in_every_run():
   for name in ("mosaic", "triton", "xla", "reference"):
     assert _refuses(name, _call(deterministic=True)) is None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _NewHead(HeadPattern):
-  """A head with a field that no back end has been taught."""
-
-  parity: int | None = None
-
-  def seen(self, queries, keys, seq_len, **rules):
-    seen = super().seen(queries, keys, seq_len, **rules)
-    return seen if self.parity is None else seen & (keys % 2 == self.parity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +136,8 @@ class _NewPattern(AttentionPattern):
 @pytest.mark.parametrize("name", registry.BACK_ENDS)
 def test_unknown_fields_are_refused_once_they_are_used(name):
   known = _call()
-  used = _call(_NewHead(chunk_size=8, parity=1))
-  unused = _call(_NewHead(chunk_size=8))
+  used = _call(cases.NewHead(chunk_size=8, parity=1))
+  unused = _call(cases.NewHead(chunk_size=8))
   softer = dataclasses.replace(
     known, pattern=_NewPattern(known.pattern.heads, softcap=30.0)
   )
@@ -141,7 +150,7 @@ def test_unknown_fields_are_refused_once_they_are_used(name):
 
 
 def test_unknown_fields_fall_through_to_the_reference():
-  heads = (_NewHead(chunk_size=8, parity=1), _NewHead())
+  heads = (cases.NewHead(chunk_size=8, parity=1), cases.NewHead())
   pattern = AttentionPattern(heads)
   random = np.random.default_rng(0)
   query, key, value = (

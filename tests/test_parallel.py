@@ -62,7 +62,7 @@ def test_each_device_runs_its_own_heads():
   )
 
 
-def test_the_implementation_for_one_device_serves_the_pieces():
+def test_the_implementation_for_one_device_serves_the_shards():
   pattern = patterns.mix(
     patterns.scca_fixed(2, 8), patterns.scca_flow(4, 8, 8), patterns.sda(2, 2)
   )
@@ -92,6 +92,11 @@ def test_patterns_are_mixed_by_their_log_sum_exp():
   _check(mixture, _mesh(fsdp=2, sequence=4), kv_heads=2)
 
 
+def test_heads_with_unknown_fields_are_exchanged_whole():
+  heads = (cases.NewHead(chunk_size=16, parity=1), cases.NewHead(chunk_size=16))
+  _check(AttentionPattern(heads * 2), _mesh(sequence=4), kv_heads=2)
+
+
 def test_keys_that_wrap_round_are_exchanged_whole():
   pattern = patterns.mix(
     dataclasses.replace(patterns.scca_fixed(2, 16), causality="slot"),
@@ -114,17 +119,17 @@ def test_keys_that_wrap_round_are_exchanged_whole():
     min_size=6,
     max_size=6,
   ),
-  num_pieces=st.sampled_from([2, 4]),
+  num_shards=st.sampled_from([2, 4]),
   boundary=st.sampled_from(["drop", "local"]),
   seq_len=st.integers(20, 64),
   segmented=st.booleans(),
 )
-def test_drawn_patterns_are_the_same_in_pieces(
-  heads, num_pieces, boundary, seq_len, segmented
+def test_drawn_patterns_are_the_same_in_shards(
+  heads, num_shards, boundary, seq_len, segmented
 ):
   _check(
     AttentionPattern(tuple(heads), boundary),
-    _mesh(sequence=num_pieces),
+    _mesh(sequence=num_shards),
     kv_heads=2,
     seq_len=seq_len,
     segment_ids=_segments(seq_len) if segmented else None,

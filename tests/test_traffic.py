@@ -68,7 +68,7 @@ def test_attention_moves_what_the_closed_form_says(name):
   closed_form = parallel.bytes_received(
     pattern,
     seq_len=SEQ,
-    num_pieces=PIECES,
+    num_shards=PIECES,
     num_kv_heads=HEADS,
     head_dim=DIM,
     itemsize=4,
@@ -79,7 +79,7 @@ def test_attention_moves_what_the_closed_form_says(name):
 def test_keys_that_query_heads_share_are_sent_once():
   sizes = {
     "seq_len": SEQ,
-    "num_pieces": PIECES,
+    "num_shards": PIECES,
     "head_dim": DIM,
     "itemsize": 4,
   }
@@ -99,7 +99,7 @@ def test_ring_attention_moves_all_keys_but_its_own():
   assert (
     traffic.ring_bytes(
       seq_len=SEQ,
-      num_pieces=PIECES,
+      num_shards=PIECES,
       num_kv_heads=HEADS,
       head_dim=DIM,
       itemsize=4,
@@ -177,7 +177,7 @@ def test_programs_for_gpus_move_the_same_while_local_heads_are_computed():
   forward = parallel.bytes_received(
     pattern,
     seq_len=256,
-    num_pieces=2,
+    num_shards=2,
     num_kv_heads=4,
     head_dim=32,
     itemsize=2,

@@ -200,7 +200,7 @@ def moved_bytes(case: Case, compiled: Any) -> dict[str, Any]:
   run, mesh, resolved = case.run, case.run.mesh, case.resolved
   sizes = {
     "seq_len": run.training.seq_len,
-    "num_pieces": mesh.sequence,
+    "num_shards": mesh.sequence,
     "num_kv_heads": resolved.base.num_kv_heads // mesh.tensor,
     "head_dim": resolved.base.head_dim,
     "itemsize": jnp.dtype(run.training.dtype).itemsize,
