@@ -189,9 +189,15 @@ CASES = {
     segmented=True,
   ),
   "drawn": Case(_drawn(12), 53, 4, segmented=True),
-  "union": Case(UNION, 41, 4),
-  "union, segments": Case(NEAR, 41, segmented=True),
-  "union, local": Case(ruled(UNION, boundary="local"), 64, 6),
+  "union": Case(ruled(UNION, boundary="local"), 64, 6),
+  "near": Case(NEAR, 41, segmented=True),
+  "near, sinks": Case(patterns.scca_near(4, 8, 5, sinks=3), 40),
+  "near, sinks, local": Case(
+    ruled(
+      patterns.scca_flow(4, 8, 5, own_chunk=True, sinks=3), boundary="local"
+    ),
+    40,
+  ),
   "odd union": Case(ODD_UNION, 50, 4),
   "odd union, local": Case(
     ruled(ODD_UNION, boundary="local"), 61, 4, segmented=True

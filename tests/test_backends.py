@@ -81,10 +81,10 @@ RUNS = {
     *("odd union", "odd union, local"),
   ),
   # Of disjoint parts, as on a mesh.
-  "triton": (*SHARED, "union, local", "union, segments"),
+  "triton": (*SHARED, "union", "near"),
   "cudnn": tuple(name for name in CASES if name.startswith("pieces")),
-  "8 shards": (*SHARDED, "union", "union, segments"),
-  "2 shards": (*SHARDED, "union, local"),
+  "8 shards": (*SHARDED, "near", "near, sinks"),
+  "2 shards": (*SHARDED, "near, sinks, local"),
 }
 
 
