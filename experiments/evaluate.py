@@ -26,7 +26,6 @@ from tqdm import tqdm
 from experiments.shared import cli, resolve
 from experiments.shared import flags as shared_flags
 from scca_jax import (
-  adapters,
   assets,
   atomic_file,
   convert,
@@ -87,17 +86,8 @@ _PATTERN = flags.DEFINE_string(
   f"Attention pattern, made for each length: {shared_flags.TRAINING} (the"
   f" adapter's), or {shared_flags.PATTERN_HELP}. By default dense.",
 )
-_ROPE_SCALING = flags.DEFINE_string(
-  "rope_scaling",
-  None,
-  "Extend a model that was not tuned, or whose adapter does not say what it was"
-  " tuned with: linear, dynamic, ntk, yarn or llama3.",
-)
-_ROPE_FACTOR = flags.DEFINE_float(
-  "rope_factor",
-  None,
-  "Its factor; by default the longest of --context_lens / the model's context"
-  " length.",
+_ROPE_SCALING, _ROPE_FACTOR = shared_flags.define_rope(
+  "by default the longest of --context_lens / the model's context length"
 )
 _BATCH_TOKENS = flags.DEFINE_integer(
   "batch_tokens", 8192, "Tokens per batch of windows or samples."
@@ -120,8 +110,6 @@ def _check_flags() -> None:
   _check_protocol(_CONTEXT_LENS.value or ())
   if _CONTEXT_LENS.value is None and _ROPE_SCALING.value is not None:
     raise ValueError("--rope_scaling needs the lengths, --context_lens=….")
-  if _ROPE_SCALING.value is None and _ROPE_FACTOR.value is not None:
-    raise ValueError("--rope_factor needs --rope_scaling=linear or another.")
   for name in _TASKS.value:
     tasks.get(name)
   shared_flags.check_trained(_PATTERN, _ADAPTER)
@@ -131,15 +119,7 @@ def _check_flags() -> None:
     )
   dispatch.check_implementation(_IMPLEMENTATION.value)
   shared_flags.check_exist(_MODEL, _ADAPTER, _DATA, _TOKENIZER)
-  if (
-    _ROPE_SCALING.value is not None
-    and _ADAPTER.value is not None
-    and adapters.has_settings(_ADAPTER.value)
-  ):
-    raise ValueError(
-      f"--rope_scaling cannot replace that of {_ADAPTER.value}: such an adapter"
-      " brings the one it was tuned with."
-    )
+  shared_flags.check_rope(_ROPE_SCALING, _ROPE_FACTOR, _ADAPTER)
   shared_flags.check_output(_OUTPUT, ".json")
 
 

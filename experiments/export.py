@@ -25,6 +25,9 @@ _ADAPTER = shared_flags.define_adapter(
 _DTYPE = shared_flags.define_dtype(
   None, "Dtype of the tensors; by default that of the files read."
 )
+_ROPE_SCALING, _ROPE_FACTOR = shared_flags.define_rope(
+  "the context grows by it as well"
+)
 _FORMAT = flags.DEFINE_enum(
   "format", "hf", ("hf", "peft"), "hf: a fused model; peft: the adapter."
 )
@@ -54,6 +57,7 @@ def _check_flags() -> pathlib.Path:
       f"--max_shard_gb must be above 0, got {_MAX_SHARD_GB.value}."
     )
   shared_flags.check_exist(_MODEL, _ADAPTER)
+  shared_flags.check_rope(_ROPE_SCALING, _ROPE_FACTOR, _ADAPTER)
   return output_dir
 
 
@@ -68,7 +72,10 @@ def main() -> None:
   source = pathlib.Path(_MODEL.value or assets.MODEL)
   param_dtype = convert.stored_dtype(source)
   model: Any = resolve.load_model(
-    source, _ADAPTER.value, param_dtype=param_dtype
+    source,
+    _ADAPTER.value,
+    config=resolve.with_factor(source, _ROPE_SCALING.value, _ROPE_FACTOR.value),
+    param_dtype=param_dtype,
   )
   if _FORMAT.value == "hf":
     dtype = jnp.dtype(_DTYPE.value or param_dtype)

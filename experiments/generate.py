@@ -28,6 +28,9 @@ from scca_jax.llama import Execution
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = shared_flags.define_adapter()
+_ROPE_SCALING, _ROPE_FACTOR = shared_flags.define_rope(
+  "the context grows by it as well"
+)
 _TOKENIZER = shared_flags.define_tokenizer()
 _DTYPE = shared_flags.define_dtype(
   "float32", "Dtype of weights and computation."
@@ -77,6 +80,7 @@ def _check_flags() -> None:
   dispatch.check_implementation(_IMPLEMENTATION.value)
   documents.check_text("--prompt", _PROMPT.value or "")
   shared_flags.check_exist(_MODEL, _ADAPTER, _TOKENIZER, _PROMPTS)
+  shared_flags.check_rope(_ROPE_SCALING, _ROPE_FACTOR, _ADAPTER)
   shared_flags.check_output(_OUTPUT, ".jsonl")
 
 
@@ -145,7 +149,11 @@ def main() -> None:
   prompts = [[*bos, *ids] for ids in vocabulary.encode_batch(texts)]
   dtype = jnp.dtype(_DTYPE.value)
   model = resolve.load_model(
-    source, _ADAPTER.value, dtype=dtype, param_dtype=dtype
+    source,
+    _ADAPTER.value,
+    config=resolve.with_factor(source, _ROPE_SCALING.value, _ROPE_FACTOR.value),
+    dtype=dtype,
+    param_dtype=dtype,
   )
   total = max(map(len, prompts)) + _MAX_NEW_TOKENS.value
   if total > model.config.context_len:

@@ -75,6 +75,29 @@ def test_a_fused_model_computes_what_the_adapter_does(
   }
 
 
+def test_an_adapter_of_peft_is_exported_with_the_rope_scaling_that_is_said(
+  run_command, tmp_path, adapted
+):
+  model, folder = adapted
+  plain = tmp_path / "plain"
+  shutil.copytree(folder, plain)
+  (plain / "scca_config.json").unlink()
+  args = (
+    f"--adapter={plain}",
+    f"--output_dir={tmp_path / 'hf'}",
+    "--dtype=float32",
+    "--rope_scaling=linear",
+  )
+  assert run_command("export", *args) == 2
+  assert run_command("export", *args, "--rope_factor=4") == 0
+  fused = convert.load_model(tmp_path / "hf")
+  assert (
+    dataclasses.replace(fused.config, rope_scaling=model.config.rope_scaling)
+    == model.config
+  )
+  np.testing.assert_allclose(_logits(fused), _logits(model), atol=2e-4)
+
+
 def test_files_beside_do_not_keep_the_old_limit(run_command, tmp_path, adapted):
   model, folder = adapted
   base = tmp_path / "base"

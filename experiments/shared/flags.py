@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from experiments.shared.config import DTYPES
-from scca_jax import patterns
+from scca_jax import adapters, patterns
 
 Holder = flags.FlagHolder[Any]
 
@@ -150,6 +150,43 @@ def define_implementation() -> Holder:
     None,
     "Attention back end; by default the best for the device.",
   )
+
+
+def define_rope(text: str) -> tuple[Holder, Holder]:
+  """Defines `--rope_scaling` and `--rope_factor`.
+
+  Args:
+    text: What the factor is by default.
+  """
+  return (
+    flags.DEFINE_string(
+      "rope_scaling",
+      None,
+      "Extend a model that was not tuned, or whose adapter does not say what it"
+      " was tuned with: linear, dynamic, ntk, yarn or llama3.",
+    ),
+    flags.DEFINE_float("rope_factor", None, f"Its factor; {text}."),
+  )
+
+
+def check_rope(scaling: Holder, factor: Holder, adapter: Holder) -> None:
+  """Checks the flags of `define_rope`.
+
+  Raises:
+    ValueError: They are given for an adapter that has settings of its own, or
+      the factor without its scaling.
+  """
+  if scaling.value is None and factor.value is not None:
+    raise ValueError("--rope_factor needs --rope_scaling=linear or another.")
+  if (
+    scaling.value is not None
+    and adapter.value is not None
+    and adapters.has_settings(adapter.value)
+  ):
+    raise ValueError(
+      f"--rope_scaling cannot replace that of {adapter.value}: such an adapter"
+      " brings the one it was tuned with."
+    )
 
 
 def check_exist(*paths: Holder) -> None:

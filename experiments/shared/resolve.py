@@ -110,6 +110,29 @@ def extended(
   )
 
 
+def with_factor(
+  source: pathlib.Path, kind: str | None, factor: float | None
+) -> LlamaConfig | None:
+  """Returns a model's configuration with a rope scaling, None without `kind`.
+
+  Args:
+    source: Hugging Face folder or GGUF file.
+    kind: Kind of rope scaling, or None.
+    factor: Its factor, by which the context grows as well.
+
+  Raises:
+    ValueError: The factor is missing; or see `extended`.
+  """
+  if kind is None:
+    return None
+  if factor is None or not 1 <= factor < 1e6:
+    raise ValueError(
+      f"--rope_scaling={kind} needs --rope_factor of at least 1, got {factor}."
+    )
+  config = convert.load_config(source)
+  return extended(config, kind, factor, int(factor * config.context_len))
+
+
 def make_patterns(text: str, model: LlamaConfig, seq_len: int) -> Layers:
   """Returns the pattern of each layer of a model at `seq_len` tokens.
 
