@@ -13,8 +13,6 @@ import numpy as np
 
 from scca_jax.patterns.relation import (
   AttentionPattern,
-  Boundary,
-  Causality,
   HeadPattern,
   Mixture,
   check_int,
@@ -28,8 +26,6 @@ __all__ = [
   "dna",
   "local",
   "longmixed",
-  "make",
-  "make_schedule",
   "mix",
   "mixture",
   "s2",
@@ -386,72 +382,3 @@ def schedule(
   """Returns `make(layer)` for each layer, counted from 0."""
   check_sizes(num_layers=num_layers)
   return tuple(make(layer) for layer in range(num_layers))
-
-
-def make(
-  name: str,
-  *,
-  num_heads: int,
-  seq_len: int,
-  boundary: Boundary = "drop",
-  causality: Causality = "position",
-  **settings: Any,
-) -> AttentionPattern:
-  """Returns the pattern of that name, for configs and commands.
-
-  Sizes that `settings` lacks follow from the length: `chunk_size` is a quarter
-  of it, `window` a chunk, `num_chunks` and `dilation` the number of chunks.
-
-  Args:
-    name: A constructor of this module.
-    num_heads: Query heads.
-    seq_len: Length to train at, in tokens.
-    boundary: See `AttentionPattern`.
-    causality: See `AttentionPattern`.
-    **settings: Arguments of the constructor.
-
-  Raises:
-    ValueError: The name or a setting is unknown, or out of range.
-  """
-  if name not in CONSTRUCTORS:
-    raise ValueError(
-      f"unknown pattern {name!r}: use one of {', '.join(NAMES)}."
-    )
-  constructor = CONSTRUCTORS[name]
-  for setting in settings:
-    if setting not in constructor.arguments:
-      raise ValueError(
-        f"the pattern {name} has no setting {setting!r}: it has"
-        f" {', '.join((*constructor.arguments, 'boundary', 'causality'))}."
-      )
-  return dataclasses.replace(
-    constructor(num_heads, seq_len, settings),
-    boundary=boundary,
-    causality=causality,
-  )
-
-
-def make_schedule(
-  name: str, *, num_heads: int, num_layers: int, seq_len: int, **settings: Any
-) -> tuple[AttentionPattern, ...]:
-  """Returns the pattern of each layer; see `make`.
-
-  Args:
-    name: A constructor of this module.
-    num_heads: Query heads.
-    num_layers: Layers.
-    seq_len: Length to train at, in tokens.
-    **settings: Arguments of the constructor; `rotate="layer"` rotates the
-      shifts of `scca_flow` by one chunk more in each layer.
-
-  Raises:
-    ValueError: See `make`.
-  """
-
-  def of_layer(layer: int) -> AttentionPattern:
-    given = dict(settings)
-    if given.get("rotate") == "layer":
-      given["rotate"] = layer
-    return make(name, num_heads=num_heads, seq_len=seq_len, **given)
-
-  return schedule(of_layer, num_layers)
