@@ -259,7 +259,9 @@ def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
     prefix=settings.get("add_prefix_space"),
   )
   pieces = words.processor.get_piece_size()
-  ids = {words.processor.id_to_piece(i): i for i in range(pieces)}
+  ids: dict[str | None, int] = {
+    words.processor.id_to_piece(i): i for i in range(pieces)
+  }
   if words.added is not None:
     ids |= {text: i for i, text in words.added.texts.items()}
   bos_id = ids.get(_token_named(path.parent, "bos"), words.bos_id)

@@ -84,7 +84,7 @@ def _zero() -> Any:
   )
   def zero(_: Any) -> Any:
     i32 = ir.IntegerType.get_signless(32)
-    value = llvm.inline_asm(
+    value: Any = llvm.inline_asm(
       i32, [], "mov.b32 $0, 0;", "=r", has_side_effects=True
     )
     return mgpu.FragmentedArray.splat(value, (), is_signed=True)

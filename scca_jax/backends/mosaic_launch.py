@@ -342,8 +342,9 @@ def seen_pairs(
 
 def tiled(itemsize: int = 2) -> tuple[Any, Any]:
   """Returns how a matrix of numbers of so many bytes lies in shared memory."""
-  columns = 128 // itemsize
-  return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
+  # jax 0.11.2 leaves abstract what kernels do not call.
+  tiling = plgpu.TilingTransform((8, 128 // itemsize))  # pyright: ignore
+  return tiling, plgpu.SwizzleTransform(128)  # pyright: ignore
 
 
 def run(
