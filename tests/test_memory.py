@@ -125,7 +125,9 @@ def test_parts_are_those_that_arithmetic_gives():
 )
 def test_quantised_weights_are_counted_as_they_are_held(method, bytes_of_layer):
   pytest.importorskip("qwix")
-  plan, whole = _plan(method=method), _plan()
+  # Short sequences: with longer ones, how the buffers of attention are packed
+  # moves the peak by more than a layer.
+  plan, whole = _plan(method=method, seq_len=512), _plan(seq_len=512)
   assert plan.parts["weights"] == 8 * bytes_of_layer
   assert plan.parts["trainable"] == whole.parts["trainable"]
   # What is dequantised at a time is one layer.
