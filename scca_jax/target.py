@@ -15,8 +15,8 @@ class Target:
   Attributes:
     platform: "cpu", "gpu" or "tpu".
     kind: Its name, such as "NVIDIA H200".
-    compute_capability: Of a CUDA GPU, such as (9, 0); else (0, 0).
-    num_multiprocessors: Of a GPU; else 0.
+    compute_capability: That of a CUDA GPU, such as (9, 0); else (0, 0).
+    num_multiprocessors: Multiprocessors of a GPU; else 0.
   """
 
   platform: str

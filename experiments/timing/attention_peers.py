@@ -372,7 +372,7 @@ class Peer:
 
     Args:
       function: The attention.
-      shapes: Of query, key and value.
+      shapes: Shapes of query, key and value.
       dtype: Its name.
       device: "cuda" or, for tests, "cpu".
     """
@@ -437,8 +437,8 @@ def make(
   Args:
     name: One of `LABELS`.
     pattern: What `flex` sees; the others have a pattern of their own.
-    shapes: Of query, key and value, `[batch, seq, heads, head_dim]`.
-    chunk_size: Of `longlora_s2`, in tokens.
+    shapes: Shapes of query, key and value, `[batch, seq, heads, head_dim]`.
+    chunk_size: Chunk size of `longlora_s2`, in tokens.
     dtype: Name of the inputs' dtype.
     device: "cuda" or, for tests, "cpu".
 

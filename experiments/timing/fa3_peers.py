@@ -56,9 +56,9 @@ class _Piece:
     step: Tokens from one sequence to the next.
     stride: Tokens from one query, or key, to the next.
     query: First query of the first sequence.
-    num_queries: Of a sequence.
+    num_queries: Queries of a sequence.
     key: First key of the first sequence.
-    num_keys: Of a sequence.
+    num_keys: Keys of a sequence.
     ahead: How many keys past its own place a query sees, places being counted
       from the end as FlashAttention does; None for all keys.
   """

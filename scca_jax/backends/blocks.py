@@ -76,8 +76,8 @@ class Rule:
 
   Attributes:
     chunk_size: Length of the chunks, `2 * FAR` for none.
-    offset: Of the chunk borders; not positive.
-    shift: Of the keys.
+    offset: Where a chunk border is, in tokens; not positive.
+    shift: Shift of the keys, in tokens.
     reach: Largest distance of a slot in a window, in tokens, or `FAR`.
     windowed: Whether there is a window, 0 or 1.
     limit: Queries before it are served without the shift.
@@ -160,7 +160,7 @@ def key_bounds(rule: Rule, queries: Any, shift: Any) -> tuple[Any, Any]:
   where the shift is not negative, the last key is at most the query.
 
   Args:
-    rule: Of the head.
+    rule: Rule of the head.
     queries: Positions.
     shift: 0 for queries that fall back, else the rule's.
   """
@@ -207,7 +207,7 @@ def _run(
   Args:
     first: First column that the first and the last row see.
     last: Last column that they see.
-    columns: Of a block.
+    columns: Columns of a block.
 
   Returns:
     The first column, the number of blocks, and how many of them need a mask at
@@ -233,11 +233,11 @@ def _blocks_of(
   """Returns the columns' residue and the `_run` of each tile, for one shift.
 
   Args:
-    rule: Of the head.
+    rule: Rule of the head.
     seq_len: Tokens.
-    residue: Of the rows.
-    positions: Of the first and of the last row of each tile.
-    columns: Of a block.
+    residue: Residue of the rows.
+    positions: Positions of the first and the last row of each tile.
+    columns: Columns of a block.
     inverse: Whether rows are keys.
     falls_back: Whether only queries before the rule's limit count, which have
       shift 0; else only the others.
@@ -334,7 +334,7 @@ def tiles_of_head(
   """Returns the tiles of one head, int32 `[tiles, fields]`, batch and head 0.
 
   Args:
-    rule: Of the head.
+    rule: Rule of the head.
     seq_len: Tokens.
     rows: Rows of a tile, queries or, if `inverse`, keys.
     columns: Columns of a block.
@@ -412,12 +412,12 @@ def make_groups(
   that read one block of keys: one after another they sum up its gradient.
 
   Args:
-    rules: Of the heads.
+    rules: Rules of the heads.
     heads: Their indices.
     batch: Sequences.
     group_size: Query heads that share a key head.
     seq_len: Tokens.
-    sizes: Of the tiles.
+    sizes: Tile sizes.
     inverse: Whether the rows are keys; the heads then have one dilation.
     in_order: See `tiles_of_head`.
 
@@ -479,13 +479,14 @@ def deal(
   """Assigns tile groups to multiprocessors so that all finish together.
 
   Groups go in order, which keeps the keys that they share in the cache, each to
-  the hand that is free first; the last few a hand go by falling cost.
+  the multiprocessor that is free first; the last few per multiprocessor go by
+  falling cost.
 
   Args:
     groups: See `make_groups`.
     costs: Likewise.
     num_hands: Multiprocessors.
-    num_sorted: How many groups a hand go by cost.
+    num_sorted: How many groups per multiprocessor are sorted by cost.
 
   Returns:
     The table, int32 `[num_hands, most tiles, fields]`, and how many tiles each
@@ -527,8 +528,8 @@ def trim(
   Args:
     table: Tiles made `in_order`, int32 `[..., fields]`.
     segment_ids: Integers `[batch, seq]`.
-    dilation: Of the heads of the tiles, one number or `[...]`.
-    sizes: Of the tiles.
+    dilation: Dilation of the tiles' heads, one number or `[...]`.
+    sizes: Tile sizes.
   """
   field = {name: jnp.asarray(table[..., i]) for name, i in FIELD.items()}
   lowest, highest = np.iinfo(np.int32).min, np.iinfo(np.int32).max

@@ -85,7 +85,7 @@ class _Dense:
     Args:
       queries: Position of the first chunk of queries.
       keys: Position of the first chunk of keys.
-      length: Of a chunk.
+      length: Length of a chunk, in tokens.
       num: How many there are.
       is_causal: Whether slots are in order; else all keys are seen.
 

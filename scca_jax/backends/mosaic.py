@@ -103,7 +103,7 @@ class _Settings:
     pattern: Which keys each query head sees.
     scale: Factor of the scores.
     sizes: Kernel tile sizes.
-    num_multiprocessors: Of the device.
+    num_multiprocessors: Multiprocessors of the device.
     deterministic: Whether gradients must be bit-equal from run to run.
   """
 

@@ -2,7 +2,7 @@
 
 One gives the gradients of keys and values, its tiles being blocks of keys with
 the queries that see them, and one that of the queries, over the tiles of the
-forward pass. Both compute the weights anew from the log-sum-exp, and are built
+forward pass. Both recompute the weights from the log-sum-exp, and are built
 like the forward kernel (`mosaic_forward`).
 """
 
@@ -56,7 +56,7 @@ def backward_keys(
 
   Args:
     launch: The launch.
-    sizes: Of the tiles; rows are keys.
+    sizes: Tile sizes; rows are keys.
     inputs: As in `forward`.
     tables: Likewise.
     ids: Likewise.
@@ -351,7 +351,7 @@ def backward_queries(
 
   Args:
     launch: See `backward_keys`.
-    sizes: Of the tiles.
+    sizes: Tile sizes.
     inputs: Likewise.
     tables: Likewise.
     ids: Likewise.

@@ -108,7 +108,7 @@ def backward(
 
   Args:
     launch: The launch, with a head_dim of `HEAD_DIM`.
-    sizes: Of the tiles; rows are keys.
+    sizes: Tile sizes; rows are keys.
     inputs: As in `mosaic_forward.forward`.
     tables: Likewise, of the inverse direction.
     ids: Likewise.

@@ -54,7 +54,7 @@ def forward(
 
   Args:
     launch: The launch.
-    sizes: Of the tiles.
+    sizes: Tile sizes.
     inputs: Query, key and value, `[batch, slots, residues * heads, head_dim]`.
     tables: See `Launch.tables`.
     ids: See `Launch.ids_by_residue`.

@@ -47,12 +47,12 @@ class Launch:
     head_dim: Length of a head.
     seq_len: Tokens.
     padded_len: Tokens that the arrays have, a multiple of `8 * dilation`.
-    dilation: Of all heads of the launch.
-    dtype: Of the inputs.
+    dilation: Dilation of all heads of the launch.
+    dtype: Dtype of the inputs.
     scale: Factor of the scores.
     heads: Query heads of the launch.
-    rules: Of these heads.
-    num_multiprocessors: Of the device.
+    rules: Rules of these heads.
+    num_multiprocessors: Multiprocessors of the device.
     has_segments: Whether there are segment ids.
   """
 
@@ -96,7 +96,7 @@ class Launch:
     """Returns the tiles of each multiprocessor, their numbers, and the rules.
 
     Args:
-      sizes: Of the tiles.
+      sizes: Tile sizes.
       inverse: Whether rows are keys.
       segment_ids: Integers `[batch, seq]`, or None.
       **dealing: See `blocks.deal`.
@@ -361,7 +361,7 @@ def run(
   Args:
     launch: The launch.
     kernel: It gets operands, outputs, arrays that it fills in part, scratch.
-    out_types: Of its outputs.
+    out_types: Shapes and dtypes of its outputs.
     into: Arrays to fill in part, in place.
     scratch: Its scratch.
     *operands: Its inputs.

@@ -10,8 +10,9 @@ Memory beyond inputs, outputs and gradients: the log-sum-exp and `delta`, one
 float32 a query and head each. Where query heads of several dilations share a
 key head, each dilation has a gradient of that head before they are summed up.
 
-The interface is deprecated since jax 0.11; nothing else imports it, so that the
-module is long.
+jax deprecates the interface since 0.11, so it is used in this module alone.
+The parts are: tile sizes, tables of tiles, what the kernels share, the kernels,
+the call.
 """
 
 import dataclasses
@@ -112,11 +113,11 @@ class _Call:
     num_heads: Query heads.
     num_kv_heads: Key heads.
     head_dim: Length of a head.
-    dtype: Of the inputs.
+    dtype: Dtype of the inputs.
     scale: Factor of the scores.
-    rules: Of the query heads.
+    rules: Rules of the query heads.
     has_segments: Whether there are segment ids.
-    sizes: Of the kernels.
+    sizes: Kernel tile sizes.
     interpret: Whether the kernels are interpreted.
   """
 
@@ -190,10 +191,10 @@ def _make_table(
   with the shortest.
 
   Args:
-    rules: Of the query heads.
+    rules: Rules of the query heads.
     group_size: Query heads that share a key head.
     seq_len: Tokens.
-    sizes: Of the tiles.
+    sizes: Tile sizes.
     inverse: Whether rows are keys.
     in_order: See `blocks.tiles_of_head`.
 
@@ -243,7 +244,7 @@ def _tables(
 
   Args:
     call: The call.
-    sizes: Of the tiles.
+    sizes: Tile sizes.
     inverse: Whether rows are keys.
     segment_ids: Integers `[batch, seq]`, or None.
 
@@ -286,9 +287,9 @@ class _Tile:
   """A tile, its rows and what they see, read once.
 
   Attributes:
-    rule: Of its head.
-    positions: Of its rows, int32 `[rows]`; those not in the sequence follow
-      the others.
+    rule: Rule of its head.
+    positions: Positions of its rows, int32 `[rows]`; those not in the sequence
+      follow the others.
     has_row: Whether they are in the sequence, `[rows]`.
   """
 
@@ -307,13 +308,13 @@ class _Tile:
 
     Args:
       call: The call.
-      sizes: Of the tile.
+      sizes: Tile sizes.
       inverse: Whether rows are keys.
       tables: See `_tables`.
       program: Index of the program.
       batch: Sequence.
       table_size: Numbers of programs and of a program's tiles.
-      index: Of the tile among those of the program.
+      index: Number of the tile within the program.
     """
     table, _, rules, ids = tables
     num_programs, most = table_size
@@ -466,8 +467,8 @@ class _Tile:
       ref: Array `[batch * seq * heads, head_dim]`.
       positions: In the sequence.
       inside: Whether they are in the sequence, or None if all are.
-      head: Of the array.
-      num_heads: Of the array.
+      head: Which head of the array.
+      num_heads: Heads of the array.
     """
     ref = ref.at[self._place(positions, head, num_heads)]
     if inside is None:
@@ -717,9 +718,9 @@ def _launch(
   Args:
     call: The call.
     kernel: It gets `call`, the table's size, operands and outputs.
-    sizes: Of its tiles.
+    sizes: Tile sizes.
     tables: See `_tables`.
-    out_types: Of its outputs.
+    out_types: Shapes and dtypes of its outputs.
     *operands: Its inputs after the tables; those `[..., head_dim]` are viewed
       as matrices, the others as vectors.
   """
@@ -887,7 +888,7 @@ def attention(
     segment_ids: Integers `[batch, seq]`, or None.
     query_offset: 0.
     scale: Factor of the scores.
-    sizes: Of the kernels; None takes `default_sizes`.
+    sizes: Kernel tile sizes; None takes `default_sizes`.
     interpret: Whether to interpret the kernels, on any device: float32 and any
       `head_dim` are then served as well.
   """
