@@ -141,6 +141,7 @@ CASES = {
 
 
 def _skip_unless_it_runs(name):
+  # The suite is for any GPU, and mosaic's kernels need a Hopper one.
   reason = registry.BACK_ENDS[name].refuses_device(target.current())
   if reason:
     pytest.skip(reason)
