@@ -5,6 +5,8 @@ python -m experiments.evaluate --model=llama2-7b --adapter=runs/a/adapter \
   --data=pg19_test.bin --context_lens=2048,8192 --output=perplexity.json
 python -m experiments.evaluate --model=smollm2.gguf --context_lens=1024,4096 \
   --tasks=passkey,niah_single_1,vt --output=tasks.json
+python -m experiments.evaluate --context_lens=256,1024 \
+  --context_gain=1024:256 --positions=losses.npz
 
 Attention is dense unless `--pattern` asks for another. With `--tasks`,
 perplexity is measured only where `--data` is given too.
@@ -28,17 +30,22 @@ from experiments.shared import flags as shared_flags
 from scca_jax import (
   assets,
   atomic_file,
+  bootstrap,
   convert,
   dispatch,
+  loss_file,
   patterns,
   perplexity,
   tasks,
+  token_file,
   tokenizer,
 )
 from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
-from scca_jax.rope import RopeScaling
 from scca_jax.token_file import TokenFile
+
+# Mean, interval and stride of a gain, by the longer length and the shorter.
+Gains = dict[int, dict[int, dict[str, Any]]]
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = shared_flags.define_adapter()
@@ -70,6 +77,25 @@ _STRIDE = flags.DEFINE_integer(
   "stride",
   perplexity.LONGLORA_STRIDE,
   "Tokens between windows (strided, document).",
+)
+_POSITIONS = flags.DEFINE_string(
+  "positions",
+  None,
+  "The loss of every window at every position, an .npz, which"
+  " experiments.compare reads.",
+)
+_CONTEXT_GAIN = flags.DEFINE_list(
+  "context_gain",
+  [],
+  "What a longer context is worth: L:l, such as 32768:8192, measures the loss"
+  " of the tokens in the last quarters of windows of L given only the l tokens"
+  " before them, minus their loss given all.",
+)
+_GAIN_STRIDE = flags.DEFINE_integer(
+  "gain_stride",
+  None,
+  "For --context_gain, tokens are given l to l + stride - 1 tokens: 1 is exact"
+  " and slow. By default l / 8.",
 )
 _TASKS = flags.DEFINE_list(
   "tasks",
@@ -105,9 +131,36 @@ def _check_protocol(context_lens: tuple[int, ...]) -> None:
     )
 
 
+def _gains() -> list[tuple[int, int]]:
+  """Returns the pairs of `--context_gain`: a length and a shorter one.
+
+  Raises:
+    ValueError: One is no pair, or its gain is not defined.
+  """
+  pairs = []
+  for text in _CONTEXT_GAIN.value:
+    words = text.split(":")
+    if len(words) != 2 or not all(word.strip().isdecimal() for word in words):
+      raise ValueError(
+        f"--context_gain must be pairs such as 32768:8192, got {text}."
+      )
+    context_len, short_len = map(int, words)
+    perplexity.gain_windows(context_len, short_len, _GAIN_STRIDE.value)
+    pairs.append((context_len, short_len))
+  return pairs
+
+
 def _check_flags() -> None:
   """Checks what can be checked before a file is read."""
   _check_protocol(_CONTEXT_LENS.value or ())
+  if _TASKS.value and _DATA.value is None:
+    for flag in (_POSITIONS, _CONTEXT_GAIN):
+      if flag.value:
+        raise ValueError(
+          f"--{flag.name} is measured on text: give --data beside --tasks."
+        )
+  if _GAIN_STRIDE.value is not None and not _CONTEXT_GAIN.value:
+    raise ValueError("--gain_stride needs --context_gain=L:l.")
   if _CONTEXT_LENS.value is None and _ROPE_SCALING.value is not None:
     raise ValueError("--rope_scaling needs the lengths, --context_lens=….")
   for name in _TASKS.value:
@@ -121,6 +174,7 @@ def _check_flags() -> None:
   shared_flags.check_exist(_MODEL, _ADAPTER, _DATA, _TOKENIZER)
   shared_flags.check_rope(_ROPE_SCALING, _ROPE_FACTOR, _ADAPTER)
   shared_flags.check_output(_OUTPUT, ".json")
+  shared_flags.check_output(_POSITIONS, ".npz")
 
 
 def _load(folder: pathlib.Path, config: LlamaConfig | None) -> Llama:
@@ -207,6 +261,96 @@ def _samples(
   )
 
 
+def _measure(
+  model: Llama,
+  tokens: TokenFile,
+  layers: dict[int, Any],
+  bos_id: int | None,
+  num_windows: int,
+) -> dict[int, perplexity.Perplexity]:
+  """Returns the perplexity at each length.
+
+  Args:
+    model: The model.
+    tokens: The corpus.
+    layers: The patterns at each length.
+    bos_id: Token that starts a document, or None.
+    num_windows: Windows of all lengths together.
+  """
+  with tqdm(total=num_windows, unit="window", mininterval=0.5) as bar:
+    return {
+      context_len: perplexity.perplexity(
+        model,
+        tokens,
+        context_len=context_len,
+        protocol=_PROTOCOL.value,
+        patterns=of_length,
+        num_windows=_NUM_WINDOWS.value,
+        stride=_STRIDE.value,
+        batch_size=max(1, _BATCH_TOKENS.value // context_len),
+        bos_id=bos_id,
+        execution=Execution(implementation=_IMPLEMENTATION.value),
+        keep_losses=bool(_POSITIONS.value or _CONTEXT_GAIN.value),
+        on_windows=bar.update,
+      )
+      for context_len, of_length in layers.items()
+    }
+
+
+def _measure_gains(
+  model: Llama,
+  tokens: TokenFile,
+  pairs: list[tuple[int, int]],
+  results: dict[int, perplexity.Perplexity],
+  layers: dict[int, Any],
+  bos_id: int | None,
+) -> Gains:
+  """Returns what each length is worth against the shorter one of its pair."""
+  gains: Gains = {}
+  for context_len, short_len in pairs:
+    windows: Any = results[context_len].by_window
+    starts, size = perplexity.gain_windows(
+      context_len, short_len, _GAIN_STRIDE.value
+    )
+    with tqdm(
+      total=len(starts) * len(windows.starts), unit="window", mininterval=0.5
+    ) as bar:
+      gain = perplexity.context_gain(
+        model,
+        tokens,
+        windows,
+        short_len=short_len,
+        stride=_GAIN_STRIDE.value,
+        patterns=layers[context_len],
+        batch_size=max(1, _BATCH_TOKENS.value // size),
+        bos_id=bos_id,
+        execution=Execution(implementation=_IMPLEMENTATION.value),
+        on_windows=bar.update,
+      )
+    found = bootstrap.estimate(gain, windows.documents)
+    gains.setdefault(context_len, {})[short_len] = dataclasses.asdict(found) | {
+      "stride": size - short_len
+    }
+  return gains
+
+
+def _write_positions(
+  path: str,
+  results: dict[int, perplexity.Perplexity],
+  tokens: TokenFile,
+  about: dict[str, Any],
+) -> None:
+  losses: Any = {n: result.by_window for n, result in results.items()}
+  about = about | {
+    "data": _DATA.value or assets.BOOKS_TEST.name,
+    "tokens_sha256": token_file.ids_sha256(tokens.tokens),
+    "protocol": _PROTOCOL.value,
+    "stride": _STRIDE.value,
+  }
+  loss_file.write(path, losses, about)
+  print(f"wrote {path}")
+
+
 def _score_tasks(
   model: Llama, vocabulary: tokenizer.Tokenizer, layers: dict[int, Any]
 ) -> dict[str, dict[int, tasks.Score]]:
@@ -259,6 +403,13 @@ def main() -> None:
     config = model.config
   context_lens = _CONTEXT_LENS.value or (config.context_len,)
   _check_protocol(context_lens)
+  gains = _gains()
+  for context_len, short_len in gains:
+    if context_len not in context_lens:
+      raise ValueError(
+        f"--context_gain={context_len}:{short_len} needs {context_len} among"
+        f" --context_lens, got {','.join(map(str, context_lens))}."
+      )
   layers = {
     n: resolve.trained_or_made(_PATTERN.value, _ADAPTER.value, config, n)
     for n in context_lens
@@ -294,35 +445,23 @@ def main() -> None:
       )
     if model is None:
       model = _load(folder, config)
-    results = {}
+    about = _about(config, layers[context_lens[0]])
+    results, found_gains = {}, {}
     if tokens is not None:
-      with tqdm(total=num_windows, unit="window", mininterval=0.5) as bar:
-        results = {
-          context_len: perplexity.perplexity(
-            model,
-            tokens,
-            context_len=context_len,
-            protocol=_PROTOCOL.value,
-            patterns=layers[context_len],
-            num_windows=_NUM_WINDOWS.value,
-            stride=_STRIDE.value,
-            batch_size=max(1, _BATCH_TOKENS.value // context_len),
-            bos_id=bos_id,
-            execution=Execution(implementation=_IMPLEMENTATION.value),
-            on_windows=bar.update,
-          )
-          for context_len in context_lens
-        }
+      results = _measure(model, tokens, layers, bos_id, num_windows)
+      found_gains = _measure_gains(
+        model, tokens, gains, results, layers, bos_id
+      )
+      if _POSITIONS.value is not None:
+        _write_positions(_POSITIONS.value, results, tokens, about)
   scores = {}
   if vocabulary is not None:
     scores = _score_tasks(model, vocabulary, layers)
   _print(results, scores)
+  if found_gains:
+    _print_gains(found_gains)
   if _OUTPUT.value is not None:
-    pattern = _PATTERN.value or "dense"
-    if pattern == shared_flags.TRAINING:
-      trained: Any = layers[context_lens[0]]
-      pattern = patterns.text(trained, num_kv_heads=config.num_kv_heads)
-    found = _result(results, scores, pattern, config.rope_scaling)
+    found = _result(about, results, found_gains, scores)
     atomic_file.write_json(_OUTPUT.value, found)
     print(f"wrote {_OUTPUT.value}")
 
@@ -353,18 +492,30 @@ def _print(
     print_scores(scores)
 
 
-def _result(
-  results: dict[int, perplexity.Perplexity],
-  scores: dict[str, dict[int, tasks.Score]],
-  pattern: str,
-  rope_scaling: RopeScaling | None,
-) -> dict[str, Any]:
-  """Returns what the JSON file holds."""
+def _print_gains(gains: Gains) -> None:
+  rows = [["context", "against", "gain in nats", "95 % interval"]]
+  for context_len, by_short in gains.items():
+    for short_len, gain in by_short.items():
+      low, high = gain["interval"]
+      rows.append(
+        [
+          f"{context_len:,}",
+          f"{short_len:,}",
+          f"{gain['mean']:.4f}",
+          f"{low:.4f} to {high:.4f}",
+        ]
+      )
+  print("what the longer context is worth, per token")
+  _print_rows(rows)
 
-  def by_length(field: str) -> dict[str, Any]:
-    return {str(n): getattr(result, field) for n, result in results.items()}
 
-  found: dict[str, Any] = {
+def _about(config: LlamaConfig, layers: Any) -> dict[str, Any]:
+  """Returns what was measured: the model, its attention and the device."""
+  pattern = _PATTERN.value or "dense"
+  if pattern == shared_flags.TRAINING:
+    pattern = patterns.text(layers, num_kv_heads=config.num_kv_heads)
+  rope_scaling = config.rope_scaling
+  return {
     "model": _MODEL.value or assets.MODEL.name,
     "adapter": _ADAPTER.value,
     "pattern": pattern,
@@ -374,6 +525,20 @@ def _result(
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
   }
+
+
+def _result(
+  about: dict[str, Any],
+  results: dict[int, perplexity.Perplexity],
+  gains: Gains,
+  scores: dict[str, dict[int, tasks.Score]],
+) -> dict[str, Any]:
+  """Returns what the JSON file holds."""
+
+  def by_length(field: str) -> dict[str, Any]:
+    return {str(n): getattr(result, field) for n, result in results.items()}
+
+  found = dict(about)
   if results:
     found |= {
       "data": _DATA.value or assets.BOOKS_TEST.name,
@@ -384,6 +549,11 @@ def _result(
       "num_skipped": by_length("num_skipped"),
       "perplexity": by_length("perplexity"),
       "last_quarter_perplexity": by_length("last_quarter"),
+    }
+  if gains:
+    found["context_gain"] = {
+      str(n): {str(short): gain for short, gain in by_short.items()}
+      for n, by_short in gains.items()
     }
   if scores:
     found["seed"] = _SEED.value

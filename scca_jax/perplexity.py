@@ -17,11 +17,14 @@ predictions count, so do not compare their numbers with each other:
   Windows start every `stride` tokens, the last one stands flush with the end of
   the document, and each scores only new tokens. Documents of fewer than `L`
   tokens, BOS not counted, are left out. The loss is the mean over tokens.
+
+A lower perplexity at a greater length may come from adaptation to the text
+alone: `context_gain` says what the longer context is worth on the same tokens.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -38,6 +41,43 @@ PROTOCOLS = ("longlora", "strided", "document")
 LONGLORA_STRIDE = 256
 # Tokens of a window whose logits are held at once.
 LOSS_CHUNK = 512
+# What `context_gain` scores at once, as a share of the short context.
+_GAIN_STRIDE = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class WindowLosses:
+  """The loss at every position of every window that was run.
+
+  Attributes:
+    losses: `[windows, context_len - 1]` float32 nats; column `i` predicts token
+      `i + 1` of the window, whether the protocol scores it or not.
+    starts: `[windows]` offset of each window's first token in the corpus.
+    firsts: `[windows]` position in the window of the first token it scores.
+    begins: `[windows]` whether the first token is a BOS that the corpus does
+      not have; it stands for the token before the document.
+    documents: `[windows]` index of the document that holds the token in the
+      middle of the window; all 0 for a corpus whose documents are not known.
+  """
+
+  losses: np.ndarray
+  starts: np.ndarray
+  firsts: np.ndarray
+  begins: np.ndarray
+  documents: np.ndarray
+
+  @property
+  def context_len(self) -> int:
+    """Length of a window, in tokens."""
+    return self.losses.shape[1] + 1
+
+  @property
+  def scored(self) -> np.ndarray:
+    """`losses`, with NaN where the protocol does not score the prediction."""
+    columns = np.arange(self.losses.shape[1])
+    return np.where(
+      columns >= self.firsts[:, None] - 1, self.losses, np.float32(np.nan)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +99,7 @@ class Perplexity:
       0 unless the protocol is "document".
     protocol: "longlora", "strided" or "document".
     context_len: Length of a window, in tokens.
+    by_window: Every loss, if it was asked for.
   """
 
   perplexity: float
@@ -69,6 +110,7 @@ class Perplexity:
   num_skipped: int
   protocol: str
   context_len: int
+  by_window: WindowLosses | None = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +118,9 @@ class _Windows:
   """Where windows lie in the corpus, and which tokens they score.
 
   Attributes:
-    starts: `[windows]` offset of each window's first token.
-    firsts: `[windows]` position in the window of the first token it scores.
-    begins: `[windows]` whether the first token is a BOS that the corpus does
-      not have; it stands for the token before the document.
+    starts: See `WindowLosses`, as the next two.
+    firsts: `[windows]`.
+    begins: `[windows]`.
     num_skipped: Documents left out.
   """
 
@@ -281,8 +322,8 @@ def _find_windows(
   stride: int,
   document_ends: np.ndarray | None,
   bos_id: int | None,
-) -> tuple[np.ndarray, _Windows, int | None]:
-  """Returns the ids, the windows to run and the BOS that goes in front."""
+) -> tuple[np.ndarray, _Windows, np.ndarray | None, int | None]:
+  """Returns the ids, the windows to run, document ends and the BOS in front."""
   check_settings(protocol, context_len, num_windows=num_windows, stride=stride)
   name = "the corpus"
   add_bos = True
@@ -302,17 +343,18 @@ def _find_windows(
       f" {list(ids.shape)}."
     )
   token_file.check_ids(ids, vocab_size, name)
+  if document_ends is not None:
+    document_ends = np.asarray(document_ends)
+    if not token_file.rises_to(document_ends, len(ids)):
+      raise ValueError(
+        f"document_ends must rise to the {len(ids):,} tokens of the corpus."
+      )
   if protocol == "document":
     if document_ends is None:
       raise ValueError(
         f"the document protocol needs the document ends of {name}: make the"
         " token file with experiments.prepare_data, or use the protocol"
         " longlora or strided."
-      )
-    document_ends = np.asarray(document_ends)
-    if not token_file.rises_to(document_ends, len(ids)):
-      raise ValueError(
-        f"document_ends must rise to the {len(ids):,} tokens of the corpus."
       )
     if add_bos and (bos_id is None or not 0 <= bos_id < vocab_size):
       raise ValueError(
@@ -332,7 +374,55 @@ def _find_windows(
     )
   if num_windows is not None:
     windows = _evenly_spaced(windows, num_windows)
-  return ids, windows, bos_id
+  return ids, windows, document_ends, bos_id
+
+
+def _run(
+  model: Any,
+  ids: np.ndarray,
+  windows: _Windows,
+  context_len: int,
+  *,
+  bos_id: int | None,
+  patterns: Patterns,
+  batch_size: int,
+  execution: Execution,
+  loss_chunk: int,
+  on_windows: Callable[[int], object] | None,
+) -> Iterator[tuple[_Windows, np.ndarray]]:
+  """Yields windows and their losses, `[windows, context_len - 1]` float32.
+
+  Raises:
+    ValueError: A size is below 1, or a scored loss is not finite.
+  """
+  if batch_size < 1 or loss_chunk < 1:
+    raise ValueError(
+      "batch_size and loss_chunk must be at least 1, got"
+      f" {batch_size} and {loss_chunk}."
+    )
+  bos = 0 if bos_id is None else bos_id  # Without BOS no window needs it.
+  graphdef, state = nnx.split(model)
+  batch_size = min(batch_size, len(windows))
+  for begin in range(0, len(windows), batch_size):
+    part = windows[begin : begin + batch_size]
+    found = window_losses(
+      state,
+      _read(ids, part, context_len, bos, batch_size),
+      graphdef=graphdef,
+      patterns=patterns,
+      execution=execution,
+      loss_chunk=loss_chunk,
+    )
+    rows = np.asarray(found)[: len(part)]
+    for row, start, first in zip(rows, part.starts, part.firsts, strict=True):
+      if not np.isfinite(row[first - 1 :]).all():
+        raise ValueError(
+          f"the loss is not finite in the window at token {start:,}:"
+          " the weights are damaged, or their dtype is too narrow."
+        )
+    yield part, rows
+    if on_windows is not None:
+      on_windows(len(part))
 
 
 def count_windows(
@@ -362,7 +452,7 @@ def count_windows(
     ValueError: A setting is unknown or out of range, or the corpus is too
       short or does not fit the vocabulary or the protocol.
   """
-  _, windows, _ = _find_windows(
+  windows = _find_windows(
     tokens,
     vocab_size,
     context_len=context_len,
@@ -371,7 +461,7 @@ def count_windows(
     stride=stride,
     document_ends=document_ends,
     bos_id=bos_id,
-  )
+  )[1]
   return len(windows)
 
 
@@ -389,6 +479,7 @@ def perplexity(
   bos_id: int | None = None,
   execution: Execution = DEFAULT_EXECUTION,
   loss_chunk: int = LOSS_CHUNK,
+  keep_losses: bool = False,
   on_windows: Callable[[int], object] | None = None,
 ) -> Perplexity:
   """Returns the perplexity of a model on a corpus.
@@ -415,18 +506,14 @@ def perplexity(
     bos_id: BOS token, for "document"; None takes that of the token file.
     execution: See `Llama.hidden_states`.
     loss_chunk: Tokens of each window whose logits are held at once.
+    keep_losses: Whether the result holds every loss, 4 bytes each.
     on_windows: Called after every batch with the number of its windows.
 
   Raises:
     ValueError: A setting is unknown or out of range, the corpus is too short
       or does not fit the model or the protocol, or a loss is not finite.
   """
-  if batch_size < 1 or loss_chunk < 1:
-    raise ValueError(
-      "batch_size and loss_chunk must be at least 1, got"
-      f" {batch_size} and {loss_chunk}."
-    )
-  ids, windows, bos_id = _find_windows(
+  ids, windows, document_ends, bos_id = _find_windows(
     tokens,
     model.config.vocab_size,
     context_len=context_len,
@@ -436,30 +523,26 @@ def perplexity(
     document_ends=document_ends,
     bos_id=bos_id,
   )
-  bos = 0 if bos_id is None else bos_id  # Without BOS no window needs it.
-  graphdef, state = nnx.split(model)
-  batch_size = min(batch_size, len(windows))
   quarter_start = context_len - context_len // 4
   total = quarter_total = 0.0
   num_tokens = quarter_tokens = 0
-  for begin in range(0, len(windows), batch_size):
-    part = windows[begin : begin + batch_size]
-    found = window_losses(
-      state,
-      _read(ids, part, context_len, bos, batch_size),
-      graphdef=graphdef,
-      patterns=patterns,
-      execution=execution,
-      loss_chunk=loss_chunk,
-    )
-    rows = np.asarray(found, np.float64)
-    for row, start, first in zip(rows, part.starts, part.firsts, strict=False):
+  kept = []
+  for part, rows in _run(
+    model,
+    ids,
+    windows,
+    context_len,
+    bos_id=bos_id,
+    patterns=patterns,
+    batch_size=batch_size,
+    execution=execution,
+    loss_chunk=loss_chunk,
+    on_windows=on_windows,
+  ):
+    if keep_losses:
+      kept.append(rows)
+    for row, first in zip(rows.astype(np.float64), part.firsts, strict=True):
       scored = row[first - 1 :]
-      if not np.isfinite(scored).all():
-        raise ValueError(
-          f"the loss is not finite in the window at token {start:,}:"
-          " the weights are damaged, or their dtype is too narrow."
-        )
       in_quarter = row[max(first, quarter_start) - 1 :]
       # All windows of "longlora" score the same number of tokens: the mean over
       # windows of their means is the mean over tokens, as in the others.
@@ -467,8 +550,6 @@ def perplexity(
       num_tokens += len(scored)
       quarter_total += in_quarter.sum()
       quarter_tokens += len(in_quarter)
-    if on_windows is not None:
-      on_windows(len(part))
   loss = total / num_tokens
   return Perplexity(
     perplexity=float(np.exp(loss)),
@@ -481,4 +562,144 @@ def perplexity(
     num_skipped=windows.num_skipped,
     protocol=protocol,
     context_len=context_len,
+    by_window=(
+      _by_window(windows, np.concatenate(kept), document_ends) if kept else None
+    ),
   )
+
+
+def _by_window(
+  windows: _Windows, losses: np.ndarray, document_ends: np.ndarray | None
+) -> WindowLosses:
+  documents = np.zeros(len(windows), np.int64)
+  if document_ends is not None:
+    middles = windows.starts + (losses.shape[1] + 1) // 2
+    documents = np.searchsorted(document_ends, middles, side="right")
+  return WindowLosses(
+    losses=losses,
+    starts=windows.starts,
+    firsts=windows.firsts,
+    begins=windows.begins,
+    documents=documents,
+  )
+
+
+def gain_windows(
+  context_len: int, short_len: int, stride: int | None = None
+) -> tuple[np.ndarray, int]:
+  """Returns the short windows that `context_gain` runs in each long one.
+
+  Args:
+    context_len: Length of a long window, in tokens.
+    short_len: See `context_gain`.
+    stride: See `context_gain`.
+
+  Returns:
+    `[short windows]` the position in the long window at which each starts, and
+    their length in tokens.
+
+  Raises:
+    ValueError: A length is out of range.
+  """
+  quarter = context_len // 4
+  if not 1 <= short_len <= context_len - quarter or quarter < 1:
+    raise ValueError(
+      f"a context gain needs windows of at least 4 tokens and a shorter context"
+      f" of at most three quarters of them, got {context_len:,} and"
+      f" {short_len:,}."
+    )
+  if stride is None:
+    stride = max(1, short_len // _GAIN_STRIDE)
+  if stride < 1:
+    raise ValueError(f"the stride of a gain must be at least 1, got {stride}.")
+  stride = min(stride, quarter)
+  scored = np.arange(context_len - quarter, context_len, stride)
+  # The last one is flush with the end of the long window.
+  return np.minimum(scored, context_len - stride) - short_len, (
+    short_len + stride
+  )
+
+
+def context_gain(
+  model: Any,
+  tokens: TokenFile | np.ndarray,
+  windows: WindowLosses,
+  *,
+  short_len: int,
+  stride: int | None = None,
+  patterns: Patterns = None,
+  batch_size: int = 1,
+  bos_id: int | None = None,
+  execution: Execution = DEFAULT_EXECUTION,
+  loss_chunk: int = LOSS_CHUNK,
+  on_windows: Callable[[int], object] | None = None,
+) -> np.ndarray:
+  """Returns what the long context is worth, for each token (SPEC 5).
+
+  That is the loss of a token given only the `short_len` tokens before it minus
+  its loss given all tokens of its window, for the last `L // 4` tokens of every
+  window of `L`. `bootstrap.estimate(gain, windows.documents)` is its mean with
+  an interval.
+
+  To give each token exactly `short_len` tokens would take a forward pass for
+  each. Instead, windows of `short_len + stride` tokens score their last
+  `stride`, so that a token has at least `short_len` and fewer than
+  `short_len + stride` tokens before it: if more context helps, the gain is
+  understated, never overstated. With a stride of 1 it is exact. The cost is
+  about `L / 4 * (short_len / stride + 1)` tokens a window, `2.25 L` with the
+  default stride. (The stride is our own choice.)
+
+  Args:
+    model: A `Llama`.
+    tokens: The corpus.
+    windows: The losses of the long windows: `perplexity(model, tokens,
+      keep_losses=True, ...).by_window`. All tokens of their last quarters
+      count, whether the protocol scored them or not.
+    short_len: Tokens of the shorter context, at most `L - L // 4`.
+    stride: Tokens that a short window scores; None is an eighth of `short_len`.
+    patterns: See `Llama.hidden_states`; the patterns that `windows` had.
+    batch_size: Short windows that are run at once.
+    bos_id: See `perplexity`.
+    execution: See `Llama.hidden_states`.
+    loss_chunk: Tokens of each window whose logits are held at once.
+    on_windows: Called after every batch with the number of its short windows,
+      of which each long one has `len(gain_windows(...)[0])`.
+
+  Returns:
+    `[windows, L // 4]` float32 nats; column `i` is token `L - L // 4 + i`.
+
+  Raises:
+    ValueError: A length is out of range, or a loss is not finite.
+  """
+  context_len = windows.context_len
+  inside, length = gain_windows(context_len, short_len, stride)
+  ids = tokens
+  if isinstance(tokens, TokenFile):
+    ids = tokens.tokens
+    bos_id = tokens.about.get("bos_id") if bos_id is None else bos_id
+  # The last short window may score again what the one before it did.
+  new = context_len - context_len // 4
+  new += np.arange(len(inside)) * (length - short_len)
+  short = _Windows(
+    (windows.starts[:, None] + inside).ravel(),
+    np.tile(new - inside, len(windows.starts)),
+    (windows.begins[:, None] & (inside == 0)).ravel(),
+  )
+  given_few = []
+  for part, rows in _run(
+    model,
+    np.asarray(ids),
+    short,
+    length,
+    bos_id=bos_id,
+    patterns=patterns,
+    batch_size=batch_size,
+    execution=execution,
+    loss_chunk=loss_chunk,
+    on_windows=on_windows,
+  ):
+    given_few += [
+      row[first - 1 :] for row, first in zip(rows, part.firsts, strict=True)
+    ]
+  given_all = windows.losses[:, -(context_len // 4) :]
+  return np.concatenate(given_few).reshape(given_all.shape) - given_all

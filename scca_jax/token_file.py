@@ -96,7 +96,7 @@ _KINDS = {
 # Documents are encoded in batches of about this many characters: enough to keep
 # all cores busy, and little to hold in memory.
 _BATCH_CHARACTERS = 1 << 23
-# Ids that are compared with the vocabulary at once.
+# Ids that are compared with the vocabulary, or hashed, at once.
 _CHECKED_IDS = 1 << 20
 
 
@@ -478,6 +478,18 @@ def check_ids(tokens: np.ndarray, vocab_size: int, name: str) -> None:
         f"{name} has the id {tokens[place]} at position {place:,}, outside the"
         f" vocabulary of {vocab_size:,}: it was made with another tokenizer."
       )
+
+
+def ids_sha256(tokens: np.ndarray) -> str:
+  """Returns the SHA-256 of ids as uint32, whatever dtype a file has.
+
+  Args:
+    tokens: `[tokens]` integers from 0 to below 2**32.
+  """
+  digest = hashlib.sha256()
+  for start in range(0, len(tokens), _CHECKED_IDS):
+    digest.update(tokens[start : start + _CHECKED_IDS].astype("<u4").tobytes())
+  return digest.hexdigest()
 
 
 def _check_vocabulary(

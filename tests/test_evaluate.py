@@ -14,8 +14,10 @@ from flax import nnx
 
 from scca_jax import (
   adapters,
+  bootstrap,
   convert,
   lora,
+  loss_file,
   patterns,
   perplexity,
   tasks,
@@ -168,6 +170,58 @@ def test_results_are_those_of_the_function_and_say_what_they_are(
   ]
 
 
+def test_positions_are_the_losses_of_the_function(evaluate, files, tmp_path):
+  path = tmp_path / "losses.npz"
+  flags = ("--protocol=strided", "--stride=8")
+  _, printed = evaluate("--context_lens=16,8", f"--positions={path}", *flags)
+  assert f"wrote {path}" in printed
+  found = loss_file.read(path)
+  assert list(found.by_length) == [8, 16]
+  for length, windows in found.by_length.items():
+    kept = measure(
+      files.model,
+      files,
+      length,
+      protocol="strided",
+      stride=8,
+      keep_losses=True,
+    ).by_window
+    for field in dataclasses.fields(windows):
+      np.testing.assert_allclose(
+        getattr(windows, field.name), getattr(kept, field.name), rtol=1e-6
+      )
+  assert found.about["protocol"] == "strided"
+  assert found.about["model"] == str(files.folder / "model")
+  assert found.about["data"] == str(files.folder / "corpus.bin")
+  # The same ids without their JSON: only the documents are not known.
+  bare = tmp_path / "bare.npz"
+  evaluate(f"--positions={bare}", *flags, model="bare", corpus="bare.bin")
+  again = loss_file.read(bare)
+  assert again.about["tokens_sha256"] == found.about["tokens_sha256"]
+  assert not again.by_length[16].documents.any()
+  assert found.by_length[16].documents.any()
+
+
+def test_gain_is_the_estimate_of_the_functions_gain(evaluate, files):
+  flags = ("--context_lens=16", "--num_windows=3")
+  found, printed = evaluate(
+    *flags, "--context_gain=16:4,16:12", "--gain_stride=1"
+  )
+  windows = measure(
+    files.model, files, 16, num_windows=3, keep_losses=True
+  ).by_window
+  for short_len in (4, 12):
+    gain = perplexity.context_gain(
+      files.model, files.tokens, windows, short_len=short_len, stride=1
+    )
+    expected = bootstrap.estimate(gain, windows.documents)
+    result = found["context_gain"]["16"][str(short_len)]
+    assert result["mean"] == pytest.approx(expected.mean, abs=1e-6)
+    assert result["interval"] == pytest.approx(expected.interval, abs=1e-6)
+    assert result["stride"] == 1
+  assert printed.splitlines()[-2].split()[:2] == ["16", "12"]
+
+
 def test_bare_ids_need_no_tokenizer_and_default_to_the_models_length(
   evaluate, files
 ):
@@ -275,6 +329,12 @@ def test_a_model_is_interpolated_to_the_longest_length(
     (["--data=no.bin"], "--data=no.bin does not exist"),
     (["--tokenizer=no.model"], "--tokenizer=no.model does not exist"),
     (["--output=results.txt"], "--output must be a .json file"),
+    (["--positions=losses.npy"], "--positions must be a .npz file"),
+    (["--context_gain=16"], "pairs such as 32768:8192, got 16"),
+    (["--context_gain=16:13"], "three quarters of them, got 16 and 13"),
+    (["--context_gain=32:8"], "needs 32 among --context_lens, got 16"),
+    (["--gain_stride=1"], "--gain_stride needs --context_gain"),
+    (["--context_gain=16:8", "--gain_stride=0"], "at least 1, got 0"),
     (["--tasks=passkey,cew"], "unknown task 'cew': did you mean cwe?"),
     (
       ["--protocol=document", "--stride=4"],
@@ -387,6 +447,19 @@ def test_scores_of_tasks_are_those_of_the_function(evaluate, files):
   ]
   # The loss on copies is no accuracy.
   assert lines[6].split()[:3] == ["mean", "of", "2"]
+
+
+def test_tasks_alone_have_no_positions(run_command, files, capsys):
+  status = run_command(
+    "evaluate",
+    f"--model={files.folder / 'model'}",
+    "--tasks=copy",
+    "--positions=losses.npz",
+  )
+  assert status == 2
+  assert "--positions is measured on text: give --data" in (
+    capsys.readouterr().err
+  )
 
 
 def test_tasks_and_perplexity_are_measured_together(evaluate, files):

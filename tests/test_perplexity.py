@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scca_jax import patterns, perplexity
+from scca_jax import bootstrap, patterns, perplexity
 from scca_jax.llama import Execution
 from scca_jax.token_file import TokenFile
 
@@ -392,3 +392,152 @@ def test_a_loss_that_is_not_finite_is_refused():
   model.head[...] = model.head[...].at[0, 0].set(jnp.nan)
   with pytest.raises(ValueError, match="not finite in the window at token 0"):
     perplexity.perplexity(model, corpus(LONG), context_len=CONTEXT)
+
+
+# Every loss, and what context is worth.
+
+
+def keep(tokens, **settings):
+  return measure(tokens, keep_losses=True, **settings)
+
+
+def test_losses_are_kept_only_if_asked_for():
+  assert measure(corpus(600)).by_window is None
+
+
+@pytest.mark.parametrize("protocol", ["longlora", "strided"])
+def test_every_loss_of_every_window_is_kept(protocol):
+  tokens = corpus(7 * 256)
+  settings = {"protocol": protocol} | (
+    {"stride": 5, "num_windows": 6} if protocol == "strided" else {}
+  )
+  found = keep(tokens, **settings)
+  kept = found.by_window
+  assert kept.losses.dtype == np.float32 and kept.context_len == CONTEXT
+  for row, start in zip(kept.losses, kept.starts, strict=True):
+    window = tokens[start : start + CONTEXT]
+    np.testing.assert_allclose(row, losses_of(window), rtol=1e-5)
+  # Those that count have the perplexity as their mean.
+  assert np.nanmean(kept.scored) == pytest.approx(found.loss, rel=1e-5)
+  assert (~np.isnan(kept.scored)).sum() == found.num_tokens
+  quarter = kept.scored[:, bootstrap.last_quarter(CONTEXT)]
+  assert np.exp(np.nanmean(quarter)) == pytest.approx(
+    found.last_quarter, rel=1e-5
+  )
+  assert not kept.documents.any()
+
+
+def test_windows_belong_to_the_document_of_their_middle():
+  tokens = corpus(100)
+  ends = [20, 21, 100]
+  kept = keep(
+    tokens, protocol="strided", stride=1, document_ends=np.array(ends)
+  ).by_window
+  assert set(kept.documents) == {0, 1, 2}
+  for start, document in zip(kept.starts, kept.documents, strict=True):
+    middle = start + CONTEXT // 2
+    assert document == sum(end <= middle for end in ends)
+
+
+def test_windows_of_documents_know_their_bos():
+  documents = [corpus(n, seed=n) for n in (14, 30)]
+  kept = keep(
+    np.concatenate(documents),
+    protocol="document",
+    stride=8,
+    document_ends=np.array([14, 44]),
+    bos_id=BOS,
+  ).by_window
+  assert kept.documents.tolist() == [0, 0, 1, 1, 1, 1]
+  assert kept.begins.tolist() == [True, False, True, False, False, False]
+  first = [BOS, *documents[1][: CONTEXT - 1]]
+  np.testing.assert_allclose(kept.losses[2], losses_of(first), rtol=1e-5)
+
+
+def gain(tokens, windows, **settings):
+  return perplexity.context_gain(
+    MODEL, tokens, windows, **{"batch_size": 4, **settings}
+  )
+
+
+@pytest.mark.parametrize(
+  ("context_len", "short_len", "stride"),
+  [
+    (CONTEXT, 4, 1),
+    (CONTEXT, 1, 1),
+    # Three tokens by twos; and more than there are.
+    (CONTEXT, 5, 2),
+    (CONTEXT, 5, 9),
+    # By default an eighth: two of 16; 12 is all that is before the first.
+    (66, 17, None),
+    (16, 12, 3),
+  ],
+)
+def test_gain_is_the_loss_given_less_minus_the_loss_given_all(
+  context_len, short_len, stride
+):
+  tokens = corpus(3 * 256)
+  windows = keep(tokens, context_len=context_len).by_window
+  found = gain(tokens, windows, short_len=short_len, stride=stride)
+  quarter = context_len // 4
+  step = min(stride or short_len // 8, quarter)
+  assert found.shape == (len(windows.starts), quarter)
+  for start, row in zip(windows.starts, found, strict=True):
+    given_all = losses_of(tokens[start : start + context_len])
+    for i, value in enumerate(row):
+      place = context_len - quarter + i
+      # Strides count from the first token; the last stride ends at the end.
+      behind = place - min(i // step * step, quarter - step)
+      behind -= context_len - quarter
+      few = tokens[start + place - short_len - behind : start + place + 1]
+      assert short_len <= len(few) - 1 < short_len + step
+      expected = losses_of(few)[-1] - given_all[place - 1]
+      assert value == pytest.approx(expected, abs=2e-5)
+
+
+def test_gain_over_the_same_context_is_zero():
+  tokens = corpus(3 * 256)
+  windows = keep(tokens, context_len=16).by_window
+  found = gain(tokens, windows, short_len=12, stride=4)
+  np.testing.assert_allclose(found, 0, atol=1e-6)
+
+
+def test_gain_gives_bos_where_the_long_window_has_it():
+  tokens = corpus(40)
+  windows = keep(
+    tokens,
+    context_len=16,
+    protocol="document",
+    stride=16,
+    document_ends=np.array([40]),
+    bos_id=BOS,
+  ).by_window
+  found = gain(tokens, windows, short_len=12, stride=1, bos_id=BOS)
+  # The first token scored has the same 12 before it, BOS among them.
+  assert windows.begins[0] and abs(found[0, 0]) < 1e-6
+  expected = losses_of(tokens[0:13])[-1] - losses_of([BOS, *tokens[:13]])[-1]
+  assert found[0, 1] == pytest.approx(expected, abs=2e-5)
+
+
+def test_progress_of_a_gain_counts_the_short_windows():
+  tokens = corpus(3 * 256)
+  windows = keep(tokens, context_len=32).by_window
+  reported = []
+  gain(tokens, windows, short_len=9, stride=3, on_windows=reported.append)
+  starts, length = perplexity.gain_windows(32, 9, 3)
+  assert starts.tolist() == [15, 18, 20] and length == 12
+  assert sum(reported) == 3 * len(windows.starts)
+
+
+@pytest.mark.parametrize(
+  ("lengths", "message"),
+  [
+    ((1024, 900), "three quarters of them, got 1,024 and 900"),
+    ((1024, 0), "got 1,024 and 0"),
+    ((3, 1), "at least 4 tokens.*got 3 and 1"),
+    ((1024, 256, 0), "stride of a gain must be at least 1, got 0"),
+  ],
+)
+def test_a_gain_that_is_not_defined_is_refused(lengths, message):
+  with pytest.raises(ValueError, match=message):
+    perplexity.gain_windows(*lengths)

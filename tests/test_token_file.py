@@ -432,3 +432,11 @@ def test_uint16_is_not_assumed_of_a_large_vocabulary(tmp_path):
     TokenFile.open(tmp_path / "test.bin", vocab_size=128_256)
   (tmp_path / "test.json").write_text('{"dtype": "uint16"}')
   assert len(TokenFile.open(tmp_path / "test.bin", vocab_size=128_256)) == 2
+
+
+def test_hash_of_ids_does_not_depend_on_their_dtype():
+  ids = [7, 0, 65535, 300]
+  expected = hashlib.sha256(b"".join(i.to_bytes(4, "little") for i in ids))
+  for dtype in ("<u2", "<u4", "<i8", ">u4"):
+    found = token_file.ids_sha256(np.array(ids, dtype))
+    assert found == expected.hexdigest()
