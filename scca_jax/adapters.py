@@ -59,6 +59,7 @@ _WITHOUT_EFFECT = (
   "revision",
   "inference_mode",
   "layers_pattern",
+  "runtime_config",
   "megatron_core",
   "loftq_config",
   "eva_config",
@@ -263,9 +264,8 @@ def _adapter_config(path: pathlib.Path) -> LoraConfig:
       " path_initial_model_for_weight_conversion=...)."
     )
   for name, value in content.items():
-    # What is off changes nothing; layer 0 is a choice of layers, too.
-    is_on = bool(value) or type(value) is int
-    if is_on and name not in (*_READ, *_WITHOUT_EFFECT):
+    known = name in _READ or name in _WITHOUT_EFFECT
+    if not known and json_file.is_on(value):
       raise ValueError(
         f"{path}: {name}={reprlib.repr(value)} is not supported."
       )
@@ -290,7 +290,11 @@ def _adapter_config(path: pathlib.Path) -> LoraConfig:
         *(name for name in targets if name not in TARGETS),
       ),
       rslora=json_file.boolean("use_rslora", content.get("use_rslora", False)),
-      train_embeddings=bool({"embed_tokens", "lm_head"} & set(whole)),
+      train_embeddings=any(
+        module.endswith(name.removeprefix("model."))
+        for module in ("embed_tokens", "lm_head")
+        for name in whole
+      ),
       train_norms=any(name.endswith("norm") for name in whole),
     )
   except KeyError as error:
@@ -383,6 +387,31 @@ def _adapted_config(folder: pathlib.Path, base: LlamaConfig) -> LlamaConfig:
     raise ValueError(f"{folder / _OWN_CONFIG} is damaged: {error}") from error
 
 
+def _stays_tied(folder: pathlib.Path, tensors: SafetensorsFiles) -> bool:
+  """Whether an adapter leaves the head of a tied model tied.
+
+  Without `ensure_weight_tying`, PEFT gives the embedding, the head or each of
+  them a trained copy of its own.
+
+  Raises:
+    ValueError: The adapter ties them, but they differ.
+  """
+  found = [
+    tensors[_PREFIX + name]()
+    for name in (_HEAD, _EMBEDDING)
+    if _PREFIX + name in tensors
+  ]
+  equal = len(found) == 2 and np.array_equal(*found)
+  if not json_file.read(folder / _CONFIG).get("ensure_weight_tying"):
+    return equal or not found
+  if len(found) == 2 and not equal:
+    raise ValueError(
+      f"{folder}: ensure_weight_tying is true, but {_HEAD} is not {_EMBEDDING}:"
+      " set it to false in adapter_config.json, or remove the wrong tensor."
+    )
+  return True
+
+
 def load_adapter(
   base_folder: str | os.PathLike[str],
   folder: str | os.PathLike[str],
@@ -414,6 +443,8 @@ def load_adapter(
     config = convert.load_config(base_folder)
   config = _adapted_config(folder, config)
   tensors = SafetensorsFiles([folder / _WEIGHTS])
+  tied = config.tie_embeddings and _stays_tied(folder, tensors)
+  config = dataclasses.replace(config, tie_embeddings=tied)
   model = convert.load_model(
     base_folder,
     config=config,
@@ -423,22 +454,13 @@ def load_adapter(
     quantize_by=(_own_config(folder) or {}).get("quantize"),
   )
   head, embedding = _PREFIX + _HEAD, _PREFIX + _EMBEDDING
-  if (
-    config.tie_embeddings
-    and embedding in tensors
-    and head not in tensors
-    and not json_file.read(folder / _CONFIG).get("ensure_weight_tying")
-  ):
-    raise ValueError(
-      f"{folder}: the embedding was trained, but not the head that is tied to"
-      " it, to which PEFT gives weights of its own: tune it with"
-      " ensure_weight_tying=True."
-    )
   names, targets = {}, {}
   for path, array in convert.parameters(model).items():
     of_path = [
       _PREFIX + name for name in convert.file_names(path, config.num_layers)
     ]
+    if tied and of_path == [embedding] and embedding not in tensors:
+      of_path = [head]
     # PEFT may train the embedding and not the head, or some of the norms.
     if convert.is_adapter(path) or (
       _is_saved_whole(path, lora) and of_path[0] in tensors
@@ -447,14 +469,7 @@ def load_adapter(
       targets[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
   read = convert.read_parameters(targets, names, tensors, folder)
   used = {name for of_path in names.values() for name in of_path}
-  if config.tie_embeddings and head in tensors:
-    if embedding not in tensors or not np.array_equal(
-      tensors[head](), tensors[embedding]()
-    ):
-      raise ValueError(
-        f"{folder}: {head} is not {embedding}, but the model's head is tied to"
-        " its embedding: tune it with ensure_weight_tying=True."
-      )
+  if tied:
     used.add(head)
   for name in tensors:
     if name not in used:

@@ -40,6 +40,68 @@ _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# Settings of config.json that are read.
+_READ = (
+  "vocab_size",
+  "hidden_size",
+  "intermediate_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "num_key_value_heads",
+  "head_dim",
+  "max_position_embeddings",
+  "original_max_position_embeddings",
+  "rope_theta",
+  "rope_scaling",
+  "rope_parameters",
+  "rms_norm_eps",
+  "tie_word_embeddings",
+  "initializer_range",
+  "bos_token_id",
+  "eos_token_id",
+)
+# Those that `Llama` serves at some values only.
+_SERVED: dict[str, tuple[Any, ...]] = {
+  "model_type": ("llama",),
+  "architectures": (
+    ["LlamaForCausalLM"],
+    ["LLaMAForCausalLM"],
+    ["LlamaModel"],
+  ),
+  "hidden_act": ("silu", "swish"),
+  "attention_bias": (False,),
+  "mlp_bias": (False,),
+  "attention_dropout": (0,),
+  "partial_rotary_factor": (1,),
+}
+# Those that change nothing about a Llama: where it came from, how transformers
+# runs and reports it, how it is sampled from (`generation` has settings of its
+# own), and what only other models read.
+_IGNORED = frozenset(
+  """
+  _name_or_path name_or_path _commit_hash transformers_version auto_map
+  tokenizer_class unsloth_version unsloth_fixed is_llama_config
+  dtype torch_dtype use_cache pretraining_tp gradient_checkpointing
+  attn_implementation _attn_implementation _attn_implementation_autoset
+  _attn_implementation_internal _experts_implementation_internal
+  _flash_attn_2_enabled
+  return_dict output_hidden_states output_attentions output_scores
+  return_dict_in_generate tie_last_hidden_states chunk_size_feed_forward
+  keys_to_ignore_at_inference torchscript use_bfloat16 tf_legacy_loss
+  is_decoder cross_attention_hidden_size decoder_start_token_id
+  sep_token_id pad_token_id prefix max_sequence_length
+  finetuning_task task_specific_params problem_type num_labels id2label label2id
+  max_length min_length max_new_tokens min_new_tokens do_sample early_stopping
+  num_beams num_beam_groups diversity_penalty length_penalty
+  temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff
+  repetition_penalty encoder_repetition_penalty no_repeat_ngram_size
+  encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+  forced_bos_token_id forced_eos_token_id remove_invalid_values
+  exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+  num_assistant_tokens num_assistant_tokens_schedule
+  assistant_confidence_threshold assistant_lookbehind target_lookbehind
+  """.split()
+)
 # Kinds of rope scaling that config.json can name; "ntk" is not one of them.
 _HF_ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
 _ORIGINAL = "original_max_position_embeddings"
@@ -177,24 +239,36 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
     return gguf_file.GgufFile(source).config
   path = pathlib.Path(source) / _CONFIG
   config = json_file.read(path)
-  for name, wanted in (
-    ("model_type", "llama"),
-    ("hidden_act", "silu"),
-    ("attention_bias", False),
-    ("mlp_bias", False),
-    ("partial_rotary_factor", 1),
-  ):
-    if config.get(name, wanted) != wanted:
-      raise ValueError(
-        f"{path}: {name}={reprlib.repr(config[name])} is not supported, only"
-        f" {wanted!r}."
-      )
+  _check_settings(path, config)
+  ends = _ends(path.parent)
   try:
-    return _config(config | _ends(path.parent))
+    return _config(config | ends)
   except KeyError as error:
     raise ValueError(f"{path} lacks {error.args[0]!r}.") from error
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
+
+
+def _check_settings(path: pathlib.Path, config: dict[str, Any]) -> None:
+  """Refuses settings that may change the computation in a way unknown here."""
+  for name, value in config.items():
+    if name in _SERVED:
+      if value not in _SERVED[name]:
+        raise ValueError(
+          f"{path}: {name}={reprlib.repr(value)} is not supported, only"
+          f" {_SERVED[name][0]!r}."
+        )
+    elif name == "layer_types" and isinstance(value, list):
+      if others := [kind for kind in value if kind != "full_attention"]:
+        raise ValueError(
+          f"{path}: layer_types has {reprlib.repr(others[0])}, which is not"
+          " supported, only 'full_attention'."
+        )
+    elif name not in _READ and name not in _IGNORED and json_file.is_on(value):
+      raise ValueError(
+        f"{path}: {name}={reprlib.repr(value)} is not supported: remove it from"
+        " the file if the model is the same without it."
+      )
 
 
 def _ends(folder: pathlib.Path) -> dict[str, Any]:
@@ -206,7 +280,21 @@ def _ends(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / _GENERATION
   if not path.is_file():
     return {}
-  return {"eos_token_id": json_file.read(path).get("eos_token_id")}
+  ends = json_file.read(path).get("eos_token_id")
+  try:
+    _token_ids("eos_token_id", ends)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  return {"eos_token_id": ends}
+
+
+def _token_ids(name: str, value: Any) -> int | tuple[int, ...] | None:
+  """Returns a token, or several of them (Llama 3 lists several ends)."""
+  if value is None:
+    return None
+  if isinstance(value, list):
+    return tuple(json_file.integer(name, token, 0) for token in value)
+  return json_file.integer(name, value, 0)
 
 
 def _config(config: dict[str, Any]) -> LlamaConfig:
@@ -214,12 +302,9 @@ def _config(config: dict[str, Any]) -> LlamaConfig:
     value = config[name] if default is None else config.get(name, default)
     return json_file.integer(name, value)
 
-  def token(name: str, value: Any) -> int | None:
-    return None if value is None else json_file.integer(name, value, 0)
-
   theta, scaling = _rope_scaling(config)
   num_heads, hidden_size = size("num_attention_heads"), size("hidden_size")
-  eos_id = config.get("eos_token_id")
+  bos_id = config.get("bos_token_id")
   return LlamaConfig(
     vocab_size=size("vocab_size"),
     hidden_size=hidden_size,
@@ -240,11 +325,10 @@ def _config(config: dict[str, Any]) -> LlamaConfig:
     initializer_range=json_file.number(
       "initializer_range", config.get("initializer_range", 0.02)
     ),
-    bos_token_id=token("bos_token_id", config.get("bos_token_id")),
-    # Llama 3 lists several ends.
-    eos_token_id=tuple(json_file.integer("eos_token_id", i, 0) for i in eos_id)
-    if isinstance(eos_id, list)
-    else token("eos_token_id", eos_id),
+    bos_token_id=None
+    if bos_id is None
+    else json_file.integer("bos_token_id", bos_id, 0),
+    eos_token_id=_token_ids("eos_token_id", config.get("eos_token_id")),
   )
 
 
@@ -652,7 +736,8 @@ def load_model(
       `model.safetensors`, or shards and their index; or a GGUF file, which is
       dequantised.
     config: Replaces the source's, for example for a longer context. The sizes
-      must be those of the weights.
+      must be those of the weights. If it unties a tied head, the head begins as
+      a copy of the embedding.
     lora: New adapters, which start as zero.
     dtype: Dtype of the computation.
     param_dtype: Dtype that weights are held in.
@@ -670,28 +755,31 @@ def load_model(
   tensors: SafetensorsFiles | gguf_file.GgufFile
   if _is_gguf(source):
     tensors = gguf_file.GgufFile(source)
-    config = tensors.config if config is None else config
+    own = tensors.config
   else:
-    config = load_config(source) if config is None else config
+    own = load_config(source)
     tensors = _open_folder(source)
+  config = own if config is None else config
   graphdef, state, targets = _abstract(config, lora, dtype, param_dtype)
   names = {
     path: file_names(path, config.num_layers)
     for path in targets
     if not is_adapter(path)
   }
-  if config.tie_embeddings and _HEAD in tensors:
+  if own.tie_embeddings:
     _check_tied(tensors, source)
-    if _EMBEDDING not in tensors:
-      names = {
-        path: [_HEAD] if of_path == [_EMBEDDING] else of_path
-        for path, of_path in names.items()
-      }
+    # A tied matrix may be saved under either name.
+    for name, other in ((_EMBEDDING, _HEAD), (_HEAD, _EMBEDDING)):
+      if name not in tensors:
+        names = {
+          path: [other] if of_path == [name] else of_path
+          for path, of_path in names.items()
+        }
   known = {name for of_path in names.values() for name in of_path}
   for name in tensors:
     # Old files have the frequencies of RoPE, and tied ones may have the head.
     ignored = name.endswith("rotary_emb.inv_freq") or (
-      config.tie_embeddings and name == _HEAD
+      own.tie_embeddings and name == _HEAD
     )
     if name not in known and not ignored:
       raise ValueError(
@@ -717,8 +805,10 @@ def _check_tied(
 
   Of two that differ, versions of transformers disagree which one counts.
   """
-  if _EMBEDDING in tensors and not np.array_equal(
-    tensors[_HEAD](), tensors[_EMBEDDING]()
+  if (
+    _HEAD in tensors
+    and _EMBEDDING in tensors
+    and not np.array_equal(tensors[_HEAD](), tensors[_EMBEDDING]())
   ):
     raise ValueError(
       f"{source}: tie_word_embeddings is true, but {_HEAD} is not"

@@ -31,6 +31,17 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   return {name: value for name, value in content.items() if value is not None}
 
 
+def is_on(value: Any) -> bool:
+  """Returns whether a setting asks for something; null, false and empty do not.
+
+  The integer 0 may: it can be the number of a layer.
+
+  Args:
+    value: From JSON.
+  """
+  return bool(value) or type(value) is int
+
+
 def integer(name: str, value: Any, at_least: int = 1) -> int:
   """Returns `value` if it is an integer.
 

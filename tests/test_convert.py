@@ -64,6 +64,7 @@ def test_null_is_the_default(folder):
     *("head_dim", "rope_scaling", "rope_theta", "rms_norm_eps", "hidden_act"),
     *("tie_word_embeddings", "initializer_range", "attention_bias", "mlp_bias"),
     *("bos_token_id", "eos_token_id", "model_type", "num_key_value_heads"),
+    "architectures",
   )
   names = {"rope_parameters"} | set(unset)
   path = folder / "config.json"
@@ -72,6 +73,30 @@ def test_null_is_the_default(folder):
   absent = convert.load_config(folder)
   path.write_text(json.dumps(given | dict.fromkeys(names)))
   assert convert.load_config(folder) == absent
+
+
+def test_settings_that_change_nothing_are_let_through(folder):
+  wanted = convert.load_config(folder)
+  _set(
+    folder,
+    architectures=["LlamaForCausalLM"],
+    hidden_act="swish",
+    attention_dropout=0.0,
+    pretraining_tp=2,
+    pad_token_id=-1,
+    use_cache=False,
+    torch_dtype="float16",
+    transformers_version="4.28.1",
+    temperature=0.6,
+    layer_types=["full_attention"] * 3,
+    # Unknown, and off.
+    use_qk_norm=False,
+    sliding_window=None,
+    final_logit_softcapping=0.0,
+    pruned_heads={},
+    quantization_config={},
+  )
+  assert convert.load_config(folder) == wanted
 
 
 @pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
@@ -266,6 +291,26 @@ def _unset(folder, name):
     (lambda f: _set(f, hidden_act=["silu"]), "hidden_act=.*not supported"),
     (lambda f: _set(f, partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     *(
+      (lambda f, n=name, x=value: _set(f, **{n: x}), f"config.json: {name}")
+      for name, value in (
+        ("architectures", ["MistralForCausalLM"]),
+        ("attention_dropout", 0.1),
+        ("sliding_window", 4096),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("quantization_config", {"quant_method": "bitsandbytes"}),
+        ("logits_scaling", 8.0),
+        ("attention_multiplier", 0.1),
+        ("final_logit_softcapping", 30.0),
+        ("num_local_experts", 8),
+        ("no_rope_layers", [0]),
+        ("pruned_heads", {"0": [1]}),
+        ("per_layer_config", {"0": {"rms_norm_eps": 1e-3}}),
+        ("use_qk_norm", True),
+        ("first_dense_layer", 0),
+        ("of_next_year", "on"),
+      )
+    ),
+    *(
       (lambda f, x=x: _set(f, rope_scaling=x), "config.json: rope_scaling must")
       for x in ([1], "linear", 2.0, True)
     ),
@@ -412,6 +457,12 @@ def test_damaged_shards_are_named(sharded, damage, kind, said):
   with pytest.raises(kind, match=said) as error:
     convert.load_model(sharded)
   assert "\n" not in str(error.value)
+
+
+def test_a_wrong_end_is_named_with_its_file(folder):
+  (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
+  with pytest.raises(ValueError, match="generation_config.json: eos_token_id"):
+    convert.load_config(folder)
 
 
 def test_weights_beyond_float16_are_named(tmp_path):

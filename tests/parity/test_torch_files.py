@@ -556,6 +556,24 @@ def test_sentencepiece_with_added_tokens_gives_the_ids_of_transformers(
   assert words.vocab_size == len(theirs)
 
 
+@pytest.mark.parametrize("says", ["a number", "null", "nothing"])
+def test_config_json_names_the_ends_that_it_names_to_transformers(
+  tmp_path, says
+):
+  model = Llama(dataclasses.replace(CONFIG, eos_token_id=4), rngs=nnx.Rngs(0))
+  convert.save_model(model, tmp_path, dtype=jnp.float32)
+  path = tmp_path / "config.json"
+  written = json.loads(path.read_text())
+  if says == "nothing":
+    del written["eos_token_id"]
+  elif says == "null":
+    written["eos_token_id"] = None
+  path.write_text(json.dumps(written))
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+  ours = convert.load_config(tmp_path)
+  assert ours.eos_token_id == theirs.generation_config.eos_token_id
+
+
 @pytest.mark.parametrize(
   "generation_config",
   [

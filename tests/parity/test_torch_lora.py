@@ -10,10 +10,10 @@ from flax import nnx
 
 _WHY = "parity needs the extra parity"
 torch = pytest.importorskip("torch", reason=_WHY)
-pytest.importorskip("transformers", reason=_WHY)
+transformers = pytest.importorskip("transformers", reason=_WHY)
 peft = pytest.importorskip("peft", reason=_WHY)
 
-from scca_jax import adapters, lora, patterns, training  # noqa: E402
+from scca_jax import adapters, convert, lora, patterns, training  # noqa: E402
 
 # PEFT asks transformers for what this version calls by another name.
 pytestmark = pytest.mark.filterwarnings(
@@ -217,26 +217,53 @@ def test_three_steps_of_adamw_train_what_pytorch_trains(pair, by_torch_name):
     assert error.max() < 1e-5 and error.mean() < 1e-7, name
 
 
-def test_an_embedding_trained_without_its_tied_head_is_refused(
-  tmp_path, random_llama
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True:UserWarning")
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(
+  "whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
+)
+def test_trained_copies_on_a_tied_base_are_what_they_are_to_peft(
+  tmp_path, random_llama, whole, together
 ):
+  """PEFT unties what it trains a copy of, unless it is told not to."""
+
+  def load(adapter):
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    return peft.PeftModel.from_pretrained(base, adapter).eval()
+
+  def in_torch(model):
+    with torch.no_grad():
+      return model(torch.tensor(tokens).long()).logits.numpy()
+
+  tokens = _batch(0)["tokens"]
   base = random_llama(tie_word_embeddings=True)
   base.save_pretrained(tmp_path / "base")
-  with pytest.warns(UserWarning, match="ensure_weight_tying"):
-    theirs = peft.get_peft_model(
-      base,
-      peft.LoraConfig(
-        target_modules=["q_proj"],
-        modules_to_save=["embed_tokens"],
-        task_type="CAUSAL_LM",
-      ),
-    )
-  head = theirs.get_output_embeddings().weight
-  assert all(
-    parameter is not head
-    for parameter in theirs.parameters()
-    if parameter.requires_grad
+  theirs = peft.get_peft_model(
+    base,
+    peft.LoraConfig(
+      target_modules=["q_proj"],
+      modules_to_save=whole,
+      task_type="CAUSAL_LM",
+      ensure_weight_tying=together,
+    ),
   )
+  generator = torch.Generator().manual_seed(1)
+  with torch.no_grad():
+    for parameter in _trained(theirs).values():
+      parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
   theirs.save_pretrained(tmp_path / "adapter")
-  with pytest.raises(ValueError, match="ensure_weight_tying=True"):
-    adapters.load_adapter(tmp_path / "base", tmp_path / "adapter")
+  wanted = in_torch(load(tmp_path / "adapter"))
+  ours = adapters.load_adapter(tmp_path / "base", tmp_path / "adapter")
+  assert ours.config.tie_embeddings == together
+  np.testing.assert_allclose(
+    ours(jnp.asarray(tokens), patterns=DENSE), wanted, rtol=0, atol=1e-5
+  )
+  # And back, as an adapter and fused.
+  adapters.save_adapter(ours, tmp_path / "back", base_model="base")
+  np.testing.assert_allclose(
+    in_torch(load(tmp_path / "back")), wanted, rtol=0, atol=1e-5
+  )
+  convert.save_model(ours, tmp_path / "fused", dtype=jnp.float32)
+  fused = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
+  np.testing.assert_allclose(in_torch(fused), wanted, rtol=0, atol=1e-5)
