@@ -51,9 +51,9 @@ class OptimizerConfig:
     beta1: Decay of the first moment.
     beta2: Decay of the second moment.
     epsilon: Added to the root of the second moment.
-    weight_decay: Decoupled decay of the matrices of the layers and of their
-      adapters, as in the Trainer of transformers. Norms, the embedding and the
-      head, tied or not, have none. (Own choice: the Trainer spares norms only.)
+    weight_decay: Decoupled decay of everything that is trained except norms, as
+      in the Trainer of transformers: adapters, matrices, embedding and head,
+      tied or not.
     clip_norm: Largest global norm of the gradient; None leaves it as it is.
   """
 
@@ -118,9 +118,8 @@ def learning_rate_schedule(
 
 
 def _decays(path: tuple[Any, ...]) -> bool:
-  """Whether weight decay acts on the parameter at `path`."""
-  names = {getattr(key, "key", None) for key in path}
-  return "lm_head" not in names and bool(names & {"kernel", "lora_a", "lora_b"})
+  """Whether weight decay acts on the parameter at `path`; norms have none."""
+  return all(getattr(key, "key", None) != "scale" for key in path)
 
 
 def make_optimizer(

@@ -277,7 +277,7 @@ def test_the_loss_scale_doubles_after_good_steps():
 
 
 @pytest.mark.parametrize("adapter", [None, LORA])
-def test_weight_decay_spares_norms_embeddings_and_heads(adapter):
+def test_weight_decay_spares_norms_alone(adapter):
   config = dataclasses.replace(OPTIMIZER, weight_decay=0.5, clip_norm=None)
   graphdef, _, rule, state = _start(adapter=adapter, optimizer=config)
   # All of them 1: a new adapter has zeros, which nothing shrinks.
@@ -286,8 +286,7 @@ def test_weight_decay_spares_norms_embeddings_and_heads(adapter):
   updates, _ = rule.update(zeros, state.optimizer, params)
   for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
     name = jax.tree_util.keystr(path)
-    spared = any(part in name for part in ("norm", "embed", "lm_head"))
-    assert bool(jnp.any(update != 0)) != spared, name
+    assert bool(jnp.any(update != 0)) != ("norm" in name), name
 
 
 def test_schedules_warm_up_from_the_first_step():

@@ -191,8 +191,7 @@ def test_weight_decay_acts_on_what_it_does_in_the_trainer(tmp_path):
   )
   decays = transformers.Trainer.get_decay_parameter_names(None, theirs)
   trained = {n for n, p in theirs.named_parameters() if p.requires_grad}
-  # We spare the embedding, which the Trainer does not.
-  wanted = {name for name in trained & set(decays) if "embed" not in name}
+  wanted = trained & set(decays)
   _, params, _ = nnx.split(model, lora.trainable(model.lora), ...)
   ones = jax.tree.map(jnp.ones_like, params)
   rule = training.make_optimizer(
@@ -206,5 +205,6 @@ def test_weight_decay_acts_on_what_it_does_in_the_trainer(tmp_path):
       path = tuple(k.key for k in path if hasattr(k, "key"))
       shrunk |= set(convert.file_names(path, model.config.num_layers))
   assert shrunk == {
-    re.sub(r"base_model\.model\.|\.default", "", name) for name in wanted
+    re.sub(r"base_model\.model\.|\.modules_to_save|\.default", "", name)
+    for name in wanted
   }
