@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from logging import CRITICAL, getLogger
 from typing import Any, NoReturn
 
@@ -58,12 +58,17 @@ def _fail(error: BaseException) -> NoReturn:
   sys.exit(EXIT_BAD_INPUT)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], files: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
-    if len(rest) > 1:
+    if len(rest) > 1 + len(files):
       raise flags.Error(
-        f"unexpected argument {rest[1]!r}: settings are given as --name=value."
+        f"unexpected argument {rest[1 + len(files)]!r}: settings are given as"
+        " --name=value."
+      )
+    if len(rest) < 1 + len(files):
+      raise flags.Error(
+        f"give the files {' '.join(files)}, got {' '.join(rest[1:]) or 'none'}."
       )
   except Exception as error:  # A config file may fail in any way of its own.
     _fail(error)
@@ -155,24 +160,24 @@ def _quieten_orbax() -> None:
   sys.unraisablehook = unraisable
 
 
-def run(main: Callable[[], None]) -> None:
-  """Runs `main()` with the flags parsed; does not return.
+def run(main: Callable[..., None], *, files: Sequence[str] = ()) -> None:
+  """Runs `main(*files)` with the flags parsed; does not return.
 
   Args:
     main: The command. Its ValueError, OSError and NotImplementedError are about
       its input: their message is printed as one line and the exit status is 2.
       The same holds for a device that is out of memory.
+    files: What messages call the files that the command takes beside flags.
   """
 
   def guarded(argv: list[str]) -> None:
-    del argv
     if not flags.FLAGS["verbosity"].present:
       # Orbax reports every step of every save.
       logging.set_verbosity(logging.WARNING)
     _quieten_orbax()
     _keep_compiled()
     try:
-      main()
+      main(*argv[1:])
     except (ValueError, OSError, NotImplementedError) as error:
       if _TRACEBACK.value:
         raise
@@ -183,4 +188,4 @@ def run(main: Callable[[], None]) -> None:
         raise
       _fail(exhausted)
 
-  app.run(guarded, flags_parser=_parse_flags)
+  app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, files))
