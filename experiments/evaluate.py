@@ -4,7 +4,7 @@ python -m experiments.evaluate --context_lens=256,512,1024
 python -m experiments.evaluate --model=llama2-7b --adapter=runs/a/adapter \
   --data=pg19_test.bin --context_lens=2048,8192 --output=perplexity.json
 python -m experiments.evaluate --model=smollm2.gguf --context_lens=1024,4096 \
-  --tasks=passkey,niah_single_1,vt --output=tasks.json
+  --tasks=passkey,niah_single_1,vt --heat_map=tasks.png --output=tasks.json
 python -m experiments.evaluate --context_lens=256,1024 \
   --context_gain=1024:256 --positions=losses.npz
 
@@ -13,19 +13,17 @@ perplexity is measured only where `--data` is given too.
 """
 
 import dataclasses
-import itertools
 import pathlib
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags, logging
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.shared import cli, resolve
+from experiments.shared import cli, loop, resolve, task_scores
 from experiments.shared import flags as shared_flags
 from scca_jax import (
   assets,
@@ -36,9 +34,11 @@ from scca_jax import (
   loss_file,
   patterns,
   perplexity,
+  sharding,
   tasks,
   token_file,
   tokenizer,
+  training,
 )
 from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
@@ -100,12 +100,35 @@ _GAIN_STRIDE = flags.DEFINE_integer(
 _TASKS = flags.DEFINE_list(
   "tasks",
   [],
-  f"Tasks to score instead of perplexity: {', '.join(tasks.TASKS)}.",
+  f"Tasks to score instead of perplexity: {', '.join(tasks.NAMES)}.",
 )
 _NUM_SAMPLES = flags.DEFINE_integer(
   "num_samples", 200, "Samples per task and length."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Draws other samples.")
+_QA_DATA = flags.DEFINE_string(
+  "qa_data", None, "Questions of the task qa, a .json like SQuAD's."
+)
+_GENERATE = flags.DEFINE_boolean(
+  "generate",
+  False,
+  "Let the model write answers, too, and score them as RULER does: the mean"
+  " share of the references found in what it wrote.",
+)
+_SAMPLE_CACHE = flags.DEFINE_string(
+  "sample_cache",
+  None,
+  "Folder in which the tokens of samples are kept for the next run; by default"
+  " scca_jax/samples of the user's cache folder, empty keeps none.",
+)
+_HEAT_MAP = flags.DEFINE_string(
+  "heat_map", None, "Accuracy by length and depth, a picture (.png)."
+)
+_MESH = flags.DEFINE_string(
+  "mesh",
+  "",
+  "Devices that share the work, such as fsdp=2,sequence=4; by default one.",
+)
 _PATTERN = flags.DEFINE_string(
   "pattern",
   None,
@@ -164,24 +187,43 @@ def _check_flags() -> None:
   if _CONTEXT_LENS.value is None and _ROPE_SCALING.value is not None:
     raise ValueError("--rope_scaling needs the lengths, --context_lens=….")
   for name in _TASKS.value:
-    tasks.get(name)
+    if name not in tasks.NAMES or _QA_DATA.value is None:
+      tasks.get(name)
+  for flag in (_GENERATE, _HEAT_MAP):
+    if flag.value and not _TASKS.value:
+      raise ValueError(f"--{flag.name} needs --tasks=….")
+  if _GENERATE.value and _MESH.value:
+    raise ValueError("--generate runs on one device: leave out --mesh.")
   shared_flags.check_trained(_PATTERN, _ADAPTER)
   if _BATCH_TOKENS.value < 1:
     raise ValueError(
       f"--batch_tokens must be at least 1, got {_BATCH_TOKENS.value}."
     )
   dispatch.check_implementation(_IMPLEMENTATION.value)
-  shared_flags.check_exist(_MODEL, _ADAPTER, _DATA, _TOKENIZER)
+  shared_flags.check_exist(_MODEL, _ADAPTER, _DATA, _TOKENIZER, _QA_DATA)
   shared_flags.check_rope(_ROPE_SCALING, _ROPE_FACTOR, _ADAPTER)
   shared_flags.check_output(_OUTPUT, ".json")
   shared_flags.check_output(_POSITIONS, ".npz")
+  shared_flags.check_output(_HEAT_MAP, ".png")
 
 
 def _load(folder: pathlib.Path, config: LlamaConfig | None) -> Llama:
   dtype = jnp.dtype(_DTYPE.value)
-  return resolve.load_model(
-    folder, _ADAPTER.value, config=config, dtype=dtype, param_dtype=dtype
-  )
+
+  def make() -> Llama:
+    return resolve.load_model(
+      folder, _ADAPTER.value, config=config, dtype=dtype, param_dtype=dtype
+    )
+
+  return loop.load(make, _mesh())
+
+
+def _mesh() -> Mesh | None:
+  return sharding.make_mesh(sharding.MeshConfig.parse(_MESH.value))
+
+
+def _execution() -> Execution:
+  return Execution(implementation=_IMPLEMENTATION.value, mesh=_mesh())
 
 
 def _open_tokens(
@@ -226,38 +268,19 @@ def print_table(results: dict[int, perplexity.Perplexity]) -> None:
   _print_rows(rows)
 
 
-def print_scores(scores: dict[str, dict[int, tasks.Score]]) -> None:
-  """Prints a line for each task and length, then the mean accuracies.
-
-  The means leave out `copy`, whose score is the loss.
-  """
-  rows = [["task", "context", "accuracy", "95 % interval", "answer loss"]]
-  for name, by_length in scores.items():
-    for context_len, score in by_length.items():
-      low, high = score.interval
-      rows.append(
-        [
-          name,
-          f"{context_len:,}",
-          f"{score.accuracy:.3f}",
-          f"{low:.3f} - {high:.3f}",
-          f"{score.answer_loss:.4f}",
-        ]
-      )
-  counted = [by_length for name, by_length in scores.items() if name != "copy"]
-  if len(counted) > 1:
-    for context_len in counted[0]:
-      mean = np.mean([by_length[context_len].accuracy for by_length in counted])
-      name = f"mean of {len(counted)}"
-      rows.append([name, f"{context_len:,}", f"{mean:.3f}", "", ""])
-  _print_rows(rows)
-
-
-def _samples(
-  name: str, vocabulary: tokenizer.Tokenizer, context_len: int
-) -> Iterator[tasks.Sample]:
-  return tasks.get(name).samples(
-    vocabulary, context_len, _NUM_SAMPLES.value, _SEED.value
+def _plan(context_lens: tuple[int, ...]) -> task_scores.Plan:
+  """Returns which samples are scored."""
+  cache = None
+  if _SAMPLE_CACHE.value is None:
+    cache = cli.cache_folder("samples")
+  elif _SAMPLE_CACHE.value:
+    cache = pathlib.Path(_SAMPLE_CACHE.value)
+  return task_scores.Plan(
+    tasks=[tasks.get(name, _QA_DATA.value) for name in _TASKS.value],
+    context_lens=context_lens,
+    num_samples=_NUM_SAMPLES.value,
+    seed=_SEED.value,
+    cache=cache,
   )
 
 
@@ -287,9 +310,9 @@ def _measure(
         patterns=of_length,
         num_windows=_NUM_WINDOWS.value,
         stride=_STRIDE.value,
-        batch_size=max(1, _BATCH_TOKENS.value // context_len),
+        batch_size=_batch_size(context_len),
         bos_id=bos_id,
-        execution=Execution(implementation=_IMPLEMENTATION.value),
+        execution=_execution(),
         keep_losses=bool(_POSITIONS.value or _CONTEXT_GAIN.value),
         on_windows=bar.update,
       )
@@ -322,9 +345,9 @@ def _measure_gains(
         short_len=short_len,
         stride=_GAIN_STRIDE.value,
         patterns=layers[context_len],
-        batch_size=max(1, _BATCH_TOKENS.value // size),
+        batch_size=_batch_size(size),
         bos_id=bos_id,
-        execution=Execution(implementation=_IMPLEMENTATION.value),
+        execution=_execution(),
         on_windows=bar.update,
       )
     found = bootstrap.estimate(gain, windows.documents)
@@ -351,33 +374,22 @@ def _write_positions(
   print(f"wrote {path}")
 
 
-def _score_tasks(
-  model: Llama, vocabulary: tokenizer.Tokenizer, layers: dict[int, Any]
-) -> dict[str, dict[int, tasks.Score]]:
-  """Returns the score on each task at each length.
+def _batch_size(context_len: int) -> int:
+  """Returns the sequences of a batch, as many for each shard of it."""
+  config = sharding.MeshConfig.parse(_MESH.value)
+  shards = config.data * config.fsdp
+  return shards * max(1, _BATCH_TOKENS.value // context_len // shards)
 
-  Args:
-    model: The model.
-    vocabulary: Makes the prompts.
-    layers: The patterns at each length.
-  """
-  num_samples = len(_TASKS.value) * len(layers) * _NUM_SAMPLES.value
-  with tqdm(total=num_samples, unit="sample", mininterval=0.5) as bar:
-    return {
-      name: {
-        context_len: tasks.score(
-          model,
-          _samples(name, vocabulary, context_len),
-          context_len=context_len,
-          batch_size=max(1, _BATCH_TOKENS.value // context_len),
-          patterns=of_length,
-          execution=Execution(implementation=_IMPLEMENTATION.value),
-          on_samples=bar.update,
-        )
-        for context_len, of_length in layers.items()
-      }
-      for name in _TASKS.value
-    }
+
+def _check_mesh(config: LlamaConfig, layers: dict[int, Any]) -> None:
+  for context_len, of_length in layers.items():
+    training.check_mesh(
+      sharding.MeshConfig.parse(_MESH.value),
+      training.StepConfig(patterns=of_length),
+      config,
+      batch_size=_batch_size(context_len),
+      seq_len=context_len,
+    )
 
 
 def main() -> None:
@@ -414,12 +426,18 @@ def main() -> None:
     n: resolve.trained_or_made(_PATTERN.value, _ADAPTER.value, config, n)
     for n in context_lens
   }
-  vocabulary = None
+  _check_mesh(config, layers)
+  vocabulary = plan = None
   if _TASKS.value:
     vocabulary = tokenizer.load(_TOKENIZER.value or folder)
+    plan = _plan(context_lens)
     # Refuse lengths that are too short before loading the weights.
-    for name, context_len in itertools.product(_TASKS.value, context_lens):
-      _samples(name, vocabulary, context_len)
+    first = plan.first(vocabulary)
+    if _HEAT_MAP.value and all(sample.depth is None for sample in first):
+      raise ValueError(
+        "--heat_map needs a task with depths, such as passkey:"
+        f" {', '.join(_TASKS.value)} has none."
+      )
   with tempfile.TemporaryDirectory() as cache:
     tokens = bos_id = None
     num_windows = 0
@@ -454,10 +472,23 @@ def main() -> None:
       )
       if _POSITIONS.value is not None:
         _write_positions(_POSITIONS.value, results, tokens, about)
-  scores = {}
-  if vocabulary is not None:
-    scores = _score_tasks(model, vocabulary, layers)
+  scores: task_scores.Scores = {}
+  if vocabulary is not None and plan is not None:
+    with tqdm(total=plan.total, unit="sample", mininterval=0.5) as bar:
+      scores = task_scores.measure(
+        model,
+        vocabulary,
+        plan,
+        patterns=layers,
+        batch_size=_batch_size,
+        execution=_execution(),
+        generate=_GENERATE.value,
+        on_samples=bar.update,
+      )
   _print(results, scores)
+  if _HEAT_MAP.value is not None:
+    task_scores.draw(_HEAT_MAP.value, _title(), scores)
+    print(f"wrote {_HEAT_MAP.value}")
   if found_gains:
     _print_gains(found_gains)
   if _OUTPUT.value is not None:
@@ -466,13 +497,17 @@ def main() -> None:
     print(f"wrote {_OUTPUT.value}")
 
 
+def _title() -> str:
+  """Returns what is measured."""
+  name = _MODEL.value or assets.MODEL.name
+  return f"{name} with {_ADAPTER.value}" if _ADAPTER.value else name
+
+
 def _print(
   results: dict[int, perplexity.Perplexity],
-  scores: dict[str, dict[int, tasks.Score]],
+  scores: task_scores.Scores,
 ) -> None:
   """Prints a table of perplexities, one of scores, or both."""
-  name = _MODEL.value or assets.MODEL.name
-  adapted = f" with {_ADAPTER.value}" if _ADAPTER.value else ""
   attention = f"{_PATTERN.value or 'dense'} attention"
   if results:
     if _NUM_WINDOWS.value is None:
@@ -480,16 +515,16 @@ def _print(
     else:
       windows = f"up to {_NUM_WINDOWS.value:,} evenly spaced windows"
     print(
-      f"{name}{adapted} on {_DATA.value or assets.BOOKS_TEST.name}\n"
+      f"{_title()} on {_DATA.value or assets.BOOKS_TEST.name}\n"
       f"{_PROTOCOL.value} protocol, {attention}, {windows}"
     )
     print_table(results)
   if scores:
     print(
-      f"{name}{adapted} on tasks\n"
+      f"{_title()} on tasks\n"
       f"{_NUM_SAMPLES.value:,} samples each, {attention}, seed {_SEED.value}"
     )
-    print_scores(scores)
+    _print_rows(task_scores.table(scores))
 
 
 def _print_gains(gains: Gains) -> None:
@@ -524,6 +559,7 @@ def _about(config: LlamaConfig, layers: Any) -> dict[str, Any]:
     "implementation": _IMPLEMENTATION.value,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
+    "mesh": _MESH.value,
   }
 
 
@@ -531,7 +567,7 @@ def _result(
   about: dict[str, Any],
   results: dict[int, perplexity.Perplexity],
   gains: Gains,
-  scores: dict[str, dict[int, tasks.Score]],
+  scores: task_scores.Scores,
 ) -> dict[str, Any]:
   """Returns what the JSON file holds."""
 
@@ -557,10 +593,7 @@ def _result(
     }
   if scores:
     found["seed"] = _SEED.value
-    found["tasks"] = {
-      name: {str(n): dataclasses.asdict(s) for n, s in of_task.items()}
-      for name, of_task in scores.items()
-    }
+    found["tasks"] = task_scores.as_json(scores)
   return found
 
 

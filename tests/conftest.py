@@ -64,11 +64,14 @@ def gpu_compiler():
 
 
 @pytest.fixture
-def run_command(monkeypatch):
+def run_command(monkeypatch, tmp_path):
   """Runs `python -m experiments.NAME ARGS` in this process.
 
   Gives the exit status; standard output and error go where capsys reads them.
   """
+
+  # What commands keep for the next time, they keep for this test.
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
   def run(name, *args):
     _forget_commands()

@@ -336,6 +336,15 @@ def test_a_model_is_interpolated_to_the_longest_length(
     (["--gain_stride=1"], "--gain_stride needs --context_gain"),
     (["--context_gain=16:8", "--gain_stride=0"], "at least 1, got 0"),
     (["--tasks=passkey,cew"], "unknown task 'cew': did you mean cwe?"),
+    (["--tasks=qa"], "the task qa needs a file"),
+    (["--tasks=qa", "--qa_data=no.json"], "--qa_data=no.json does not exist"),
+    (["--generate"], "--generate needs --tasks"),
+    (["--heat_map=a.png"], "--heat_map needs --tasks"),
+    (["--tasks=vt", "--heat_map=a.jpg"], "--heat_map must be a .png file"),
+    (["--tasks=vt", "--generate", "--mesh=data=2"], "runs on one device"),
+    (["--mesh=rows=2"], "cannot read 'rows=2' of the mesh"),
+    (["--mesh=sequence=3"], "mesh.sequence=3 cannot cut 16 tokens"),
+    (["--mesh=tensor=2"], "mesh.tensor=2 does not divide 1 key/value heads"),
     (
       ["--protocol=document", "--stride=4"],
       "needs the document ends",
@@ -434,8 +443,10 @@ def test_scores_of_tasks_are_those_of_the_function(evaluate, files):
   for name, scores in found["tasks"].items():
     samples = tasks.get(name).samples(words, 2000, 3, 5)
     score = tasks.score(files.model, samples, context_len=2000, batch_size=4)
-    expected = json.loads(json.dumps({"2000": dataclasses.asdict(score)}))
-    assert scores == expected
+    expected = json.loads(json.dumps(dataclasses.asdict(score)))
+    assert expected.pop("ruler_score") is None
+    assert expected.pop("ruler_interval") is None
+    assert scores == {"2000": expected}
   assert found["seed"] == 5 and "perplexity" not in found
   lines = printed.splitlines()
   assert lines[1] == "3 samples each, dense attention, seed 5"
@@ -468,18 +479,77 @@ def test_tasks_and_perplexity_are_measured_together(evaluate, files):
   assert found["tasks"]["copy"]["260"]["num_samples"] == 1
 
 
-def test_tasks_at_a_length_that_is_too_short_end_in_one_line(
-  run_command, files, capsys, monkeypatch
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (
+      ["--tasks=copy", "--context_lens=100"],
+      "copy needs a context_len of at least 257 tokens, got 100.",
+    ),
+    (
+      ["--tasks=copy", "--context_lens=300", "--num_samples=0"],
+      "num_samples must be at least 1, got 0.",
+    ),
+    (
+      ["--tasks=vt", "--context_lens=2000", "--heat_map=a.png"],
+      "--heat_map needs a task with depths, such as passkey: vt has none.",
+    ),
+  ],
+)
+def test_tasks_that_cannot_be_made_end_in_one_line(
+  run_command, files, capsys, monkeypatch, flags, message
 ):
   monkeypatch.delattr(convert, "load_model")
-  status = run_command(
-    "evaluate",
-    f"--model={files.folder / 'model'}",
-    "--tasks=copy",
-    "--context_lens=100",
-  )
+  status = run_command("evaluate", f"--model={files.folder / 'model'}", *flags)
   captured = capsys.readouterr()
   assert status == 2 and captured.out == ""
-  assert captured.err == (
-    "error: copy needs a context_len of at least 257 tokens, got 100.\n"
+  assert captured.err == f"error: {message}\n"
+
+
+def test_tasks_are_generated_drawn_and_kept(
+  evaluate, files, tmp_path, monkeypatch
+):
+  flags = ("--tasks=passkey,vt", "--num_samples=2", "--context_lens=1600")
+  plot = tmp_path / "heat.png"
+  found, printed = evaluate(
+    *flags, "--generate", f"--heat_map={plot}", corpus=None
   )
+  assert plot.read_bytes().startswith(b"\x89PNG")
+  for scores in found["tasks"].values():
+    # The model is random: it writes none of the references.
+    assert scores["1600"]["ruler_score"] == 0
+    assert scores["1600"]["ruler_interval"] == scores["1600"]["interval"]
+  assert "RULER score" in printed.splitlines()[2]
+  cache = tmp_path / "cache" / "scca_jax" / "samples"
+  kept = {path.name.split("-")[0] for path in cache.iterdir()}
+  assert kept == {"passkey", "vt"}
+  monkeypatch.delattr(tasks.cache, "_packed")
+  again, _ = evaluate(*flags, corpus=None)
+  for name, scores in again["tasks"].items():
+    hashes = [
+      t[name]["1600"]["prompts_sha256"]
+      for t in (again["tasks"], found["tasks"])
+    ]
+    assert hashes[0] == hashes[1] and "ruler_score" not in scores["1600"]
+
+
+def test_a_mesh_changes_no_result(evaluate, files):
+  flags = (
+    "--tasks=passkey,copy",
+    "--num_samples=3",
+    "--context_lens=264",
+    "--num_windows=3",
+  )
+  one, _ = evaluate(*flags)
+  mesh, _ = evaluate(*flags, "--mesh=fsdp=2,sequence=2")
+  assert mesh["mesh"] == "fsdp=2,sequence=2"
+  assert mesh["perplexity"]["264"] == pytest.approx(
+    one["perplexity"]["264"], rel=1e-5
+  )
+  for name, scores in one["tasks"].items():
+    found = mesh["tasks"][name]["264"]
+    for field, value in scores["264"].items():
+      if field == "answer_loss":
+        assert found[field] == pytest.approx(value, rel=1e-5)
+      elif field != "by_depth":
+        assert found[field] == value

@@ -12,7 +12,15 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from scca_jax import assets, convert, patterns, sharding, tasks, tokenizer
+from scca_jax import (
+  assets,
+  convert,
+  generation,
+  patterns,
+  sharding,
+  tasks,
+  tokenizer,
+)
 from scca_jax.documents import read_documents
 from scca_jax.llama import Execution
 from scca_jax.tasks import scoring
@@ -492,3 +500,84 @@ def test_samples_that_do_not_fit_the_model_are_refused(tiny, model):
 def test_references_are_matched_as_in_ruler():
   task = tasks.get("niah_multivalue")
   assert task.match("It is 12, then ABC.", ("12", "abc", "7", "then")) == 0.75
+
+
+def test_generated_answers_get_the_share_of_their_references(tiny, model):
+  task = tasks.get("niah_multivalue")
+  samples = _draw("niah_multivalue", tiny, 300, 3)
+  written = [
+    tiny.decode(ids)
+    for ids in generation.generate(
+      model,
+      [sample.prompt_ids for sample in samples],
+      max_new_tokens=task.max_new_tokens,
+    )
+  ]
+  # Of four references, the model writes two, all, and none.
+  references = [
+    (written[0][5:10], "x" * 99, written[0][:4], "y" * 99),
+    (written[1][:8].upper(),) * 4,
+    ("z" * 99,) * 4,
+  ]
+  samples = [
+    dataclasses.replace(sample, references=its)
+    for sample, its in zip(samples, references, strict=True)
+  ]
+  credits = tasks.generated_credits(model, task, tiny, samples, batch_size=3)
+  assert credits == [0.5, 1.0, 0.0]
+  score = tasks.score(
+    model, samples, credits=credits, context_len=300, batch_size=3
+  )
+  assert score.ruler_score == 0.5
+  assert score.ruler_interval == scoring.wilson_interval(1.5, 3)
+
+
+def _no_samples(*args):
+  raise AssertionError("samples were made again")
+
+
+def test_samples_are_made_once(tiny, tmp_path, monkeypatch):
+  for name in ("passkey", "vt", "copy"):
+    task = tasks.get(name)
+    made = _draw(name, tiny, 1000, 5, seed=3)
+    assert tasks.load_or_make(tmp_path, task, tiny, 1000, 5, 3) == made
+    with monkeypatch.context() as patch:
+      patch.setattr(type(task), "draw", _no_samples)
+      for num in (5, 2):
+        found = tasks.load_or_make(tmp_path, task, tiny, 1000, num, 3)
+        assert found == made[:num]
+    assert len(tasks.load_or_make(tmp_path, task, tiny, 1000, 7, 3)) == 7
+  assert len(list(tmp_path.iterdir())) == 3
+  with pytest.raises(ValueError, match="num_samples must be at least 1"):
+    tasks.load_or_make(tmp_path, tasks.get("vt"), tiny, 1000, 0, 3)
+
+
+def test_samples_are_kept_by_all_that_they_follow_from(tiny, tmp_path):
+  others = [
+    (tasks.get("passkey"), tiny, 400, 0),
+    (tasks.get("vt"), tiny, 1000, 0),
+    (tasks.get("passkey"), tiny, 500, 0),
+    (tasks.get("passkey"), tiny, 400, 1),
+    (tasks.get("passkey"), dataclasses.replace(tiny, adds_bos=False), 400, 0),
+    (tasks.get("passkey"), _byte_level(tmp_path, _PAIRS), 400, 0),
+  ]
+  folder = tmp_path / "cache"
+  for task, words, context_len, seed in others:
+    made = list(task.samples(words, context_len, 2, seed))
+    found = tasks.load_or_make(folder, task, words, context_len, 2, seed)
+    assert found == made
+  assert len(list(folder.iterdir())) == len(others)
+
+
+@pytest.mark.parametrize("damage", [0, 10, 300, -30])
+def test_a_damaged_file_of_samples_is_made_again(tiny, tmp_path, damage):
+  task = tasks.get("passkey")
+  made = tasks.load_or_make(tmp_path, task, tiny, 400, 2, 0)
+  (path,) = tmp_path.iterdir()
+  whole = path.read_bytes()
+  broken = bytearray(whole)
+  broken[damage] ^= 255
+  for content in (bytes(broken), whole[:damage]):
+    path.write_bytes(content)
+    assert tasks.load_or_make(tmp_path, task, tiny, 400, 2, 0) == made
+    assert path.read_bytes() == whole

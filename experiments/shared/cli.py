@@ -131,14 +131,21 @@ def _keep_compiled() -> None:
     or not settings.jax_enable_compilation_cache
   ):
     return
+  folder = cache_folder("compiled")
+  if folder is not None:
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def cache_folder(name: str) -> pathlib.Path | None:
+  """Returns `scca_jax/NAME` in the user's cache folder; None if it has none."""
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-  folder = cache.expanduser() / "scca_jax" / "compiled"
+  folder = cache.expanduser() / "scca_jax" / name
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError:
     # The cache folder is not writable: skip caching.
-    return
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+    return None
+  return folder
 
 
 @functools.cache

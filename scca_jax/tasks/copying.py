@@ -25,6 +25,7 @@ class Copy(Task):
   """
 
   name = "copy"
+  scored_by_loss = True
   max_new_tokens = _SEGMENT_LEN - _NUM_GIVEN
 
   def draw(

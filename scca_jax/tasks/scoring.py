@@ -3,28 +3,34 @@
 The model reads the prompt and the right answer together ("teacher forcing"). It
 is right if each token of the answer is the most likely one after all before it,
 which is when greedy decoding would write this answer.
+
+RULER instead lets the model write, and looks for the references in its text
+(`generated_credits`).
 """
 
 import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from scca_jax import losses, sharding
+from scca_jax import generation, losses, sharding
 from scca_jax.llama import DEFAULT_EXECUTION, Execution, Patterns
-from scca_jax.tasks.task import Sample
+from scca_jax.tasks.task import Sample, Task
+from scca_jax.tokenizer import Tokenizer
 
 # 95 % of a normal distribution is within this many standard deviations.
 _DEVIATIONS = 1.959964
 # Answers are padded to a multiple of this, so that tasks share compiled code.
-_ANSWER_BUCKET = 64
+_ANSWER_BUCKET = 128
+# Tokens of each answer whose logits are held at once.
+_LOGITS_CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,9 @@ class Score:
       "accuracy", "answer_loss", "num_samples", and "distance", in tokens, if
       the task has it. Empty for tasks without a depth.
     prompts_sha256: SHA-256 of the ids of all samples.
+    ruler_score: Mean share of the references in generated text, which alone is
+      comparable with RULER's scores; None if nothing was generated.
+    ruler_interval: Its interval, as `wilson_interval` has it.
   """
 
   accuracy: float
@@ -49,10 +58,35 @@ class Score:
   num_samples: int
   by_depth: list[dict[str, float]]
   prompts_sha256: str
+  ruler_score: float | None = None
+  ruler_interval: tuple[float, float] | None = None
 
 
-def wilson_interval(num_right: int, num_samples: int) -> tuple[float, float]:
-  """Returns the 95 % interval of a share, after Wilson (JASA 22, 1927)."""
+class Answer(NamedTuple):
+  """How well a model predicted the answer of a sample.
+
+  Attributes:
+    loss: Of each token, in nats, `[answer]` float64.
+    hits: Whether each token was the most likely one, `[answer]` bool.
+  """
+
+  loss: np.ndarray
+  hits: np.ndarray
+
+  @property
+  def right(self) -> bool:
+    """Whether all were."""
+    return bool(self.hits.all())
+
+
+def wilson_interval(num_right: float, num_samples: int) -> tuple[float, float]:
+  """Returns the 95 % interval of a share, after Wilson (JASA 22, 1927).
+
+  Args:
+    num_right: With partial credit, the sum of the shares: the interval is then
+      wider than it need be.
+    num_samples: Number of samples.
+  """
   z2 = _DEVIATIONS**2
   share = num_right / num_samples
   middle = share + z2 / (2 * num_samples)
@@ -85,7 +119,9 @@ def answer_scores(
   patterns: Patterns = None,
   execution: Execution = DEFAULT_EXECUTION,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns loss in nats and rightness of tokens, both `[batch, answer_len]`.
+  """Returns the loss of tokens in nats and whether each was the most likely.
+
+  Both are `[batch, answer_len]`.
 
   Logits are computed for these tokens only.
 
@@ -108,26 +144,35 @@ def answer_scores(
   places = jnp.minimum(places, tokens.shape[1] - 1)
   targets = jnp.take_along_axis(tokens, places, axis=1)
   hidden = jnp.take_along_axis(hidden, places[..., None] - 1, axis=1)
-  logits = model.logits(hidden)
-  loss = losses.cross_entropy(logits, targets)
-  right = jnp.argmax(logits, axis=-1) == targets
+
+  def of_token(token):
+    hidden, targets = token
+    logits = model.logits(hidden)
+    hits = jnp.argmax(logits, axis=-1) == targets
+    return losses.cross_entropy(logits, targets), hits
+
+  loss, hits = jax.lax.map(
+    of_token,
+    (jnp.moveaxis(hidden, 1, 0), targets.T),
+    batch_size=min(_LOGITS_CHUNK, answer_len),
+  )
   return (
-    sharding.constrain(loss, mesh, None, None),
-    sharding.constrain(right, mesh, None, None),
+    sharding.constrain(loss.T, mesh, None, None),
+    sharding.constrain(hits.T, mesh, None, None),
   )
 
 
-def score(
+def answers(
   model: Any,
-  samples: Iterable[Sample],
+  samples: Sequence[Sample],
   *,
   context_len: int,
   batch_size: int = 1,
   patterns: Patterns = None,
   execution: Execution = DEFAULT_EXECUTION,
   on_samples: Callable[[int], object] | None = None,
-) -> Score:
-  """Returns the score of a model on the samples of a task.
+) -> list[Answer]:
+  """Returns how well a model predicts the answer of each sample.
 
   Args:
     model: A `Llama`.
@@ -142,49 +187,138 @@ def score(
     ValueError: There are no samples, or one is longer than `context_len` or has
       ids outside the model's vocabulary; or a loss is not finite.
   """
-  samples = list(samples)
   _check(samples, context_len, batch_size, model.config.vocab_size)
   graphdef, state = nnx.split(model)
   longest = max(len(sample.answer_ids) for sample in samples)
   answer_len = math.ceil(longest / _ANSWER_BUCKET) * _ANSWER_BUCKET
   batch_size = min(batch_size, len(samples))
-  loss, right = [], []
-  for begin in range(0, len(samples), batch_size):
-    part = samples[begin : begin + batch_size]
-    tokens = np.zeros((batch_size, context_len), np.int32)
-    starts = np.ones(batch_size, np.int32)
-    for row, sample in enumerate(part):
-      ids = sample.prompt_ids + sample.answer_ids
-      tokens[row, : len(ids)] = ids
-      starts[row] = len(sample.prompt_ids)
-    found = answer_scores(
-      state,
-      tokens,
-      starts,
-      graphdef=graphdef,
-      answer_len=answer_len,
-      patterns=patterns,
-      execution=execution,
-    )
-    batch_loss, batch_right = map(np.asarray, found)
+
+  def run():
+    for begin in range(0, len(samples), batch_size):
+      part = samples[begin : begin + batch_size]
+      tokens = np.zeros((batch_size, context_len), np.int32)
+      starts = np.ones(batch_size, np.int32)
+      for row, sample in enumerate(part):
+        ids = sample.prompt_ids + sample.answer_ids
+        tokens[row, : len(ids)] = ids
+        starts[row] = len(sample.prompt_ids)
+      yield (
+        part,
+        answer_scores(
+          state,
+          tokens,
+          starts,
+          graphdef=graphdef,
+          answer_len=answer_len,
+          patterns=patterns,
+          execution=execution,
+        ),
+      )
+
+  results = []
+  for part, found in _one_ahead(run()):
+    batch_loss, batch_hits = map(np.asarray, found)
     for row, sample in enumerate(part):
       size = len(sample.answer_ids)
-      loss.append(batch_loss[row, :size].astype(np.float64))
-      right.append(bool(batch_right[row, :size].all()))
-      if not np.isfinite(loss[-1]).all():
+      loss = batch_loss[row, :size].astype(np.float64)
+      if not np.isfinite(loss).all():
         raise ValueError(
-          f"the loss is not finite in sample {begin + row}: the weights are"
+          f"the loss is not finite in sample {len(results)}: the weights are"
           " damaged, or their dtype is too narrow."
         )
+      results.append(Answer(loss, batch_hits[row, :size]))
     if on_samples is not None:
       on_samples(len(part))
+  return results
+
+
+def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+  """Yields each item once the next one is made.
+
+  So the device computes a batch while the host prepares the next.
+  """
+  waiting = []
+  for item in items:
+    waiting.append(item)
+    if len(waiting) > 1:
+      yield waiting.pop(0)
+  yield from waiting
+
+
+def generated_credits(
+  model: Any,
+  task: Task,
+  tokenizer: Tokenizer,
+  samples: Sequence[Sample],
+  *,
+  batch_size: int = 1,
+  patterns: Patterns = None,
+  execution: Execution = DEFAULT_EXECUTION,
+) -> list[float]:
+  """Returns the share of the references that the model writes, by sample.
+
+  It writes what is most likely, at most as many tokens as RULER allows.
+
+  Args:
+    model: A `Llama`.
+    task: Where the samples are from.
+    tokenizer: What they were made with.
+    samples: From the task's `samples`.
+    batch_size: Samples that are continued at once.
+    patterns: What prompts and new tokens attend by; None is dense.
+    execution: See `generation.stream`; on one device.
+
+  Raises:
+    ValueError: See `generation.stream`.
+  """
+  ends = set(model.config.eos_token_ids)
+  credits = []
+  for begin in range(0, len(samples), batch_size):
+    part = samples[begin : begin + batch_size]
+    written = generation.generate(
+      model,
+      [sample.prompt_ids for sample in part],
+      max_new_tokens=task.max_new_tokens,
+      prefill_patterns=patterns,
+      decode_patterns=patterns,
+      execution=execution,
+    )
+    for sample, ids in zip(part, written, strict=True):
+      text = tokenizer.decode([i for i in ids if i not in ends])
+      credits.append(task.match(text, sample.references))
+  return credits
+
+
+def score(
+  model: Any,
+  samples: Iterable[Sample],
+  *,
+  credits: Sequence[float] | None = None,
+  **settings: Any,
+) -> Score:
+  """Returns the score of a model on the samples of a task.
+
+  Args:
+    model: A `Llama`.
+    samples: From a task's `samples`.
+    credits: From `generated_credits`, if the model has written answers, too.
+    **settings: See `answers`.
+  """
+  samples = list(samples)
+  found = answers(model, samples, **settings)
+  num_right = sum(answer.right for answer in found)
+  by_depth = _by_depth(samples, found, credits)
   return Score(
-    accuracy=sum(right) / len(samples),
-    interval=wilson_interval(sum(right), len(samples)),
-    answer_loss=float(np.concatenate(loss).mean()),
+    accuracy=num_right / len(samples),
+    interval=wilson_interval(num_right, len(samples)),
+    answer_loss=float(np.concatenate([a.loss for a in found]).mean()),
     num_samples=len(samples),
-    by_depth=_by_depth(samples, loss, right),
+    by_depth=by_depth,
     prompts_sha256=prompts_sha256(samples),
+    ruler_score=None if credits is None else sum(credits) / len(samples),
+    ruler_interval=(
+      None if credits is None else wilson_interval(sum(credits), len(samples))
+    ),
   )
 
 
@@ -212,20 +346,25 @@ def _check(
 
 
 def _by_depth(
-  samples: Sequence[Sample], loss: Sequence[np.ndarray], right: Sequence[bool]
+  samples: Sequence[Sample],
+  found: Sequence[Answer],
+  credits: Sequence[float] | None,
 ) -> list[dict[str, float]]:
   by_place: dict[tuple[float, int | None], list[int]] = {}
   for number, sample in enumerate(samples):
     if sample.depth is not None:
       place = sample.depth, sample.distance
       by_place.setdefault(place, []).append(number)
-  return [
-    {
-      "depth": depth,
-      **({} if distance is None else {"distance": distance}),
-      "accuracy": sum(right[i] for i in numbers) / len(numbers),
-      "answer_loss": float(np.concatenate([loss[i] for i in numbers]).mean()),
-      "num_samples": len(numbers),
-    }
-    for (depth, distance), numbers in sorted(by_place.items())
-  ]
+  entries = []
+  for (depth, distance), numbers in sorted(by_place.items()):
+    entry: dict[str, float] = {"depth": depth}
+    if distance is not None:
+      entry["distance"] = distance
+    entry["accuracy"] = sum(found[i].right for i in numbers) / len(numbers)
+    loss = np.concatenate([found[i].loss for i in numbers])
+    entry["answer_loss"] = float(loss.mean())
+    if credits is not None:
+      entry["ruler_score"] = sum(credits[i] for i in numbers) / len(numbers)
+    entry["num_samples"] = len(numbers)
+    entries.append(entry)
+  return entries

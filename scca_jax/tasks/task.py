@@ -42,10 +42,15 @@ class Task(abc.ABC):
   Attributes:
     name: The task's key in `scca_jax.tasks.TASKS`.
     max_new_tokens: Most tokens that a model may generate for an answer.
+    source: Hash of the file that samples are made from, if a user gave one.
+    scored_by_loss: Whether the score is the loss: answers are too long to get
+      every token right.
   """
 
   name: str
   max_new_tokens: int
+  source = ""
+  scored_by_loss = False
 
   @abc.abstractmethod
   def draw(
