@@ -1,8 +1,10 @@
 """Files that are complete or absent."""
 
+import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -70,6 +72,32 @@ class AtomicFile:
     finally:
       self._file.close()
       self._temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Gives a temporary file's path to those who open it themselves.
+
+  At the end of the `with` block it is named `path`; an error in the block
+  removes it. Its suffix is that of `path`.
+
+  Raises:
+    OSError: It cannot be written; the message names `path`.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    with temporary.open("rb") as file:
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError as error:
+    raise OSError(
+      error.errno, f"cannot write {path}: {error.strerror}"
+    ) from error
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:

@@ -853,10 +853,17 @@ def write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
   atomic_file.write(path, content)
 
 
-def _fused(
+def fused(
   arrays: dict[_Path, jax.Array], path: _Path, layer: int, scaling: float
 ) -> jax.Array:
-  """Returns a parameter of one layer, its adapter fused into it."""
+  """Returns a parameter of one layer, its adapter fused into it.
+
+  Args:
+    arrays: A model's parameters, from `parameters`.
+    path: Path of the parameter.
+    layer: The layer; anything for what no layer holds.
+    scaling: What the adapter's product is multiplied by.
+  """
   array = arrays[path]
   part = array[layer] if path[0] == "layers" else array
   lora_a = arrays.get((*path[:-1], "lora_a"))
@@ -949,7 +956,7 @@ def save_model(
     tensors = {}
     for name in names:
       path, layer = places[name]
-      part = _fused(arrays, path, layer, scaling)
+      part = fused(arrays, path, layer, scaling)
       tensors[name] = file_tensor(path, part, dtype)
     write_tensors(folder / file_name, tensors)
   if len(shards) > 1:

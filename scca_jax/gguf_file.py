@@ -31,8 +31,9 @@ _NAMES = {
   "ffn_norm": "post_attention_layernorm",
   **{p.gguf_name: f"{p.module}.{name}" for name, p in PROJECTIONS.items()},
 }
+_GGUF_NAMES = {theirs: own for own, theirs in _NAMES.items()}
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 _PIECE = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
 # Keys that are read, then those that may stand beside them with the values that
 # change nothing. Off, which is 0 or false, always changes nothing.
@@ -111,6 +112,19 @@ def _hugging_face_name(name: str) -> str:
   return f"{_NAMES[stem]}.weight" if stem in _NAMES else name
 
 
+def gguf_name(name: str) -> str:
+  """Returns a tensor's name in GGUF files, given its Hugging Face name.
+
+  What has no such name keeps its own.
+  """
+  layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
+  stem = layer.group(2) if layer else name.removesuffix(".weight")
+  if stem not in _GGUF_NAMES:
+    return name
+  prefix = f"blk.{layer.group(1)}." if layer else ""
+  return f"{prefix}{_GGUF_NAMES[stem]}.weight"
+
+
 def _channels_apart(weight: np.ndarray, num_heads: int) -> np.ndarray:
   """Undoes llama.cpp's order of query and key rows.
 
@@ -119,6 +133,19 @@ def _channels_apart(weight: np.ndarray, num_heads: int) -> np.ndarray:
   """
   pairs = weight.reshape(num_heads, -1, 2, weight.shape[-1])
   return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def channels_together(weight: np.ndarray, num_heads: int) -> np.ndarray:
+  """Returns query or key rows in llama.cpp's order.
+
+  Channels `i` and `i + head_dim / 2` of a head become neighbours.
+
+  Args:
+    weight: `[heads * head_dim, in]`.
+    num_heads: Number of heads.
+  """
+  halves = weight.reshape(num_heads, 2, -1, weight.shape[-1])
+  return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _open(path: pathlib.Path) -> Any:
@@ -199,7 +226,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     self._names = {
       _hugging_face_name(name): name
       for name in self._tensors
-      if name != _ROPE_FACTORS
+      if name != ROPE_FACTORS
     }
     self.config = self._read_config()
 
@@ -233,16 +260,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
 
   def name_in_file(self, name: str) -> str:
     """Returns the name in the file of a tensor, given its Hugging Face name."""
-    if name in self._names:
-      return self._names[name]
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
-    stem = layer.group(2) if layer else name.removesuffix(".weight")
-    for own, theirs in _NAMES.items():
-      if theirs == stem:
-        return (
-          f"blk.{layer.group(1)}.{own}.weight" if layer else f"{own}.weight"
-        )
-    return name
+    return self._names.get(name) or gguf_name(name)
 
   def _values(self, name: str) -> np.ndarray:
     tensor = self._tensors[name]
@@ -391,7 +409,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       factor = factor or self._required("rope.scaling.factor")
     factor = 1.0 if kind == "none" else float(factor or 1.0)
     attention = float(self._field("rope.scaling.attn_factor", 1.0))
-    is_llama_3 = _ROPE_FACTORS in self._tensors
+    is_llama_3 = ROPE_FACTORS in self._tensors
     if attention != 1 and (kind != "yarn" or is_llama_3):
       raise ValueError(
         f"rope.scaling.attn_factor={attention:g} is supported for yarn rope"
@@ -400,7 +418,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     if is_llama_3:
       if factor != 1:
         raise ValueError(
-          f"both the tensor {_ROPE_FACTORS} and rope.scaling.factor="
+          f"both the tensor {ROPE_FACTORS} and rope.scaling.factor="
           f"{factor:g} scale the rope: only one of them is supported."
         )
       return self._llama_3_scaling(head_dim, theta)
@@ -421,7 +439,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
 
   def _llama_3_scaling(self, head_dim: int, theta: float) -> RopeScaling:
     """Returns the scaling whose frequencies the file holds, divided out."""
-    factors = self._values(_ROPE_FACTORS)
+    factors = self._values(ROPE_FACTORS)
     scaling = RopeScaling(
       kind="llama3",
       factor=float(factors.max()),
@@ -436,7 +454,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       plain / factors, scaled, rtol=1e-3
     ):
       raise ValueError(
-        f"{_ROPE_FACTORS} is not the rope scaling of Llama 3.1 to 3.3."
+        f"{ROPE_FACTORS} is not the rope scaling of Llama 3.1 to 3.3."
       )
     return scaling
 
@@ -446,6 +464,14 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     """Returns a field of the tokenizer's metadata, `default` if missing."""
     field = self._reader.get_field(f"tokenizer.ggml.{name}")
     return default if field is None else field.contents()
+
+  def tokenizer_fields(self) -> dict[str, Any]:
+    """Returns all of the tokenizer's metadata, its chat template included."""
+    return {
+      name: field.contents()
+      for name, field in self._reader.fields.items()
+      if name.startswith("tokenizer.")
+    }
 
   def special_id(self, kind: str) -> int | None:
     """Returns the id of the "bos", "eos" or "unknown" token, or None."""

@@ -17,7 +17,7 @@ _LLAMA_3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA_3_PRE_TOKENIZERS)
+PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA_3_PRE_TOKENIZERS)
 # Types of tokens; GGUF uses SentencePiece's numbers.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
@@ -111,10 +111,10 @@ def _byte_pairs(file: GgufFile) -> bytes:
   if not merges:
     raise ValueError(f"{file.path} lacks the merges of its vocabulary.")
   name = file.vocabulary("pre", "")
-  if name not in _PRE_TOKENIZERS:
+  if name not in PRE_TOKENIZERS:
     raise ValueError(
       f"{file.path}: how {name!r} cuts text is not known, only how"
-      f" {', '.join(_PRE_TOKENIZERS)} do: give --tokenizer=tokenizer.json."
+      f" {', '.join(PRE_TOKENIZERS)} do: give --tokenizer=tokenizer.json."
     )
   is_llama_3 = name in LLAMA_3_PRE_TOKENIZERS
   processor = tokenizers.Tokenizer(

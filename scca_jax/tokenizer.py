@@ -59,6 +59,7 @@ class Tokenizer(abc.ABC):
     bos_id: Id of the token that begins a text; None where there is none.
     eos_id: Id of the token that ends a text; None where there is none.
     adds_bos: Whether a prompt begins with `bos_id`, as its files say.
+    adds_eos: Whether a text by itself ends with `eos_id`, as they say.
   """
 
   name: str
@@ -67,6 +68,7 @@ class Tokenizer(abc.ABC):
   bos_id: int | None
   eos_id: int | None
   adds_bos: bool
+  adds_eos: bool = False
 
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -142,6 +144,7 @@ class _AddedTokens:
   """Tokens that are cut out of a text before SentencePiece sees the rest.
 
   Attributes:
+    tokens: Each by its id.
     texts: What each id stands for.
     continuing: SentencePiece for what comes after such a token.
     space_after: Whether it puts a space in front of that, if there is none.
@@ -156,6 +159,7 @@ class _AddedTokens:
     continuing: sentencepiece.SentencePieceProcessor,
     space_after: bool,
   ):
+    self.tokens = tokens
     self.texts = {i: token.content for i, token in tokens.items()}
     self.continuing = continuing
     self.space_after = space_after
@@ -218,7 +222,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
       )
     path = found[0]
   if path.suffix == gguf_file.SUFFIX:
-    return _load_gguf(path)
+    return from_gguf(gguf_file.GgufFile(path))
   if path.suffix not in (".model", ".json"):
     raise ValueError(
       f"{path} is not a tokenizer: give a SentencePiece .model, a tokenizer"
@@ -232,8 +236,13 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
   return _load_hugging_face(path, content)
 
 
-def _load_gguf(path: pathlib.Path) -> Tokenizer:
-  file = gguf_file.GgufFile(path)
+def from_gguf(file: gguf_file.GgufFile) -> Tokenizer:
+  """Returns the tokenizer of an open GGUF file.
+
+  Raises:
+    ValueError: The vocabulary is missing, damaged or of an unknown kind.
+  """
+  path = file.path
   name, content = gguf_tokenizer.tokenizer_file(file)
   if name.endswith(_MODEL_SUFFIX):
     words = _sentencepiece(
@@ -271,6 +280,7 @@ def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
     eos_id=ids.get(_token_named(path.parent, "eos"), words.eos_id),
     # By default as LLaMA does.
     adds_bos=bos_id is not None and bool(settings.get("add_bos_token", True)),
+    adds_eos=bool(settings.get("add_eos_token", False)),
   )
 
 
@@ -433,14 +443,16 @@ def _hugging_face(
   processor.no_padding()
   processor.encode_special_tokens = True
   bos_id = _special_id(path.parent, "bos", vocabulary)
+  eos_id = _special_id(path.parent, "eos", vocabulary)
   with_special = processor.encode("a", add_special_tokens=True).ids
   return HuggingFaceTokenizer(
     name=path.name,
     fingerprint=fingerprint.hexdigest(),
     vocab_size=max(vocabulary.values()) + 1,
     bos_id=bos_id,
-    eos_id=_special_id(path.parent, "eos", vocabulary),
+    eos_id=eos_id,
     adds_bos=bos_id is not None and with_special[:1] == [bos_id],
+    adds_eos=eos_id is not None and with_special[-1:] == [eos_id],
     processor=processor,
   )
 

@@ -1,0 +1,255 @@
+"""Tokenizers into the metadata of GGUF files, as llama.cpp reads it.
+
+`fields` gives the vocabulary of a folder or of another GGUF file. llama.cpp
+knows a few ways to cut text, by name; that of a tokenizer is the one that
+gives the same ids for texts of many kinds and for every token by itself. A
+tokenizer that no way agrees with is refused.
+"""
+
+import json
+import os
+import pathlib
+import reprlib
+from collections.abc import Iterator
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+
+from scca_jax import gguf_file, gguf_tokenizer, json_file, tokenizer
+from scca_jax.llama_config import LlamaConfig
+
+# Types of tokens.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_PREFIX = "tokenizer.ggml."
+# Below the score of any piece that is used.
+_LEAST = -1e6
+_TEMPLATE = "tokenizer.chat_template"
+# What tells ways to cut text apart: contractions, runs of digits and spaces,
+# line ends, scripts, emoji, characters that normalisation would change.
+_PROBES = (
+  "It's the best of times; we'll see: I'VE 'S they'RE.",
+  "1 12 123 1234 12345 3.14159 1,234,567 ١٢٣ ½ x2y33",
+  "a  b   c    d\t\te \n\n\n f\r\n  g \n",
+  " leading space",
+  "  two",
+  "trailing  ",
+  "\n\nlines\n \n",
+  " ",
+  "",
+  "Grüße, Привет, мир! 你好，世界。こんにちは 안녕 नमस्ते สวัสดี",
+  "cafe\u0301 naïve ﬁ ａｂｃ Ⅳ \u00a0 \u2003 \u2028 \u200b \ufeff",
+  "🙂👩‍👩‍👧🇩🇪 ∑∫√ →←",
+  "def f(x: int) -> str:\n    return f'{x!r:>10}'  # !!! ??? ...\n",
+  "<s> </s> <|endoftext|> <unk> <0x0A> ▁ ▁▁a",
+  "camelCaseWord ALLCAPS snake_case http://a.b/c?d=e&f=g",
+)
+
+
+class _Vocabulary(gguf_file.GgufFile):
+  """What a file with some metadata would be read as."""
+
+  def __init__(self, path: pathlib.Path, fields: dict[str, Any]):
+    """Takes the metadata; there is no file yet."""
+    self.path = path
+    self._written = fields
+
+  def vocabulary(self, name: str, default: Any = None) -> Any:
+    """Returns a field of the tokenizer's metadata, `default` if missing."""
+    return self._written.get(_PREFIX + name, default)
+
+
+def _chat_template(folder: pathlib.Path) -> str | None:
+  """Returns the chat template of a folder, the default one of several."""
+  path = folder / "chat_template.jinja"
+  if path.is_file():
+    return path.read_text(encoding="utf-8")
+  path = folder / "tokenizer_config.json"
+  template = json_file.read(path).get("chat_template") if path.is_file() else ""
+  if isinstance(template, list):
+    by_name = {t.get("name"): t.get("template") for t in template}
+    template = by_name.get("default")
+  return template
+
+
+def _of_pieces(words: tokenizer.SentencePieceTokenizer) -> dict[str, Any]:
+  """Returns the vocabulary of a SentencePiece model."""
+  model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
+  model.ParseFromString(words.processor.serialized_model_proto())
+  if model.trainer_spec.model_type != model.trainer_spec.BPE:
+    raise ValueError(
+      "it is not made of byte pairs, as llama.cpp's SentencePiece models are:"
+      " export for transformers (hf)."
+    )
+  tokens = [piece.piece for piece in model.pieces]
+  scores = [piece.score for piece in model.pieces]
+  kinds = [piece.type for piece in model.pieces]
+  for i, token in (words.added.tokens if words.added else {}).items():
+    if i == len(tokens):
+      tokens.append(token.content)
+      scores.append(_LEAST)
+      kinds.append(_NORMAL)
+    kinds[i] = _CONTROL if token.special else _USER_DEFINED
+  return {
+    "model": "llama",
+    "pre": "default",
+    "tokens": tokens,
+    "scores": scores,
+    "token_type": kinds,
+    "add_space_prefix": model.normalizer_spec.add_dummy_prefix,
+    "unknown_token_id": words.processor.unk_id(),
+  }
+
+
+def _of_json(
+  words: tokenizer.HuggingFaceTokenizer,
+) -> Iterator[dict[str, Any]]:
+  """Yields what the vocabulary of a `tokenizer.json` may be to llama.cpp."""
+  content = json.loads(words.processor.to_str())
+  model = content["model"]
+  if model["type"] != "BPE":
+    raise ValueError(
+      f"llama.cpp has no {model['type']} vocabulary for a LLaMA: export for"
+      " transformers (hf)."
+    )
+  merges = [
+    merge.split(" ", 1) if isinstance(merge, str) else merge
+    for merge in model["merges"]
+  ]
+  size = max(i for i in words.processor.get_vocab().values()) + 1
+  tokens = [f"[UNUSED{i}]" for i in range(size)]
+  kinds = [_UNUSED] * size
+  for token, i in model["vocab"].items():
+    tokens[i], kinds[i] = token, _NORMAL
+  for token in content["added_tokens"]:
+    tokens[token["id"]] = token["content"]
+    kinds[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
+  if not model.get("byte_fallback"):
+    for name in gguf_tokenizer.PRE_TOKENIZERS:
+      yield {
+        "model": "gpt2",
+        "pre": name,
+        "tokens": tokens,
+        "token_type": kinds,
+        "merges": [" ".join(merge) for merge in merges],
+      }
+    return
+  # SentencePiece's: what is merged first has the highest score.
+  scores = [-float(len(merges))] * size
+  for rank, merge in reversed(list(enumerate(merges))):
+    scores[model["vocab"]["".join(merge)]] = -float(rank)
+  for i, token in enumerate(tokens):
+    if token == model.get("unk_token"):
+      kinds[i] = _UNKNOWN
+    elif len(token) == 6 and token.startswith("<0x") and token[-1] == ">":
+      kinds[i] = _BYTE
+  for prefix in (True, False):
+    yield {
+      "model": "llama",
+      "pre": "default",
+      "tokens": tokens,
+      "scores": scores,
+      "token_type": kinds,
+      "add_space_prefix": prefix,
+      "unknown_token_id": model["vocab"].get(model.get("unk_token")),
+    }
+
+
+def _candidates(words: tokenizer.Tokenizer) -> Iterator[dict[str, Any]]:
+  """Yields what a vocabulary may be to llama.cpp."""
+  if isinstance(words, tokenizer.SentencePieceTokenizer):
+    yield _of_pieces(words)
+  elif isinstance(words, tokenizer.HuggingFaceTokenizer):
+    yield from _of_json(words)
+
+
+def _special_tokens(
+  words: tokenizer.Tokenizer, config: LlamaConfig
+) -> dict[str, Any]:
+  """Returns which tokens begin and end a text or a turn."""
+  ends = list(config.eos_token_ids)
+  eos = words.eos_id if words.eos_id is not None else next(iter(ends), None)
+  turns = [i for i in ends if i != eos]
+  return {
+    "bos_token_id": words.bos_id,
+    "eos_token_id": eos,
+    "eot_token_id": next(iter(turns), None),
+    "eom_token_id": next(iter(turns[1:]), None),
+    "add_bos_token": words.adds_bos,
+    "add_eos_token": words.adds_eos,
+  }
+
+
+def _difference(
+  theirs: tokenizer.Tokenizer, ours: tokenizer.Tokenizer, size: int
+) -> str | None:
+  """Returns a text that two tokenizers cut differently, None if none."""
+  tokens = [theirs.decode([i]) for i in range(size)]
+  for texts in (_PROBES, tokens, [f"a {token}b" for token in tokens]):
+    for text, wanted, found in zip(
+      texts, theirs.encode_batch(texts), ours.encode_batch(texts), strict=True
+    ):
+      if wanted != found:
+        return text
+  return None
+
+
+def _with_unused(found: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+  """Returns a vocabulary with a token for every row of the embedding."""
+  size = len(found["tokens"])
+  if size > vocab_size:
+    raise ValueError(
+      f"it has {size:,} tokens, more than the {vocab_size:,} of the model:"
+      " llama.cpp refuses such a file; export for transformers (hf)."
+    )
+  unused = range(size, vocab_size)
+  more = {
+    "tokens": [f"[UNUSED{i}]" for i in unused],
+    "token_type": [_UNUSED for _ in unused],
+    "scores": [_LEAST for _ in unused],
+  }
+  return found | {
+    name: [*found[name], *values]
+    for name, values in more.items()
+    if name in found
+  }
+
+
+def fields(
+  source: str | os.PathLike[str], config: LlamaConfig
+) -> dict[str, Any]:
+  """Returns the metadata of GGUF that holds a model's tokenizer.
+
+  Args:
+    source: The model's folder, or a GGUF file, whose tokenizer is kept as it
+      is.
+    config: The model. Tokens that its tokenizer lacks are marked as unused.
+
+  Raises:
+    FileNotFoundError: There is no tokenizer.
+    ValueError: A file is damaged, or llama.cpp would cut text differently.
+  """
+  source = pathlib.Path(source)
+  if source.suffix == gguf_file.SUFFIX:
+    return gguf_file.GgufFile(source).tokenizer_fields()
+  words = tokenizer.load(source)
+  path = source / words.name
+  try:
+    for found in _candidates(words):
+      found |= _special_tokens(words, config)
+      found = _with_unused(found, config.vocab_size)
+      found = {
+        _PREFIX + name: value
+        for name, value in found.items()
+        if value is not None
+      }
+      read = tokenizer.from_gguf(_Vocabulary(path, found))
+      difference = _difference(words, read, words.vocab_size)
+      if difference is None:
+        template = _chat_template(source)
+        return found | ({_TEMPLATE: template} if template else {})
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  raise ValueError(
+    f"{path}: llama.cpp has no name for the way it cuts text, such as"
+    f" {reprlib.repr(difference)}: export for transformers (hf)."
+  )
