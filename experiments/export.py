@@ -3,20 +3,28 @@
 python -m experiments.export --adapter=runs/scca_fixed/adapter --format=hf \
   --output_dir=extended
 
-`--format=hf` fuses the adapter into the weights and writes a Hugging Face
-folder whose config.json has the rope scaling; `--format=peft` writes the
-adapter for PEFT, embeddings and norms included. A GGUF file can be the model.
+* `hf`: a Hugging Face folder, the adapter fused into the weights, whose
+  config.json has the rope scaling.
+* `gguf`: the same in one file for llama.cpp, tokenizer included.
+* `peft`: the adapter for PEFT, with the norms and embeddings that were trained.
+* `peft_plain`: for tools that take LoRA matrices alone (vLLM, SGLang,
+  llama.cpp, Ollama): norms, embeddings and rope scaling in a base of its own,
+  and the adapter beside it.
+
+Every folder has a model card, README.md. A GGUF file can be the model.
 """
 
 import pathlib
 from typing import Any
 
 import jax.numpy as jnp
-from absl import flags
+from absl import flags, logging
 
-from experiments.shared import cli, resolve
+from experiments.shared import cli, model_card, resolve
 from experiments.shared import flags as shared_flags
-from scca_jax import adapters, assets, convert
+from scca_jax import adapters, assets, convert, gguf_vocabulary, gguf_writer
+from scca_jax.llama import Llama
+from scca_jax.llama_config import LlamaConfig
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = shared_flags.define_adapter(
@@ -29,7 +37,14 @@ _ROPE_SCALING, _ROPE_FACTOR = shared_flags.define_rope(
   "the context grows by it as well"
 )
 _FORMAT = flags.DEFINE_enum(
-  "format", "hf", ("hf", "peft"), "hf: a fused model; peft: the adapter."
+  "format",
+  "hf",
+  ("hf", "gguf", "peft", "peft_plain"),
+  "hf, gguf: a fused model; peft: the adapter; peft_plain: the adapter without"
+  " trained norms and embeddings, and the base that has them.",
+)
+_GGUF_TYPE = flags.DEFINE_enum(
+  "gguf_type", None, gguf_writer.KINDS, "Type of a GGUF's matrices; F16."
 )
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", None, "Folder to write; new or empty."
@@ -50,8 +65,20 @@ def _check_flags() -> pathlib.Path:
     raise ValueError(
       f"--output_dir={output_dir} is not empty: name a new folder."
     )
-  if _FORMAT.value == "peft" and _ADAPTER.value is None:
-    raise ValueError("--format=peft writes an adapter: give --adapter=FOLDER.")
+  if _FORMAT.value.startswith("peft") and _ADAPTER.value is None:
+    raise ValueError(
+      f"--format={_FORMAT.value} writes an adapter: give --adapter=FOLDER."
+    )
+  if _FORMAT.value == "gguf" and _DTYPE.value is not None:
+    raise ValueError(
+      "--dtype is for other formats: give --gguf_type, one of"
+      f" {', '.join(gguf_writer.KINDS)}."
+    )
+  if _FORMAT.value != "gguf" and _GGUF_TYPE.value is not None:
+    raise ValueError(
+      f"--gguf_type={_GGUF_TYPE.value} needs --format=gguf, not"
+      f" {_FORMAT.value}."
+    )
   if not _MAX_SHARD_GB.value > 0:
     raise ValueError(
       f"--max_shard_gb must be above 0, got {_MAX_SHARD_GB.value}."
@@ -59,6 +86,62 @@ def _check_flags() -> pathlib.Path:
   shared_flags.check_exist(_MODEL, _ADAPTER)
   shared_flags.check_rope(_ROPE_SCALING, _ROPE_FACTOR, _ADAPTER)
   return output_dir
+
+
+def _describe(config: LlamaConfig) -> str:
+  kind = config.rope_scaling.kind if config.rope_scaling else "no"
+  return f"{config.context_len:,} tokens of context, {kind} rope scaling"
+
+
+def _save_model(
+  model: Llama, source: pathlib.Path, folder: pathlib.Path, dtype: Any, **card
+) -> None:
+  """Writes a model's folder, with its adapter fused or, for peft_plain, not."""
+  convert.copy_tokenizer(source, folder, context_len=model.config.context_len)
+  model_card.write(folder, library="transformers", **card)
+  convert.save_model(
+    model,
+    folder,
+    dtype=dtype,
+    max_shard_bytes=max(1, int(_MAX_SHARD_GB.value * 10**9)),
+    fuse=_FORMAT.value == "hf",
+  )
+
+
+def _save_gguf(
+  model: Llama, source: pathlib.Path, folder: pathlib.Path, **card
+) -> None:
+  kind = _GGUF_TYPE.value or "F16"
+  path = folder / f"{folder.resolve().name}-{kind}.gguf"
+  gguf_writer.save_gguf(
+    model,
+    path,
+    vocabulary=gguf_vocabulary.fields(source, model.config),
+    kind=kind,
+  )
+  loading = model_card.for_llama_cpp(path, model.config.context_len)
+  model_card.write(folder, loading, library="gguf", **card)
+  print(f"{path}: {kind}, {_describe(model.config)}")
+
+
+def _warn_of_peft(model: Llama, source: pathlib.Path) -> None:
+  """Says what PEFT, and tools that read its files, would not see."""
+  lora: Any = model.lora
+  if lora.train_embeddings or lora.train_norms:
+    logging.warning(
+      "vLLM and SGLang refuse the trained norms or embeddings of this adapter,"
+      " llama.cpp's converter and Ollama refuse embeddings and drop norms:"
+      " --format=peft_plain writes what they take."
+    )
+  base, scaling = convert.load_config(source), model.config.rope_scaling
+  if scaling is not None and scaling != base.rope_scaling:
+    logging.warning(
+      "PEFT does not see this adapter's rope scaling (%s, factor %g) nor its"
+      " pattern: set the rope scaling on the base as the README.md beside it"
+      " shows, or use --format=peft_plain.",
+      scaling.kind,
+      scaling.factor,
+    )
 
 
 def main() -> None:
@@ -77,33 +160,47 @@ def main() -> None:
     config=resolve.with_factor(source, _ROPE_SCALING.value, _ROPE_FACTOR.value),
     param_dtype=param_dtype,
   )
-  if _FORMAT.value == "hf":
-    dtype = jnp.dtype(_DTYPE.value or param_dtype)
-    convert.copy_tokenizer(
-      source, output_dir, context_len=model.config.context_len
-    )
-    convert.save_model(
-      model,
-      output_dir,
-      dtype=dtype,
-      max_shard_bytes=max(1, int(_MAX_SHARD_GB.value * 10**9)),
-    )
-    config = model.config
-    kind = config.rope_scaling.kind if config.rope_scaling else "no"
-    print(
-      f"{output_dir}: {dtype.name}, {config.context_len:,} tokens of context,"
-      f" {kind} rope scaling"
-    )
+  config = model.config
+  dtype = jnp.dtype(_DTYPE.value or param_dtype)
+  card: dict[str, Any] = {"base": str(source), "config": config}
+  if _ADAPTER.value is None:
+    layers = run = None
+  else:
+    layers = adapters.load_patterns(_ADAPTER.value)
+    run = adapters.load_run(_ADAPTER.value)
+    card |= {"layers": layers, "run": run, "adapter": model.lora}
+  if _FORMAT.value == "gguf":
+    _save_gguf(model, source, output_dir, **card)
     return
-  dtype = jnp.dtype(_DTYPE.value or adapters.stored_dtype(_ADAPTER.value or ""))
-  adapters.save_adapter(
-    model,
-    output_dir,
-    base_model=str(source),
-    patterns=adapters.load_patterns(_ADAPTER.value or ""),
-    dtype=dtype,
-  )
-  print(f"{output_dir}: {dtype.name}, LoRA rank {model.lora.rank}")
+  if _FORMAT.value == "hf":
+    loading = model_card.for_transformers(output_dir)
+    _save_model(model, source, output_dir, dtype, loading=loading, **card)
+    print(f"{output_dir}: {dtype.name}, {_describe(config)}")
+    return
+  of_adapter = adapters.stored_dtype(_ADAPTER.value or "")
+  settings: dict[str, Any] = {
+    "patterns": layers,
+    "run": run,
+    "dtype": jnp.dtype(_DTYPE.value or of_adapter),
+  }
+  if _FORMAT.value == "peft":
+    folder, base = output_dir, str(source)
+    _warn_of_peft(model, source)
+    loading = model_card.for_peft(folder, base, config)
+  else:
+    folder, base = output_dir / "adapter", str(output_dir / "base")
+    settings["plain"] = True
+    loading = model_card.for_plain_peft(
+      folder, output_dir / "base", config, model.lora.rank
+    )
+    _save_model(
+      model, source, output_dir / "base", dtype, loading=loading, **card
+    )
+    card["base"] = base
+    print(f"{base}: {dtype.name}, {_describe(config)}")
+  model_card.write(folder, loading, library="peft", **card)
+  adapters.save_adapter(model, folder, base_model=base, **settings)
+  print(f"{folder}: {settings['dtype'].name}, LoRA rank {model.lora.rank}")
 
 
 if __name__ == "__main__":

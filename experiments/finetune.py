@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from experiments.shared import cli, cluster, loop, resolve
+from experiments.shared import cli, cluster, loop, model_card, resolve
 from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
 from scca_jax import (
   adapters,
@@ -197,6 +197,7 @@ def main() -> None:
       adapter,
       base_model=str(model_folder),
       patterns=resolved.patterns,
+      run={"recipe": model_card.recipe(run)},
     )
   final_loss, speed = result.final_loss, result.tokens_per_second
   tuned = evaluator.at_end(result.model)
@@ -211,6 +212,22 @@ def main() -> None:
     return
   summary = _summary(run, base.context_len, final_loss, speed, rows)
   atomic_file.write_json(output_dir / "summary.json", summary)
+  record = {
+    "recipe": model_card.recipe(run),
+    "perplexity": summary["perplexity"]
+    | {"last_quarter": summary["last_quarter_perplexity"]},
+  }
+  adapters.record_run(adapter, record)
+  model_card.write(
+    adapter,
+    model_card.for_peft(adapter, str(model_folder), target),
+    library="peft",
+    base=str(model_folder),
+    config=target,
+    layers=resolved.patterns,
+    adapter=run.lora,
+    run=record,
+  )
   windows = tuned[max(tuned)].num_windows
   print(
     f"\n{run.evaluation.protocol} protocol, {windows} windows per length,"

@@ -8,6 +8,7 @@ commands take and as the list of heads that the string stands for.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -134,6 +135,8 @@ def save_adapter(
   base_model: str,
   patterns: Sequence[AttentionPattern | Mixture] | None = None,
   dtype: Any = jnp.float32,
+  plain: bool = False,
+  run: dict[str, Any] | None = None,
 ) -> None:
   """Writes a model's adapters, and what was trained with them, for PEFT.
 
@@ -143,6 +146,10 @@ def save_adapter(
     base_model: Name or path of the model they belong to.
     patterns: Attention pattern of each layer in training, to be recorded.
     dtype: Dtype of the tensors.
+    plain: Whether to write the matrices of the adapters alone, for tools that
+      take nothing else. What was trained beside them, and the rope scaling,
+      then belong to the base; see `convert.save_model(..., fuse=False)`.
+    run: How it was trained and with what result, in JSON, to be recorded.
 
   Raises:
     OSError: A file cannot be written.
@@ -153,6 +160,15 @@ def save_adapter(
   config, lora = model.config, model.lora
   if lora is None:
     raise ValueError("the model has no adapter to save.")
+  if plain:
+    # llama.cpp divides by the rank whatever use_rslora says.
+    lora = dataclasses.replace(
+      lora,
+      alpha=lora.scaling * lora.rank,
+      rslora=False,
+      train_embeddings=False,
+      train_norms=False,
+    )
   tensors: dict[str, jax.Array] = {}
   saved_whole: list[str] = []
   arrays = convert.parameters(model)
@@ -162,19 +178,24 @@ def save_adapter(
         continue
       saved_whole.append(path[-2])
     tensors |= _file_tensors(path, array, config.num_layers, dtype)
-  if config.tie_embeddings and lora.train_embeddings:
+  ties = config.tie_embeddings and lora.train_embeddings
+  if ties:
     # PEFT keeps a tied head under both names.
     tensors[_PREFIX + _HEAD] = tensors[_PREFIX + _EMBEDDING]
   convert.write_tensors(folder / _WEIGHTS, tensors)
   scaling = config.rope_scaling
+  if plain and scaling is not None and scaling.kind == "ntk":
+    # The base has it as a larger theta.
+    scaling = None
   layers = list(patterns) if patterns is not None else []
   distinct = list(dict.fromkeys(layers))
   atomic_file.write_json(
     folder / _OWN_CONFIG,
     {
       "context_len": config.context_len,
-      # The adapter compensates for this quantisation.
-      "quantize": quantize.method_of(arrays[_A_KERNEL]),
+      # The adapter compensates for this quantisation. A base that was written
+      # for a plain one is rounded already.
+      "quantize": None if plain else quantize.method_of(arrays[_A_KERNEL]),
       "rope_scaling": None
       if scaling is None
       else {"kind": scaling.kind, **convert.rope_settings(scaling)},
@@ -184,8 +205,10 @@ def save_adapter(
       "num_kv_heads": config.num_kv_heads,
       "patterns": [_pattern_to_json(p) for p in distinct],
       "pattern_of_layer": [distinct.index(p) for p in layers],
-    },
+    }
+    | ({} if run is None else {"run": run}),
   )
+  alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
   atomic_file.write_json(
     folder / _CONFIG,
     {
@@ -193,17 +216,33 @@ def save_adapter(
       "task_type": "CAUSAL_LM",
       "base_model_name_or_path": base_model,
       "r": lora.rank,
-      "lora_alpha": lora.alpha,
+      "lora_alpha": alpha,
       "lora_dropout": lora.dropout,
       "target_modules": list(lora.targets),
       "use_rslora": lora.rslora,
       "bias": "none",
       "modules_to_save": sorted(set(saved_whole)) or None,
-      # Without it PEFT would give a tied head a copy of its own.
-      "ensure_weight_tying": config.tie_embeddings and lora.train_embeddings,
       "inference_mode": True,
-    },
+    }
+    # Without it PEFT would give a tied head a copy of its own.
+    | ({"ensure_weight_tying": True} if ties else {}),
   )
+
+
+def record_run(folder: str | os.PathLike[str], run: dict[str, Any]) -> None:
+  """Records with an adapter how it was trained and with what result.
+
+  Args:
+    folder: The adapter's folder, from `save_adapter`.
+    run: In JSON.
+
+  Raises:
+    OSError: The file cannot be read or written.
+    ValueError: It is damaged.
+  """
+  path = pathlib.Path(folder) / _OWN_CONFIG
+  content = json.loads(path.read_text(encoding="utf-8"))
+  atomic_file.write_json(path, content | {"run": run})
 
 
 # Reading.
@@ -316,6 +355,21 @@ def has_settings(folder: str | os.PathLike[str]) -> bool:
     folder: The adapter's folder.
   """
   return (pathlib.Path(folder) / _OWN_CONFIG).is_file()
+
+
+def load_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+  """Returns how an adapter was trained, as `save_adapter` was told.
+
+  Args:
+    folder: The adapter's folder.
+
+  Returns:
+    What was recorded; None if the adapter does not say.
+
+  Raises:
+    ValueError: The file that says it is damaged.
+  """
+  return (_own_config(pathlib.Path(folder)) or {}).get("run")
 
 
 def load_patterns(

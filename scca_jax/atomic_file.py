@@ -97,7 +97,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
       error.errno, f"cannot write {path}: {error.strerror}"
     ) from error
   finally:
-    temporary.unlink(missing_ok=True)
+    if temporary.exists():
+      temporary.unlink()
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:

@@ -29,6 +29,7 @@ from scca_jax import (
   gguf_tokenizer,
   json_file,
   quantize,
+  tokenizer,
 )
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
@@ -906,6 +907,7 @@ def save_model(
   dtype: Any,
   tokenizer_file: str | os.PathLike[str] | None = None,
   max_shard_bytes: int = 5 * 10**9,
+  fuse: bool = True,
 ) -> None:
   """Writes a model in Hugging Face's layout, adapters fused into the weights.
 
@@ -920,6 +922,8 @@ def save_model(
     tokenizer_file: A `.model` or `tokenizer.json` to copy beside them.
     max_shard_bytes: Larger weights are written in several files of at most
       this size, with an index.
+    fuse: False leaves the adapters out: what is written is the base with the
+      norms and embeddings that were trained beside them.
 
   Raises:
     OSError: A file cannot be written.
@@ -940,6 +944,8 @@ def save_model(
   num_layers = model.config.num_layers
   scaling = model.lora.scaling if model.lora is not None else 0.0
   arrays = parameters(model)
+  if not fuse:
+    arrays = {p: array for p, array in arrays.items() if not is_adapter(p)}
   # The parameter and layer of each tensor, in the order of other tools.
   places: dict[str, tuple[_Path, int]] = {}
   sizes: dict[str, int] = {}
@@ -1029,6 +1035,27 @@ def copy_tokenizer(
       if name in _LIMITS:
         content = _with_limit(name, content, context_len)
       atomic_file.write(folder / name, content)
+  if tokenizer.file_name(source) == "tokenizer.model":
+    _state_ends(source, folder / "tokenizer_config.json")
+
+
+def _state_ends(source: str | os.PathLike[str], path: pathlib.Path) -> None:
+  """Adds to tokenizer_config.json how texts begin and end, if it is silent.
+
+  A SentencePiece model does not say, and versions of transformers differ.
+  """
+  words: Any = tokenizer.load(source)
+  settings = json_file.read(path) if path.is_file() else {}
+  stated = {"add_bos_token": words.adds_bos, "add_eos_token": words.adds_eos}
+  for name, token in (
+    ("bos_token", words.bos_id),
+    ("eos_token", words.eos_id),
+    ("unk_token", words.processor.unk_id()),
+  ):
+    if token is not None and 0 <= token < words.processor.get_piece_size():
+      stated[name] = words.processor.id_to_piece(token)
+  if not settings.keys() >= stated.keys():
+    atomic_file.write_json(path, stated | settings)
 
 
 def stored_dtype(source: str | os.PathLike[str]) -> np.dtype:

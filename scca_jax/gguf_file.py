@@ -465,6 +465,12 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     field = self._reader.get_field(f"tokenizer.ggml.{name}")
     return default if field is None else field.contents()
 
+  @property
+  def chat_template(self) -> str | None:
+    """The template of chats, in Jinja; None if the file has none."""
+    field = self._reader.get_field("tokenizer.chat_template")
+    return None if field is None else field.contents()
+
   def tokenizer_fields(self) -> dict[str, Any]:
     """Returns all of the tokenizer's metadata, its chat template included."""
     return {

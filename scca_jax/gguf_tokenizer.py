@@ -7,7 +7,7 @@ of byte pairs; `tokenizer_settings` the `tokenizer_config.json` beside it.
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from scca_jax.gguf_file import LLAMA_3_PRE_TOKENIZERS, GgufFile
 
@@ -147,6 +147,16 @@ def _byte_pairs(file: GgufFile) -> bytes:
       processor.add_special_tokens(added)
     else:
       processor.add_tokens(added)
+  bos, eos = file.special_id("bos"), file.special_id("eos")
+  before = [tokens[bos]] if file.adds_bos and bos is not None else []
+  after = []
+  if file.vocabulary("add_eos_token", False) and eos is not None:
+    after = [tokens[eos]]
+  if before or after:
+    processor.post_processor = processors.TemplateProcessing(  # pyright: ignore
+      single=[*before, "$A", *after],
+      special_tokens=[(token, tokens.index(token)) for token in before + after],
+    )
   return processor.to_str().encode()
 
 
@@ -161,4 +171,6 @@ def tokenizer_settings(file: GgufFile) -> dict[str, Any]:
     token_id = file.special_id(kind)
     if token_id is not None:
       settings[f"{kind}_token"] = tokens[token_id]
+  if file.chat_template is not None:
+    settings["chat_template"] = file.chat_template
   return settings

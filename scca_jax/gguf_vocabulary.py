@@ -13,8 +13,6 @@ import reprlib
 from collections.abc import Iterator
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
 from scca_jax import gguf_file, gguf_tokenizer, json_file, tokenizer
 from scca_jax.llama_config import LlamaConfig
 
@@ -73,6 +71,8 @@ def _chat_template(folder: pathlib.Path) -> str | None:
 
 def _of_pieces(words: tokenizer.SentencePieceTokenizer) -> dict[str, Any]:
   """Returns the vocabulary of a SentencePiece model."""
+  from sentencepiece import sentencepiece_model_pb2
+
   model: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
   model.ParseFromString(words.processor.serialized_model_proto())
   if model.trainer_spec.model_type != model.trainer_spec.BPE:
@@ -179,10 +179,21 @@ def _special_tokens(
   }
 
 
+def _parts(words: Any, text: str) -> Any:
+  """Returns a text as a `tokenizer.json` cuts it before it merges pairs."""
+  step = words.processor.pre_tokenizer
+  return text if step is None else step.pre_tokenize_str(text)
+
+
 def _difference(
   theirs: tokenizer.Tokenizer, ours: tokenizer.Tokenizer, size: int
 ) -> str | None:
   """Returns a text that two tokenizers cut differently, None if none."""
+  if isinstance(ours, tokenizer.HuggingFaceTokenizer):
+    # Before pairs are merged, which may hide a difference in these texts.
+    for text in _PROBES:
+      if _parts(theirs, text) != _parts(ours, text):
+        return text
   tokens = [theirs.decode([i]) for i in range(size)]
   for texts in (_PROBES, tokens, [f"a {token}b" for token in tokens]):
     for text, wanted, found in zip(

@@ -90,15 +90,6 @@ def _sizes(config: LlamaConfig) -> dict[str, int | float]:
   }
 
 
-def check(config: LlamaConfig) -> None:
-  """Checks that GGUF can hold a model of these sizes.
-
-  Raises:
-    ValueError: It has no such rope scaling.
-  """
-  _rope(config)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Place:
   """Where a tensor of the file is in a model.

@@ -200,6 +200,18 @@ class HuggingFaceTokenizer(Tokenizer):
     )
 
 
+def file_name(folder: str | os.PathLike[str]) -> str | None:
+  """Returns the name of the file that holds a folder's vocabulary, or None.
+
+  Args:
+    folder: The folder.
+  """
+  for name in _FILE_NAMES:
+    if (pathlib.Path(folder) / name).is_file():
+      return name
+  return None
+
+
 def load(path: str | os.PathLike[str]) -> Tokenizer:
   """Returns the tokenizer of a file or of a model folder.
 
@@ -215,12 +227,12 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
   """
   path = pathlib.Path(path)
   if path.is_dir():
-    found = [path / name for name in _FILE_NAMES if (path / name).is_file()]
-    if not found:
+    name = file_name(path)
+    if name is None:
       raise FileNotFoundError(
         f"no {' or '.join(_FILE_NAMES)} in the folder {path}."
       )
-    path = found[0]
+    path /= name
   if path.suffix == gguf_file.SUFFIX:
     return from_gguf(gguf_file.GgufFile(path))
   if path.suffix not in (".model", ".json"):

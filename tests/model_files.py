@@ -69,7 +69,7 @@ def logits(model):
 
 LETTERS = (
   "It was the best of times, it was the worst; we'll see 1234 of them."
-  " Gr\u00fc\u00dfe, \u043c\u0438\u0440! caf\u00e9   two\n\n\tlines: f(x) == y\n"
+  " Gr\u00fc\u00dfe, \u043c\u0438\u0440! caf\u00e9   two\n\n\tlines: f(x) = y\n"
 )
 BYTE_LEVEL = LlamaConfig(
   vocab_size=352,

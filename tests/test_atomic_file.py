@@ -27,6 +27,19 @@ def test_an_error_leaves_the_old_file(tmp_path):
   assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_that_others_open_appears_only_at_the_end(tmp_path):
+  path = tmp_path / "new" / "file.bin"
+  with atomic_file.replacing(path) as temporary:
+    temporary.write_bytes(b"one")
+    assert not path.exists() and temporary.suffix == path.suffix
+  assert path.read_bytes() == b"one"
+  with pytest.raises(KeyboardInterrupt), atomic_file.replacing(path) as new:
+    new.write_bytes(b"two")
+    raise KeyboardInterrupt
+  assert path.read_bytes() == b"one"
+  assert list(path.parent.iterdir()) == [path]
+
+
 def test_places_that_cannot_be_written_are_named(tmp_path):
   (tmp_path / "file").write_bytes(b"")
   (tmp_path / "folder").mkdir()

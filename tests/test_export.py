@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import absl.logging
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -170,12 +171,182 @@ def test_an_adapter_can_be_written_in_another_dtype(
   assert adapters.stored_dtype(tmp_path / "peft") == jnp.bfloat16
 
 
+def _block(card, language):
+  """Returns the first block of code of a card."""
+  return card.split(f"```{language}\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize(("kind", "atol"), [("F32", 2e-4), ("F16", 2e-2)])
+def test_a_gguf_file_computes_what_the_adapter_does(
+  run_command, tmp_path, adapted, kind, atol
+):
+  model, folder = adapted
+  out = tmp_path / "tuned"
+  args = ("--format=gguf", f"--gguf_type={kind}", f"--output_dir={out}")
+  assert run_command("export", f"--adapter={folder}", *args) == 0
+  assert sorted(path.name for path in out.iterdir()) == [
+    "README.md",
+    f"tuned-{kind}.gguf",
+  ]
+  file = out / f"tuned-{kind}.gguf"
+  fused = convert.load_model(file)
+  assert fused.config.rope_scaling == model.config.rope_scaling
+  assert fused.config.context_len == model.config.context_len
+  np.testing.assert_allclose(_logits(fused), _logits(model), atol=atol)
+  text = "It was the best  of times\n"
+  words, own = tokenizer.load(file), tokenizer.load(assets.MODEL)
+  assert words.encode(text) == own.encode(text)
+  card = (out / "README.md").read_text()
+  assert f"llama-cli -m {file} -c 1024" in _block(card, "sh")
+
+
+def test_a_plain_adapter_on_its_base_computes_what_the_adapter_does(
+  run_command, tmp_path, adapted
+):
+  model, folder = adapted
+  out = tmp_path / "plain"
+  args = (f"--adapter={folder}", "--dtype=float32", f"--output_dir={out}")
+  assert run_command("export", "--format=peft_plain", *args) == 0
+  content = json.loads((out / "adapter" / "adapter_config.json").read_text())
+  assert content["base_model_name_or_path"] == str(out / "base")
+  assert content["modules_to_save"] is None
+  assert "ensure_weight_tying" not in content
+  tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+  assert tensors and all(".lora_" in name for name in tensors)
+  base = convert.load_model(out / "base")
+  assert base.config == model.config
+  np.testing.assert_array_equal(base.norm.scale[...], model.norm.scale[...])
+  back = adapters.load_adapter(out / "base", out / "adapter")
+  np.testing.assert_array_equal(_logits(back), _logits(model))
+  assert adapters.load_patterns(out / "adapter") == adapters.load_patterns(
+    folder
+  )
+  # Exported again, it is another adapter of ours.
+  again = (f"--model={out / 'base'}", f"--adapter={out / 'adapter'}")
+  args = (*again, f"--output_dir={tmp_path / 'hf'}", "--dtype=float32")
+  assert run_command("export", *args) == 0
+  fused = convert.load_model(tmp_path / "hf")
+  np.testing.assert_allclose(_logits(fused), _logits(model), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+  "scaling",
+  [
+    RopeScaling(kind="ntk", factor=4.0),
+    RopeScaling(
+      kind="dynamic", factor=4.0, original_max_position_embeddings=16
+    ),
+  ],
+)
+def test_the_base_of_a_plain_adapter_has_the_rope_scaling_once(
+  run_command, tmp_path, scaling
+):
+  config = convert.load_config(assets.MODEL)
+  model = convert.load_model(
+    assets.MODEL,
+    config=dataclasses.replace(config, context_len=1024, rope_scaling=scaling),
+    # What llama.cpp does not read.
+    lora=lora.LoraConfig(rank=4, rslora=True),
+  )
+  part = model.layers.self_attn.v_proj.lora_b
+  part[...] = 0.1 * jnp.ones_like(part[...])
+  adapters.save_adapter(model, tmp_path / "a", base_model="tiny")
+  out = tmp_path / "plain"
+  args = (f"--adapter={tmp_path / 'a'}", f"--output_dir={out}")
+  assert run_command("export", "--format=peft_plain", *args) == 0
+  back = adapters.load_adapter(out / "base", out / "adapter")
+  np.testing.assert_allclose(_logits(back), _logits(model), atol=1e-4)
+  content = json.loads((out / "adapter" / "adapter_config.json").read_text())
+  assert (content["lora_alpha"], content["use_rslora"]) == (32, False)
+
+
+def test_what_peft_would_lose_is_said(
+  run_command, tmp_path, adapted, monkeypatch
+):
+  _, folder = adapted
+  said = []
+  monkeypatch.setattr(
+    absl.logging, "warning", lambda text, *args: said.append(text % args)
+  )
+  args = (f"--adapter={folder}", "--format=peft")
+  assert run_command("export", *args, f"--output_dir={tmp_path / 'a'}") == 0
+  tools, rope = said
+  assert "\n" not in tools + rope
+  assert all(t in tools for t in ("vLLM", "llama.cpp", "Ollama", "SGLang"))
+  assert "linear, factor 4" in rope
+  # An adapter of which PEFT and the others see everything.
+  plain = convert.load_model(
+    assets.MODEL,
+    lora=lora.LoraConfig(train_embeddings=False, train_norms=False),
+  )
+  adapters.save_adapter(plain, tmp_path / "plain", base_model="tiny")
+  args = (f"--adapter={tmp_path / 'plain'}", "--format=peft")
+  assert run_command("export", *args, f"--output_dir={tmp_path / 'b'}") == 0
+  assert len(said) == 2
+
+
+def test_cards_have_recipe_pattern_rope_scaling_and_perplexities(
+  run_command, tmp_path, adapted
+):
+  _, folder = adapted
+  kept = tmp_path / "kept"
+  shutil.copytree(folder, kept)
+  perplexity = {
+    "protocol": "longlora",
+    "num_windows": {"256": 24, "1024": 8},
+    "untuned": {"256": 29.09, "1024": 232.4},
+    "tuned": {"256": 33.15, "1024": 32.24},
+    "last_quarter": {"untuned": {"256": 1.0, "1024": 416.88}},
+  }
+  recipe = {"optimizer.learning_rate": 2e-5, "training.quantize": None}
+  adapters.record_run(kept, {"recipe": recipe, "perplexity": perplexity})
+  for kind, card in {
+    "hf": "README.md",
+    "gguf": "README.md",
+    "peft": "README.md",
+    "peft_plain": "adapter/README.md",
+  }.items():
+    args = (f"--adapter={kept}", f"--format={kind}")
+    assert run_command("export", *args, f"--output_dir={tmp_path / kind}") == 0
+    text = (tmp_path / kind / card).read_text()
+    for line in (
+      "| rope scaling | linear, factor=4.0 |",
+      "| attention pattern in training | `scca_fixed(",
+      "| `optimizer.learning_rate` | 2e-05 |",
+      "| perplexity at | 256 | 1,024 | last quarter of 1,024 |",
+      "| untuned | 29.09 | 232.40 | 416.88 |",
+      "| tuned | 33.15 | 32.24 | - |",
+    ):
+      assert line in text, (kind, line)
+    assert "None" not in text
+    assert text.startswith("---\nbase_model: ")
+
+
 @pytest.mark.parametrize(
   ("args", "said"),
   [
     ((), "--output_dir=FOLDER"),
     (("--output_dir={full}",), "is not empty"),
     (("--output_dir={new}", "--format=peft"), "--adapter=FOLDER"),
+    (("--output_dir={new}", "--format=peft_plain"), "--adapter=FOLDER"),
+    (("--output_dir={new}", "--gguf_type=F16"), "needs --format=gguf"),
+    (
+      ("--output_dir={new}", "--format=gguf", "--dtype=float16"),
+      "give --gguf_type",
+    ),
+    (
+      ("--output_dir={new}", "--format=gguf", "--gguf_type=Q4_K"),
+      "<F32|F16|Q8_0>",
+    ),
+    (
+      (
+        "--output_dir={new}",
+        "--format=gguf",
+        "--rope_scaling=dynamic",
+        "--rope_factor=2",
+      ),
+      "no dynamic rope scaling",
+    ),
     (("--output_dir={new}", "--model=none"), "--model=none"),
     (("--output_dir={new}", "--adapter={full}"), "adapter_config.json"),
     (("--output_dir={new}", "--max_shard_gb=0"), "--max_shard_gb"),

@@ -165,6 +165,13 @@ def test_a_run_leaves_all_that_was_promised(finished):
   assert perplexity["untuned"]["64"] != perplexity["interpolated"]["64"]
   assert "last quarter" in printed
   assert str(output / "adapter") in printed
+  # The adapter's card has what it takes to load and to repeat it.
+  card = (output / "adapter" / "README.md").read_text(encoding="utf8")
+  assert "peft.PeftModel.from_pretrained" in card
+  assert "'rope_type': 'linear', 'factor': 4.0" in card
+  assert "| `training.steps` | 12 |" in card
+  tuned = " | ".join(f"{perplexity['tuned'][n]:.2f}" for n in ("16", "64"))
+  assert f"| tuned | {tuned} |" in card
   assert sorted(_losses(output)) == list(range(1, 13))
   assert list((output / "tensorboard").glob("events*"))
 

@@ -1,0 +1,249 @@
+"""Model cards: the README.md of the models and adapters that commands write.
+
+A card has the lines that load what it stands beside, with paths as they were
+given to the command, the settings that matter then, and, where they are known,
+the recipe and the perplexities.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.shared.config import FinetuneConfig, to_json
+from scca_jax import atomic_file, convert, patterns
+from scca_jax.llama_config import LlamaConfig
+from scca_jax.lora import LoraConfig
+from scca_jax.patterns import AttentionPattern, Mixture
+
+FILE_NAME = "README.md"
+# Settings of a run that make its result what it is.
+_RECIPE = {
+  "optimizer": None,
+  "data": ("packing",),
+  "training": (
+    "seq_len",
+    "batch_size",
+    "steps",
+    "seed",
+    "dtype",
+    "param_dtype",
+    "quantize",
+  ),
+}
+# Ranks that vLLM can be started with.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+# How to load it.
+
+
+def for_transformers(folder: pathlib.Path) -> str:
+  """Returns how a model's folder is loaded."""
+  return f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
+```
+"""
+
+
+def for_peft(folder: pathlib.Path, base: str, config: LlamaConfig) -> str:
+  """Returns how an adapter is loaded whose base has no rope scaling yet."""
+  settings = convert.config_to_json(config, "float32")
+  rope = settings["rope_parameters"]
+  return f"""\
+```python
+import peft
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained({base!r})
+config.max_position_embeddings = {settings["max_position_embeddings"]}
+config.rope_parameters = {rope!r}
+base = AutoModelForCausalLM.from_pretrained({base!r}, config=config)
+model = peft.PeftModel.from_pretrained(base, {str(folder)!r})
+```
+
+PEFT does not read `scca_config.json`, which holds the rope scaling and the
+pattern: the lines above set the one, and the other matters to further training
+only. vLLM, llama.cpp, Ollama and SGLang refuse trained norms and embeddings or
+drop them: write the adapter for these with `--format=peft_plain`.
+
+```sh
+python -m experiments.generate --prompt='Once' \\
+  --model={base} --adapter={folder}
+python -m experiments.export --format=peft_plain --output_dir=plain \\
+  --model={base} --adapter={folder}
+```
+"""
+
+
+def for_plain_peft(
+  folder: pathlib.Path, base: pathlib.Path, config: LlamaConfig, rank: int
+) -> str:
+  """Returns how an adapter is loaded whose base has all that is not LoRA."""
+  max_rank = next((r for r in _VLLM_RANKS if r >= rank), rank)
+  return f"""\
+```python
+import peft
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({str(base)!r})
+model = peft.PeftModel.from_pretrained(base, {str(folder)!r})
+```
+
+The base has the rope scaling, and the norms and embeddings that were trained:
+the adapter is worth nothing on another.
+
+```sh
+vllm serve {base} --enable-lora --max-lora-rank {max_rank} \\
+  --lora-modules tuned={folder}
+python -m sglang.launch_server --model-path {base} --lora-paths tuned={folder}
+# llama.cpp; the two scripts are in its repository.
+python convert_hf_to_gguf.py {base} --outfile base.gguf
+python convert_lora_to_gguf.py {folder} --base {base} --outfile lora.gguf
+llama-cli -m base.gguf --lora lora.gguf -c {config.context_len}
+```
+"""
+
+
+def for_llama_cpp(file: pathlib.Path, context_len: int) -> str:
+  """Returns how a GGUF file is loaded."""
+  return f"""\
+```sh
+llama-cli -m {file} -c {context_len}
+python -m experiments.generate --model={file} --prompt='Once'
+```
+
+In a Modelfile of Ollama: `FROM ./{file.name}` and
+`PARAMETER num_ctx {context_len}`.
+"""
+
+
+# What is known of it.
+
+
+def recipe(run: FinetuneConfig) -> dict[str, Any]:
+  """Returns the settings of a run that are kept with its adapter."""
+  settings = to_json(run)
+  return {
+    f"{section}.{name}": value
+    for section, names in _RECIPE.items()
+    for name, value in settings[section].items()
+    if names is None or name in names
+  }
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  lines = [head, ["---"] * len(head), *rows]
+  return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _number(value: float | None) -> str:
+  return "-" if value is None else f"{value:.2f}"
+
+
+def _perplexity(measured: dict[str, Any]) -> str:
+  """Returns a table of perplexities by context length."""
+  protocol, num_windows = measured["protocol"], measured["num_windows"]
+  quarter = measured.get("last_quarter", {})
+  lengths = sorted(num_windows, key=int)
+  rows = [
+    [name, *(_number(measured[name][n]) for n in lengths)]
+    + [_number(quarter.get(name, {}).get(lengths[-1]))]
+    for name in ("untuned", "interpolated", "tuned")
+    if name in measured
+  ]
+  head = [f"{int(n):,}" for n in lengths]
+  windows = ", ".join(f"{num_windows[n]:,}" for n in lengths)
+  return (
+    _table(
+      ["perplexity at", *head, f"last quarter of {head[-1]}"],
+      rows,
+    )
+    + f"\n`{protocol}` protocol, dense attention, {windows} windows;"
+    " interpolated is the rope scaling alone.\n"
+  )
+
+
+def write(
+  folder: pathlib.Path,
+  loading: str,
+  *,
+  library: str,
+  base: str,
+  config: LlamaConfig,
+  layers: Sequence[AttentionPattern | Mixture] | None = None,
+  adapter: LoraConfig | None = None,
+  run: dict[str, Any] | None = None,
+) -> None:
+  """Writes the card of a model or adapter.
+
+  Args:
+    folder: Where it is.
+    loading: How to load it, in Markdown.
+    library: The one of Hugging Face's that does: "transformers", "peft" or
+      "gguf".
+    base: The model that it was made from.
+    config: Sizes, rope scaling and context.
+    layers: Pattern of each layer in training.
+    adapter: Its LoRA, if it was trained.
+    run: What `adapters.load_run` returns.
+
+  Raises:
+    OSError: The card cannot be written.
+  """
+  run = run or {}
+  scaling = config.rope_scaling
+  rope = "none"
+  if scaling is not None:
+    rope = ", ".join(
+      [scaling.kind]
+      + [f"{k}={v}" for k, v in convert.rope_settings(scaling).items()]
+    )
+  rows = [
+    ["base", base],
+    ["context", f"{config.context_len:,} tokens"],
+    ["rope scaling", rope],
+  ]
+  if layers:
+    pattern = patterns.text(layers, num_kv_heads=config.num_kv_heads)
+    rows.append(["attention pattern in training", f"`{pattern}`"])
+  if adapter is not None:
+    beside = [
+      name
+      for name, trained in (
+        ("embeddings", adapter.train_embeddings),
+        ("norms", adapter.train_norms),
+      )
+      if trained
+    ]
+    rows.append(
+      [
+        "LoRA",
+        f"rank {adapter.rank}, alpha {adapter.alpha:g}, on"
+        f" {', '.join(adapter.targets)}"
+        + (f"; {' and '.join(beside)} trained too" if beside else ""),
+      ]
+    )
+  parts = [
+    f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
+    "tags:\n- scca_jax\n- long-context\n---\n",
+    f"# {folder.resolve().name}\n",
+    f"A LLaMA for {config.context_len:,} tokens of context, written by"
+    " scca_jax. Attention is dense unless a pattern is asked for.\n",
+    f"## Loading\n\n{loading}",
+    "## Settings\n\n" + _table(["what", "value"], rows),
+  ]
+  if run.get("recipe"):
+    settings = [
+      [f"`{name}`", value]
+      for name, value in run["recipe"].items()
+      if value is not None
+    ]
+    parts.append("## Recipe\n\n" + _table(["setting", "value"], settings))
+  if run.get("perplexity"):
+    parts.append("## Perplexity\n\n" + _perplexity(run["perplexity"]))
+  atomic_file.write(folder / FILE_NAME, "\n".join(parts).encode())
