@@ -15,13 +15,16 @@ A file that looks like another width or byte order, or holds more than ids, is
 refused with the name of what it looks like.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,9 +96,11 @@ _KINDS = {
   str: "a string",
   list: "a list",
 }
-# Documents are encoded in batches of about this many characters: enough to keep
-# all cores busy, and little to hold in memory.
-_BATCH_CHARACTERS = 1 << 23
+# Documents are encoded in batches of about this many characters, some of them
+# ahead of what is written: enough to keep all cores busy, and little to hold in
+# memory.
+_BATCH_CHARACTERS = 1 << 21
+_BATCHES_AHEAD = 2
 # Ids that are compared with the vocabulary, or hashed, at once.
 _CHECKED_IDS = 1 << 20
 
@@ -153,8 +158,8 @@ def write_token_file(
   document_ends: list[int] = []
   num_tokens = num_bytes = 0
   with atomic_file.AtomicFile(output) as file:
-    for texts in _batch_texts(documents):
-      for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    with contextlib.closing(_encode(documents, tokenizer)) as encoded:
+      for text, ids in encoded:
         if not ids:  # White space, to some tokenizers.
           continue
         num_bytes += len(text.encode())
@@ -186,6 +191,29 @@ def write_token_file(
     file.sync()
     atomic_file.write(_json_path(output), json.dumps(about).encode() + b"\n")
   return about
+
+
+def _encode(
+  documents: Iterable[str], tokenizer: Tokenizer
+) -> Generator[tuple[str, list[int]], None, None]:
+  """Yields the documents that are not empty and their ids, in order.
+
+  Tokenizers encode the texts of a batch in threads, which wait for the longest
+  text; meanwhile another batch is encoded, and others are read and written.
+  """
+  pool = concurrent.futures.ThreadPoolExecutor(_BATCHES_AHEAD)
+  waiting = collections.deque()
+  try:
+    for texts in _batch_texts(documents):
+      waiting.append((texts, pool.submit(tokenizer.encode_batch, texts)))
+      if len(waiting) > _BATCHES_AHEAD:
+        texts, ids = waiting.popleft()
+        yield from zip(texts, ids.result(), strict=True)
+    while waiting:
+      texts, ids = waiting.popleft()
+      yield from zip(texts, ids.result(), strict=True)
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 def _batch_texts(documents: Iterable[str]) -> Iterator[list[str]]:

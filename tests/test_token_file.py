@@ -115,6 +115,39 @@ def test_many_documents_are_written_in_their_order(tmp_path, monkeypatch):
   )
 
 
+def test_few_documents_are_read_before_earlier_ones_are_encoded(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(token_file, "_BATCH_CHARACTERS", 10)
+  encoded = []
+
+  @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+  class Counting(Bytes):
+    def encode_batch(self, texts):
+      encoded.extend(texts)
+      return super().encode_batch(texts)
+
+  def texts():
+    for n in range(100):
+      # Two batches of ten, one that is written and one that is read.
+      assert n - len(encoded) <= 40
+      yield "a"
+
+  about = write_token_file(texts(), Counting(), tmp_path / "books.bin")
+  assert about["tokens"] == len(encoded) == 100
+
+
+def test_a_failure_to_encode_leaves_nothing(tmp_path):
+  @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+  class Failing(Bytes):
+    def encode_batch(self, texts):
+      raise ValueError("cannot be encoded.")
+
+  with pytest.raises(ValueError, match="cannot be encoded"):
+    write_token_file(["a"], Failing(), tmp_path / "books.bin")
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
   ("texts", "output", "settings", "message"),
   [

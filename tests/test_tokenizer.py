@@ -5,6 +5,7 @@ import json
 import lzma
 
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,6 +108,59 @@ def test_many_texts_are_encoded_as_each_alone(trained, tmp_path):
   texts = ["The king", "", "went\nup ", "19"]
   for words in (trained[0], tokenizer.load(_write_hugging_face(tmp_path))):
     assert words.encode_batch(texts) == [words.encode(t) for t in texts]
+
+
+@given(text=st.text(st.sampled_from("The old king\n\r é日1\u2581")))
+def test_lines_of_a_long_text_are_encoded_as_the_whole(trained, text):
+  words, _ = trained
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tokenizer, "_LONG_CHARACTERS", 0)
+    lines = text.count("\n") + bool(text.rpartition("\n")[2])
+    assert len(list(words._cut(text))) == lines
+    assert words.encode(text) == words.processor.encode(text)
+
+
+def test_a_book_is_encoded_as_by_sentencepiece():
+  words = tokenizer.load(str(ASSETS / "tiny"))
+  with lzma.open(str(ASSETS / "books_test.jsonl.xz"), "rt") as file:
+    books = [json.loads(line)["text"] for line in file][:2]
+  assert words.encode_batch(books) == words.processor.encode(books)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"model_type": "unigram"},
+    {"normalization_rule_name": "nmt_nfkc"},
+    {"remove_extra_whitespaces": True},
+    # A line break is unknown, and so becomes one with an unknown neighbour.
+    {"byte_fallback": False},
+    {"user_defined_symbols": ["g\nb"]},
+    {"treat_whitespace_as_suffix": True},
+  ],
+)
+def test_a_text_whose_lines_depend_on_each_other_is_not_cut(
+  tmp_path, monkeypatch, settings
+):
+  monkeypatch.setattr(tokenizer, "_LONG_CHARACTERS", 0)
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXT.split("\n")),
+    model_prefix=str(tmp_path / "words"),
+    minloglevel=2,
+    **{
+      "vocab_size": 330,
+      "model_type": "bpe",
+      "byte_fallback": True,
+      "hard_vocab_limit": False,
+      "normalization_rule_name": "identity",
+      "remove_extra_whitespaces": False,
+      **settings,
+    },
+  )
+  words = tokenizer.load(tmp_path / "words.model")
+  text = "  The old king\n  Ж\nЖ went\n\n big\nbehind \n"
+  assert words.encode(text) == words.processor.encode(text)
+  assert len(list(words._cut(text))) == 1
 
 
 def test_digits_and_line_breaks_are_tokens_of_their_own(trained):
@@ -238,6 +292,21 @@ def test_tokens_added_to_a_sentencepiece_model_are_cut_out_first(
   # Special, and so text where a text spells it.
   assert 331 not in words.encode("a<|im_end|>")
   assert words.fingerprint != plain.fingerprint
+
+
+def test_lines_between_added_tokens_are_encoded_as_the_whole(
+  trained, tmp_path, monkeypatch
+):
+  words = tokenizer.load(
+    _sentencepiece_folder(
+      trained, tmp_path, added_tokens={"old king": 330, "<|im_end|>": 331}
+    )
+  )
+  texts = ["\nThe old king\nof\n", TEXT, "", "old king", "hill\n the hill"]
+  whole = [words.encode(text) for text in texts]
+  monkeypatch.setattr(tokenizer, "_LONG_CHARACTERS", 0)
+  assert words.encode_batch(texts) == whole
+  assert len(list(words._cut(texts[0]))) == 5
 
 
 @pytest.mark.parametrize(
