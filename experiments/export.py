@@ -22,7 +22,14 @@ from absl import flags, logging
 
 from experiments.shared import cli, model_card, resolve
 from experiments.shared import flags as shared_flags
-from scca_jax import adapters, assets, convert, gguf_vocabulary, gguf_writer
+from scca_jax import (
+  adapters,
+  assets,
+  convert,
+  gguf_file,
+  gguf_vocabulary,
+  gguf_writer,
+)
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 
@@ -119,6 +126,14 @@ def _save_gguf(
     vocabulary=gguf_vocabulary.fields(source, model.config),
     kind=kind,
   )
+  ends = set(gguf_file.GgufFile(path).config.eos_token_ids)
+  if ends != set(model.config.eos_token_ids):
+    logging.warning(
+      "llama.cpp ends at the tokens %s, not at %s: it knows ends by their"
+      " names, and two beside the end of the text.",
+      sorted(ends),
+      sorted(model.config.eos_token_ids),
+    )
   loading = model_card.for_llama_cpp(path, model.config.context_len)
   model_card.write(folder, loading, library="gguf", **card)
   print(f"{path}: {kind}, {_describe(model.config)}")

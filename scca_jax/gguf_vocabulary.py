@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import reprlib
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,17 +44,28 @@ _PROBES = (
 )
 
 
+class _Metadata:
+  """Metadata as the gguf library gives it that of a file."""
+
+  def __init__(self, fields: dict[str, Any]):
+    self._fields = fields
+
+  def get_field(self, name: str) -> Any:
+    """Returns a field, None if there is none."""
+    value = self._fields.get(name)
+    if value is None:
+      return None
+    return types.SimpleNamespace(contents=lambda: value, data=value)
+
+
 class _Vocabulary(gguf_file.GgufFile):
-  """What a file with some metadata would be read as."""
+  """What a file with some metadata would be read as; it has no tensors."""
 
   def __init__(self, path: pathlib.Path, fields: dict[str, Any]):
-    """Takes the metadata; there is no file yet."""
+    """Takes the metadata, and the path that messages name."""
     self.path = path
-    self._written = fields
-
-  def vocabulary(self, name: str, default: Any = None) -> Any:
-    """Returns a field of the tokenizer's metadata, `default` if missing."""
-    return self._written.get(_PREFIX + name, default)
+    self._reader = _Metadata(fields)
+    self._fields = {}
 
 
 def _chat_template(folder: pathlib.Path) -> str | None:
