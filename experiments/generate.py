@@ -141,12 +141,7 @@ def main() -> None:
   )
   source = pathlib.Path(_MODEL.value or assets.MODEL)
   vocabulary = tokenizer.load(_TOKENIZER.value or source)
-  bos = (
-    [vocabulary.bos_id]
-    if vocabulary.adds_bos and vocabulary.bos_id is not None
-    else []
-  )
-  prompts = [[*bos, *ids] for ids in vocabulary.encode_batch(texts)]
+  prompts = vocabulary.encode_prompts(texts)
   dtype = jnp.dtype(_DTYPE.value)
   model = resolve.load_model(
     source,

@@ -120,8 +120,9 @@ _WITHOUT_EFFECT = {
 }
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _TOKENIZER_SETTINGS = (
-  "tokenizer_config.json",
+  _TOKENIZER_CONFIG,
   "special_tokens_map.json",
   "added_tokens.json",
   "chat_template.jinja",
@@ -282,10 +283,7 @@ def _ends(folder: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     return {}
   ends = json_file.read(path).get("eos_token_id")
-  try:
-    _token_ids("eos_token_id", ends)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
+  _token_ids(f"{path}: eos_token_id", ends)
   return {"eos_token_id": ends}
 
 
@@ -941,6 +939,7 @@ def save_model(
       )
     name = _TOKENIZER_FILES[tokenizer_file.suffix == ".json"]
     atomic_file.write(folder / name, tokenizer_file.read_bytes())
+    _state_ends(folder)
   num_layers = model.config.num_layers
   scaling = model.lora.scaling if model.lora is not None else 0.0
   arrays = parameters(model)
@@ -976,7 +975,7 @@ def save_model(
 
 # Where files beside the weights limit the length of a text, in tokens.
 _LIMITS = {
-  "tokenizer_config.json": ("model_max_length",),
+  _TOKENIZER_CONFIG: ("model_max_length",),
   "tokenizer.json": ("truncation", "max_length"),
   _GENERATION: ("max_length",),
 }
@@ -1025,7 +1024,7 @@ def copy_tokenizer(
     name, content = gguf_tokenizer.tokenizer_file(file)
     atomic_file.write(folder / name, content)
     atomic_file.write_json(
-      folder / "tokenizer_config.json", gguf_tokenizer.tokenizer_settings(file)
+      folder / _TOKENIZER_CONFIG, gguf_tokenizer.tokenizer_settings(file)
     )
     return
   for name in (*_TOKENIZER_FILES, *_TOKENIZER_SETTINGS):
@@ -1035,16 +1034,18 @@ def copy_tokenizer(
       if name in _LIMITS:
         content = _with_limit(name, content, context_len)
       atomic_file.write(folder / name, content)
-  if tokenizer.file_name(source) == "tokenizer.model":
-    _state_ends(source, folder / "tokenizer_config.json")
+  _state_ends(folder)
 
 
-def _state_ends(source: str | os.PathLike[str], path: pathlib.Path) -> None:
+def _state_ends(folder: pathlib.Path) -> None:
   """Adds to tokenizer_config.json how texts begin and end, if it is silent.
 
   A SentencePiece model does not say, and versions of transformers differ.
   """
-  words: Any = tokenizer.load(source)
+  if tokenizer.file_name(folder) != "tokenizer.model":
+    return
+  words: Any = tokenizer.load(folder)
+  path = folder / _TOKENIZER_CONFIG
   settings = json_file.read(path) if path.is_file() else {}
   stated = {"add_bos_token": words.adds_bos, "add_eos_token": words.adds_eos}
   for name, token in (

@@ -7,6 +7,7 @@ What the metadata means is what llama.cpp takes it for; keys of which that is
 not known are refused. `gguf_tokenizer` makes a tokenizer of the vocabulary.
 """
 
+import functools
 import math
 import os
 import pathlib
@@ -36,7 +37,7 @@ _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 ROPE_FACTORS = "rope_freqs.weight"
 _PIECE = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
 # Keys that are read, then those that may stand beside them with the values that
-# change nothing. Off, which is 0 or false, always changes nothing.
+# change nothing. Others must be off: 0, false or empty.
 _READ = (
   "vocab_size",
   "context_length",
@@ -61,14 +62,20 @@ _READ = (
   "rope.scaling.finetuned",
 )
 _WITHOUT_EFFECT = {
-  "attention.causal": True,
-  "logit_scale": 1.0,
-  "residual_scale": 1.0,
-  "embedding_scale": 1.0,
-  "rope.scaling.yarn_ext_factor": -1.0,
-  "rope.scaling.yarn_attn_factor": 1.0,
-  "rope.scaling.yarn_beta_fast": 32.0,
-  "rope.scaling.yarn_beta_slow": 1.0,
+  "attention.causal": (True,),
+  "logit_scale": (0.0, 1.0),
+  "residual_scale": (0.0, 1.0),
+  "embedding_scale": (0.0, 1.0),
+  "rope.scaling.yarn_ext_factor": (-1.0,),
+  "rope.scaling.yarn_attn_factor": (1.0,),
+  "rope.scaling.yarn_beta_fast": (32.0,),
+  "rope.scaling.yarn_beta_slow": (1.0,),
+}
+# Tokens that llama.cpp takes where a file does not name them, by the kind of
+# vocabulary.
+_USUAL_IDS = {
+  "llama": {"bos": 1, "eos": 2, "unknown": 0},
+  "gpt2": {"bos": 11, "eos": 11},
 }
 # Tokens that llama.cpp ends at whatever the metadata says, by their text: ends
 # of a text or turn, then the padding and separators of infilling.
@@ -87,7 +94,20 @@ _END_TEXTS = (
   "<EOT>",
   "_<EOT>",
   "[EOT]",
+  "[e~[",
+  "<|return|>",
+  "<|call|>",
+  "<|calls|>",
+  "<|flush|>",
+  "<turn|>",
+  "<|tool_response>",
+  "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
+# Of those, the ones that are none beside all the others of a set.
+_NO_END_BESIDE = {
+  "<|end|>": ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"}),
+  "</s>": ({"<|tool_response>"},),
+}
 _INFILL_TEXTS = {
   "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
   "fim_rep": (
@@ -321,6 +341,13 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       )
     return value
 
+  def _number(self, name: str, default: float | None = None) -> float:
+    value: Any = self._required(name) if default is None else self._field(name)
+    value = default if value is None else value
+    if type(value) not in (int, float):
+      raise ValueError(f"llama.{name} must be a number, got {value!r}.")
+    return float(value)
+
   def _read_config(self) -> LlamaConfig:
     architecture = self._fields.get("general.architecture")
     if architecture != "llama":
@@ -335,12 +362,10 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       )
     for key, value in self._fields.items():
       name = key.removeprefix("llama.")
-      if (
-        name == key
-        or name in _READ
-        or not value
-        or value == _WITHOUT_EFFECT.get(name)
-      ):
+      harmless = value in _WITHOUT_EFFECT.get(name, ()) or (
+        not value and name not in _WITHOUT_EFFECT
+      )
+      if name == key or name in _READ or harmless:
         continue
       raise ValueError(
         f"{self.path}: {key}={reprlib.repr(value)} is not supported."
@@ -348,12 +373,15 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     embedding = self._tensors.get("token_embd.weight")
     if embedding is None:
       raise ValueError(f"{self.path} lacks the tensor token_embd.weight.")
+    bos_id, ends = self.special_id("bos"), self.end_ids()
     try:
-      return self._read_sizes(embedding.shape[-1])
+      return self._read_sizes(int(embedding.shape[-1]), bos_id, ends)
     except (TypeError, ValueError) as error:
       raise ValueError(f"{self.path}: {error}") from error
 
-  def _read_sizes(self, vocab_size: int) -> LlamaConfig:
+  def _read_sizes(
+    self, vocab_size: int, bos_id: int | None, ends: tuple[int, ...]
+  ) -> LlamaConfig:
     num_heads = self._size("attention.head_count")
     hidden_size = self._size("embedding_length")
     head_dim = self._size("attention.key_length", hidden_size // num_heads)
@@ -363,7 +391,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
         f"attention.value_length={values} is not supported, only the head_dim"
         f" {head_dim}."
       )
-    if self._size("vocab_size", int(vocab_size)) != vocab_size:
+    if self._size("vocab_size", vocab_size) != vocab_size:
       raise ValueError(
         f"vocab_size={self._field('vocab_size')}, but token_embd.weight has"
         f" {vocab_size} rows: copy it again."
@@ -375,10 +403,9 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
         f" {head_dim}."
       )
     context_len = self._size("context_length")
-    theta = float(self._field("rope.freq_base", 10000.0))
-    ends = self.end_ids()
+    theta = self._number("rope.freq_base", 10000.0)
     return LlamaConfig(
-      vocab_size=int(vocab_size),
+      vocab_size=vocab_size,
       hidden_size=hidden_size,
       intermediate_size=self._size("feed_forward_length"),
       num_layers=self._size("block_count"),
@@ -388,9 +415,9 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       context_len=context_len,
       rope_theta=theta,
       rope_scaling=self._read_rope_scaling(head_dim, theta, context_len),
-      rms_norm_eps=float(self._required("attention.layer_norm_rms_epsilon")),
+      rms_norm_eps=self._number("attention.layer_norm_rms_epsilon"),
       tie_embeddings="output.weight" not in self._tensors,
-      bos_token_id=self.special_id("bos"),
+      bos_token_id=bos_id,
       eos_token_id=ends[0] if len(ends) == 1 else ends or None,
     )
 
@@ -401,14 +428,13 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     kind = self._field("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
       raise ValueError(f"unknown rope scaling {kind!r}.")
-    # The second is the key of files from before there were kinds.
-    factor = self._field("rope.scaling.factor") or self._field(
-      "rope.scale_linear"
-    )
-    if self._field("rope.scaling.type") in ("linear", "yarn"):
-      factor = factor or self._required("rope.scaling.factor")
-    factor = 1.0 if kind == "none" else float(factor or 1.0)
-    attention = float(self._field("rope.scaling.attn_factor", 1.0))
+    # The key of files from before there were kinds.
+    factor = self._number("rope.scale_linear", 0.0)
+    factor = self._number("rope.scaling.factor", factor)
+    if not factor and self._field("rope.scaling.type") in ("linear", "yarn"):
+      raise ValueError("llama.rope.scaling.factor is missing in its metadata.")
+    factor = 1.0 if kind == "none" else factor or 1.0
+    attention = self._number("rope.scaling.attn_factor", 1.0)
     is_llama_3 = ROPE_FACTORS in self._tensors
     if attention != 1 and (kind != "yarn" or is_llama_3):
       raise ValueError(
@@ -426,11 +452,11 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       return None if factor == 1 else RopeScaling(kind=kind, factor=factor)
     if kind == "none":
       return None
-    length = self._field("rope.scaling.original_context_length", context_len)
+    length = self._size("rope.scaling.original_context_length", context_len)
     return RopeScaling(
       kind="yarn",
       factor=factor,
-      original_max_position_embeddings=int(length),
+      original_max_position_embeddings=length,
       # On top of what YaRN does by itself.
       attention_factor=None
       if attention == 1
@@ -465,12 +491,6 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     field = self._reader.get_field(f"tokenizer.ggml.{name}")
     return default if field is None else field.contents()
 
-  @property
-  def chat_template(self) -> str | None:
-    """The template of chats, in Jinja; None if the file has none."""
-    field = self._reader.get_field("tokenizer.chat_template")
-    return None if field is None else field.contents()
-
   def tokenizer_fields(self) -> dict[str, Any]:
     """Returns all of the tokenizer's metadata, its chat template included."""
     return {
@@ -479,25 +499,65 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       if name.startswith("tokenizer.")
     }
 
+  def flag(self, name: str, default: bool) -> bool:
+    """Returns a field of the tokenizer's metadata that is true or false."""
+    value = self.vocabulary(name, default)
+    if type(value) is not bool:
+      raise ValueError(
+        f"{self.path}: tokenizer.ggml.{name} must be true or false, got"
+        f" {reprlib.repr(value)}."
+      )
+    return value
+
   def special_id(self, kind: str) -> int | None:
-    """Returns the id of the "bos", "eos" or "unknown" token, or None."""
+    """Returns the id of the "bos", "eos" or another token, or None.
+
+    Like llama.cpp, takes the usual one where the file names none of its
+    vocabulary.
+    """
     token = self.vocabulary(f"{kind}_token_id")
-    return None if token is None else int(token)
+    if token is not None and (type(token) is not int or token < 0):
+      raise ValueError(
+        f"{self.path}: tokenizer.ggml.{kind}_token_id must be an integer of at"
+        f" least 0, got {reprlib.repr(token)}."
+      )
+    if not self._num_tokens or (token is not None and token < self._num_tokens):
+      return token
+    model = self.vocabulary("model")
+    if model == "gpt2" and kind == "bos" and not self.adds_bos:
+      # Where it is not used, a token that begins no text helps nobody.
+      return None
+    usual = _USUAL_IDS.get(model, {}).get(kind)
+    return usual if usual is not None and usual < self._num_tokens else None
+
+  @functools.cached_property
+  def _num_tokens(self) -> int:
+    return len(self.vocabulary("tokens", ()))
 
   def end_ids(self) -> tuple[int, ...]:
     """Returns the tokens at which llama.cpp ends, that of the text first."""
     id_of: dict[str, int] = {}
     for i, token in enumerate(self.vocabulary("tokens", [])):
       id_of.setdefault(token, i)
-    ends = {self.special_id("eot"), self.special_id("eom")}
-    ends |= {id_of.get(text) for text in _END_TEXTS}
-    for kind, texts in _INFILL_TEXTS.items():
-      token = self.special_id(kind)
-      found = [id_of[text] for text in texts if text in id_of]
-      ends.add(min(found, default=None) if token is None else token)
     first = self.special_id("eos")
+    texts = {text for text in _END_TEXTS if text in id_of}
+    for text, sets in _NO_END_BESIDE.items():
+      if any(others <= texts for others in sets):
+        texts.discard(text)
+        first = None if first == id_of.get(text) else first
+    ends = {id_of[text] for text in texts}
+    ends |= {self.special_id("eot"), self.special_id("eom")}
+    for kind, names in _INFILL_TEXTS.items():
+      token = self.special_id(kind)
+      found = [id_of[name] for name in names if name in id_of]
+      ends.add(min(found, default=None) if token is None else token)
     others = sorted(ends - {None, first})  # pyright: ignore
     return tuple(i for i in (first, *others) if i is not None)
+
+  @property
+  def chat_template(self) -> str | None:
+    """The template of chats, in Jinja; None if the file has none."""
+    return self._fields.get("tokenizer.chat_template")
 
   @property
   def adds_bos(self) -> bool:
@@ -506,4 +566,9 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       self.vocabulary("model") == "llama"
       or self.vocabulary("pre") in LLAMA_3_PRE_TOKENIZERS
     )
-    return bool(self.vocabulary("add_bos_token", default))
+    return self.flag("add_bos_token", default)
+
+  @property
+  def adds_eos(self) -> bool:
+    """Whether a prompt ends with EOS."""
+    return self.flag("add_eos_token", False)

@@ -4,6 +4,7 @@
 of byte pairs; `tokenizer_settings` the `tokenizer_config.json` beside it.
 """
 
+import collections
 from typing import Any
 
 import tokenizers
@@ -59,6 +60,18 @@ def _pieces(file: GgufFile) -> tuple[list[str], list[int]]:
       f"{file.path}: {len(tokens)} tokens have {len(kinds)} types: copy it"
       " again."
     )
+  # As llama.cpp names those without a text.
+  tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+  twice = [t for t, n in collections.Counter(tokens).items() if n > 1]
+  if twice:
+    raise ValueError(
+      f"{file.path}: the token {twice[0]!r} is in the vocabulary twice: copy it"
+      " again."
+    )
+  if file.vocabulary("suppress_tokens"):
+    raise ValueError(
+      f"{file.path}: tokenizer.ggml.suppress_tokens is not supported."
+    )
   return tokens, kinds
 
 
@@ -97,10 +110,9 @@ def _sentencepiece(file: GgufFile) -> bytes:
       setattr(trainer, f"{field}_piece", tokens[token_id])
   normalizer = model.normalizer_spec
   normalizer.name = "identity"
-  normalizer.add_dummy_prefix = bool(file.vocabulary("add_space_prefix", True))
-  normalizer.remove_extra_whitespaces = bool(
-    file.vocabulary("remove_extra_whitespaces", False)
-  )
+  normalizer.add_dummy_prefix = file.flag("add_space_prefix", True)
+  # Whatever the key of that name says: llama.cpp reads it for T5 only.
+  normalizer.remove_extra_whitespaces = False
   normalizer.escape_whitespaces = True
   return model.SerializeToString()
 
@@ -147,30 +159,66 @@ def _byte_pairs(file: GgufFile) -> bytes:
       processor.add_special_tokens(added)
     else:
       processor.add_tokens(added)
-  bos, eos = file.special_id("bos"), file.special_id("eos")
-  before = [tokens[bos]] if file.adds_bos and bos is not None else []
-  after = []
-  if file.vocabulary("add_eos_token", False) and eos is not None:
-    after = [tokens[eos]]
-  if before or after:
-    processor.post_processor = processors.TemplateProcessing(  # pyright: ignore
-      single=[*before, "$A", *after],
-      special_tokens=[(token, tokens.index(token)) for token in before + after],
-    )
+  _add_ends(file, processor, tokens)
   return processor.to_str().encode()
+
+
+def _add_ends(
+  file: GgufFile, processor: tokenizers.Tokenizer, tokens: list[str]
+) -> None:
+  """Lets a tokenizer begin a text with BOS, or end it with EOS, as llama.cpp.
+
+  Transformers takes this from here and not from `tokenizer_config.json`.
+  """
+  bos, eos = (
+    [] if token is None or not wanted else [(tokens[token], token)]
+    for token, wanted in (
+      (file.special_id("bos"), file.adds_bos),
+      (file.special_id("eos"), file.adds_eos),
+    )
+  )
+  if not bos and not eos:
+    return
+  begin, end = ([name for name, _ in special] for special in (bos, eos))
+  processor.post_processor = processors.TemplateProcessing(  # pyright: ignore
+    single=[*begin, "$A", *end],
+    pair=[*begin, "$A", *end, *begin, "$B:1", *end],
+    special_tokens=[*{*bos, *eos}],
+  )
 
 
 def tokenizer_settings(file: GgufFile) -> dict[str, Any]:
   """Returns the `tokenizer_config.json` that goes with the tokenizer."""
-  tokens, _ = _pieces(file)
+  tokens, kinds = _pieces(file)
   settings: dict[str, Any] = {
     "add_bos_token": file.adds_bos,
-    "add_eos_token": bool(file.vocabulary("add_eos_token", False)),
+    "add_eos_token": file.adds_eos,
+    "clean_up_tokenization_spaces": False,
   }
-  for kind in ("bos", "eos"):
+  if file.vocabulary("model") == "llama":
+    settings |= {
+      # No class: transformers' own for LLaMA puts no space in front of what
+      # follows a special token.
+      "added_tokens_decoder": {
+        str(i): {
+          "content": token,
+          "special": kind != _USER_DEFINED,
+          "normalized": False,
+          "lstrip": False,
+          "rstrip": False,
+          "single_word": False,
+        }
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+      },
+    }
+  else:
+    # Not LlamaTokenizer, which knows no byte pairs.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+  for name, kind in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown")):
     token_id = file.special_id(kind)
     if token_id is not None:
-      settings[f"{kind}_token"] = tokens[token_id]
+      settings[f"{name}_token"] = tokens[token_id]
   if file.chat_template is not None:
     settings["chat_template"] = file.chat_template
   return settings

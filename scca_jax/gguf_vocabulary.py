@@ -6,6 +6,7 @@ gives the same ids for texts of many kinds and for every token by itself. A
 tokenizer that no way agrees with is refused.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -256,6 +257,10 @@ def fields(
     return gguf_file.GgufFile(source).tokenizer_fields()
   words = tokenizer.load(source)
   path = source / words.name
+  if isinstance(words, tokenizer.SentencePieceTokenizer):
+    # Transformers may put no second space in front of a text that begins with
+    # one. llama.cpp does, as SentencePiece.
+    words = dataclasses.replace(words, first="space")
   try:
     for found in _candidates(words):
       found |= _special_tokens(words, config)

@@ -63,7 +63,7 @@ class Tokenizer(abc.ABC):
     bos_id: Id of the token that begins a text; None where there is none.
     eos_id: Id of the token that ends a text; None where there is none.
     adds_bos: Whether a prompt begins with `bos_id`, as its files say.
-    adds_eos: Whether a text by itself ends with `eos_id`, as they say.
+    adds_eos: Whether it ends with `eos_id`, as they say.
   """
 
   name: str
@@ -92,15 +92,33 @@ class Tokenizer(abc.ABC):
     """
     return self.encode_batch([text])[0]
 
+  def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of every text with BOS and EOS as its files say."""
+    before = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+    after = [self.eos_id] if self.adds_eos and self.eos_id is not None else []
+    return [[*before, *ids, *after] for ids in self.encode_batch(texts)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model.
 
   It writes spaces as U+2581, so that this one character decodes as a space.
+
+  Attributes:
+    processor: Puts a space in front of a text, unless the model does not.
+    continuing: Puts none.
+    first: What is put in front of a text: "space", which leaves it to
+      `processor`, or "space if none".
+    after: What is put in front of what follows an added token: one of these,
+      or "nothing".
+    added: Tokens beside the pieces of the model.
   """
 
   processor: sentencepiece.SentencePieceProcessor
+  continuing: sentencepiece.SentencePieceProcessor
+  first: str
+  after: str
   added: "_AddedTokens | None" = None
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -147,11 +165,12 @@ class SentencePieceTokenizer(Tokenizer):
       if isinstance(part, int):
         yield None, part
         continue
-      processor = self.processor
-      if self.added is not None and not (
-        start == 0 or (self.added.space_after and not part.startswith(" "))
+      rule = self.after if start else self.first
+      processor = self.continuing
+      if rule == "space" or (
+        rule == "space if none" and not part.startswith((" ", "\u2581"))
       ):
-        processor = self.added.continuing
+        processor = self.processor
       if len(part) < _LONG_CHARACTERS or self._behind_lines is None:
         yield processor, part
         continue
@@ -169,8 +188,7 @@ class SentencePieceTokenizer(Tokenizer):
     adds a space at its start only. (The best cut of a unigram model is
     independent too, but for the rounding of sums over the whole text.)
     """
-    content = self.processor.serialized_model_proto()
-    model = _parse_model(content)
+    model = _parse_model(self.continuing.serialized_model_proto())
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if (
       trainer.model_type != trainer.BPE
@@ -180,13 +198,10 @@ class SentencePieceTokenizer(Tokenizer):
       or any("\n" in piece.piece[:-1] for piece in model.pieces)
     ):
       return None
-    processor = _processor(
-      pathlib.Path(self.name), _with_prefix(content, False)
-    )
     # Neighbouring unknown characters become one token.
-    if processor.unk_id() in processor.encode("\n"):
+    if self.continuing.unk_id() in self.continuing.encode("\n"):
       return None
-    return processor
+    return self.continuing
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`."""
@@ -201,7 +216,8 @@ class SentencePieceTokenizer(Tokenizer):
         stretch.append(token)
         continue
       if stretch:
-        processor = self.added.continuing if texts else self.processor
+        takes_space = not texts or self.after == "space"
+        processor = self.processor if takes_space else self.continuing
         texts.append(processor.decode(stretch))
         stretch = []
       if token is not None:
@@ -215,23 +231,14 @@ class _AddedTokens:
   Attributes:
     tokens: Each by its id.
     texts: What each id stands for.
-    continuing: SentencePiece for what comes after such a token.
-    space_after: Whether it puts a space in front of that, if there is none.
   """
 
   # Stands for whatever is not an added token.
   _REST = "\0"
 
-  def __init__(
-    self,
-    tokens: dict[int, tokenizers.AddedToken],
-    continuing: sentencepiece.SentencePieceProcessor,
-    space_after: bool,
-  ):
+  def __init__(self, tokens: dict[int, tokenizers.AddedToken]):
     self.tokens = tokens
     self.texts = {i: token.content for i, token in tokens.items()}
-    self.continuing = continuing
-    self.space_after = space_after
     self._ids = {text: i for i, text in self.texts.items()}
     # The library's own search, in front of a model that knows no word.
     self._cutter = tokenizers.Tokenizer(
@@ -328,7 +335,11 @@ def from_gguf(file: gguf_file.GgufFile) -> Tokenizer:
   name, content = gguf_tokenizer.tokenizer_file(file)
   if name.endswith(_MODEL_SUFFIX):
     words = _sentencepiece(
-      path, content, gguf_tokenizer.added_tokens(file), after="space"
+      path,
+      content,
+      gguf_tokenizer.added_tokens(file),
+      first="space",
+      after="space",
     )
   else:
     words = _hugging_face(path, content, {})
@@ -337,44 +348,99 @@ def from_gguf(file: gguf_file.GgufFile) -> Tokenizer:
     bos_id=file.special_id("bos"),
     eos_id=file.special_id("eos"),
     adds_bos=file.adds_bos,
+    adds_eos=file.adds_eos,
   )
 
 
 def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
   settings = _settings(path.parent)
+
+  def flag(name: str, default: bool) -> bool:
+    try:
+      return json_file.boolean(name, settings.get(name, default))
+    except ValueError as error:
+      raise ValueError(f"{path.parent / _SETTING_FILES[0]}: {error}") from error
+
+  # Only its own class for LLaMA does without by default.
+  of_llama = str(_class_name(path.parent)).startswith(
+    ("LlamaTokenizer", "CodeLlamaTokenizer")
+  )
+  legacy = flag("legacy", not of_llama)
+  space = "space if none" if of_llama or not legacy else "space"
+  prefix = flag("add_prefix_space", True)
   words = _sentencepiece(
     path,
     content,
     _added_tokens(path.parent),
-    after="space if none" if settings.get("legacy", False) else "nothing",
-    prefix=settings.get("add_prefix_space"),
+    first=space,
+    after=space if legacy else "nothing",
+    # Other classes take what the model says.
+    prefix=prefix if of_llama else None,
   )
   pieces = words.processor.get_piece_size()
-  ids: dict[str | None, int] = {
+  ids: dict[str, int] = {
     words.processor.id_to_piece(i): i for i in range(pieces)
   }
   if words.added is not None:
     ids |= {text: i for i, text in words.added.texts.items()}
-  bos_id = ids.get(_token_named(path.parent, "bos"), words.bos_id)
+  bos_id = _id_named(path.parent, "bos", ids, words.bos_id)
+  eos_id = _id_named(path.parent, "eos", ids, words.eos_id)
   return dataclasses.replace(
     words,
     bos_id=bos_id,
-    eos_id=ids.get(_token_named(path.parent, "eos"), words.eos_id),
-    # By default as LLaMA does.
-    adds_bos=bos_id is not None and bool(settings.get("add_bos_token", True)),
-    adds_eos=bool(settings.get("add_eos_token", False)),
+    eos_id=eos_id,
+    # By default as LLaMA does. (Transformers 5 adds none unless it is told to.)
+    adds_bos=bos_id is not None and flag("add_bos_token", True),
+    adds_eos=eos_id is not None and flag("add_eos_token", False),
   )
 
 
-def _token_named(folder: pathlib.Path, kind: str) -> str | None:
-  """Returns the `kind` token as tokenizers' settings name it."""
-  for name in _SETTING_FILES[:2]:
-    path = folder / name
+def _class_name(folder: pathlib.Path) -> Any:
+  """Returns what a folder says that transformers reads its tokenizer with."""
+  path = folder / _SETTING_FILES[2]
+  found = _settings(folder).get("tokenizer_class")
+  if found is None and path.is_file():
+    found = json_file.read(path).get("tokenizer_class")
+  return found
+
+
+def _id_named(
+  folder: pathlib.Path, kind: str, ids: dict[str, int], otherwise: int | None
+) -> int | None:
+  """Returns the id of the `kind` token as tokenizers' settings name it.
+
+  As for transformers, special_tokens_map.json counts, and counts first, where
+  tokenizer_config.json does not list its tokens.
+
+  Args:
+    folder: Of the settings.
+    kind: "bos" or "eos".
+    ids: The vocabulary.
+    otherwise: The id if they name none.
+
+  Raises:
+    ValueError: The vocabulary lacks the token.
+  """
+  path, other = (folder / name for name in _SETTING_FILES[:2])
+  paths = [path]
+  if "added_tokens_decoder" not in _settings(folder):
+    paths = [other, path]
+  for path in paths:
     token = json_file.read(path).get(f"{kind}_token") if path.is_file() else ""
     token = token.get("content") if isinstance(token, dict) else token
-    if isinstance(token, str) and token:
-      return token
-  return None
+    if token is not None and not isinstance(token, str):
+      raise ValueError(
+        f"{path}: {kind}_token must be a string, got {reprlib.repr(token)}."
+      )
+    if not token:
+      continue
+    if token not in ids:
+      raise ValueError(
+        f"{path}: {kind}_token is {reprlib.repr(token)}, which the vocabulary"
+        " lacks: correct it, or list it among the added tokens."
+      )
+    return ids[token]
+  return otherwise
 
 
 def _processor(
@@ -404,6 +470,8 @@ def _parse_model(content: bytes) -> Any:
 def _with_prefix(content: bytes, prefix: bool) -> bytes:
   """Returns a SentencePiece model that adds a space in front, or does not."""
   model = _parse_model(content)
+  if model.normalizer_spec.add_dummy_prefix == prefix:
+    return content
   model.normalizer_spec.add_dummy_prefix = prefix
   return model.SerializeToString()
 
@@ -413,8 +481,9 @@ def _sentencepiece(
   content: bytes,
   added: dict[int, tokenizers.AddedToken],
   *,
+  first: str,
   after: str,
-  prefix: Any = None,
+  prefix: bool | None = None,
 ) -> SentencePieceTokenizer:
   """Returns a SentencePiece tokenizer.
 
@@ -422,14 +491,13 @@ def _sentencepiece(
     path: What messages name.
     content: The model.
     added: Tokens beside its pieces, by id.
-    after: What is put in front of a text after an added token: "nothing",
-      "space" (llama.cpp), or "space if none" (transformers with `legacy`).
+    first: See `SentencePieceTokenizer`.
+    after: See there.
     prefix: Whether the text gets a space in front; None is as in the model.
   """
   processor = _processor(path, content)
   fingerprint = hashlib.sha256(content)
-  if prefix is not None:
-    prefix = json_file.boolean("add_prefix_space", prefix)
+  if prefix is not None and _with_prefix(content, prefix) != content:
     fingerprint.update(b"prefix" if prefix else b"no prefix")
     content = _with_prefix(content, prefix)
     processor = _processor(path, content)
@@ -452,13 +520,10 @@ def _sentencepiece(
     for i, token in added.items()
     if i >= num_pieces or not token.special
   }
-  rest = None
   if added:
     fingerprint.update(repr((after, added)).encode())
-    continuing = processor
-    if after != "space":
-      continuing = _processor(path, _with_prefix(content, False))
-    rest = _AddedTokens(added, continuing, after == "space if none")
+  if first != "space":
+    fingerprint.update(first.encode())
   return SentencePieceTokenizer(
     name=path.name,
     fingerprint=fingerprint.hexdigest(),
@@ -467,16 +532,19 @@ def _sentencepiece(
     eos_id=eos_id if eos_id >= 0 else None,
     adds_bos=bos_id >= 0,
     processor=processor,
-    added=rest,
+    continuing=_processor(path, _with_prefix(content, False)),
+    first=first,
+    after=after,
+    added=_AddedTokens(added) if added else None,
   )
 
 
 def _load_hugging_face(path: pathlib.Path, content: bytes) -> Tokenizer:
   words = _hugging_face(path, content, _added_tokens(path.parent))
   prefix = _settings(path.parent).get("add_prefix_space")
-  if prefix is not None and bool(prefix) != _adds_prefix(content):
+  if prefix is not None and prefix != _adds_prefix(content):
     raise ValueError(
-      f"{path.parent / _SETTING_FILES[0]} has add_prefix_space={prefix}, but"
+      f"{path.parent / _SETTING_FILES[0]} has add_prefix_space={prefix!r}, but"
       f" {path.name} does otherwise: correct one of them."
     )
   return words
@@ -529,8 +597,12 @@ def _hugging_face(
   processor.no_truncation()
   processor.no_padding()
   processor.encode_special_tokens = True
-  bos_id = _special_id(path.parent, "bos", vocabulary)
-  eos_id = _special_id(path.parent, "eos", vocabulary)
+  bos_id, eos_id = (
+    _id_named(
+      path.parent, kind, vocabulary, _usual_id(path.parent, kind, vocabulary)
+    )
+    for kind in ("bos", "eos")
+  )
   with_special = processor.encode("a", add_special_tokens=True).ids
   return HuggingFaceTokenizer(
     name=path.name,
@@ -583,33 +655,19 @@ def _added_tokens(folder: pathlib.Path) -> dict[int, tokenizers.AddedToken]:
   return dict(sorted(found.items()))
 
 
-def _special_id(
+def _usual_id(
   folder: pathlib.Path, kind: str, vocabulary: dict[str, int]
 ) -> int | None:
-  """Returns the id of the `kind` token, as the files beside name it."""
-  for name in _SETTING_FILES:
-    try:
-      settings = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-      continue
-    except ValueError as error:
-      raise ValueError(f"{folder / name} is not JSON: {error}.") from error
-    if not isinstance(settings, dict):
-      continue
-    token = settings.get(f"{kind}_token")
-    if isinstance(token, dict):
-      token = token.get("content")
-    if isinstance(token, str) and token in vocabulary:
-      return vocabulary[token]
-    number = settings.get(f"{kind}_token_id")
-    if isinstance(number, list):  # Llama 3 lists several ends.
-      number = number[0] if number else None
-    if isinstance(number, int):
-      return number
-  for token in _USUAL_NAMES[kind]:
-    if token in vocabulary:
-      return vocabulary[token]
-  return None
+  """Returns the `kind` token of config.json, or the one of a usual name."""
+  path = folder / _SETTING_FILES[2]
+  name = f"{kind}_token_id"
+  number = json_file.read(path).get(name) if path.is_file() else None
+  if isinstance(number, list):  # Llama 3 lists several ends.
+    number = number[0] if number else None
+  if number is not None:
+    return json_file.integer(f"{path}: {name}", number, 0)
+  found = [vocabulary.get(token) for token in _USUAL_NAMES[kind]]
+  return next((token for token in found if token is not None), None)
 
 
 def sample(

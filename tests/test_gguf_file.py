@@ -277,6 +277,32 @@ def test_generation_ends_where_llama_cpp_ends(tmp_path, end):
   assert ends == ((7,) if end == "eos" else (9, 7))
 
 
+@pytest.mark.parametrize(
+  ("model", "named", "wanted"),
+  [
+    # llama.cpp's defaults where a file does not name them, or names nothing.
+    ("llama", {}, (1, (2,))),
+    ("gpt2", {}, (None, (11,))),
+    ("llama", {"bos": 5, "eos": 6}, (5, (6,))),
+    ("llama", {"bos": 900, "eos": 901}, (1, (2,))),
+  ],
+)
+def test_tokens_that_are_not_named_are_the_usual(
+  tmp_path, model, named, wanted
+):
+  def extra(writer):
+    writer.add_tokenizer_model(model)
+    writer.add_token_list([f"w{i}" for i in range(gguf_files.VOCAB)])
+    for kind, token in named.items():
+      getattr(writer, f"add_{kind}_token_id")(token)
+
+  path = gguf_files.write(
+    tmp_path / "m.gguf", gguf_files.tensors(), extra=extra
+  )
+  config = convert.load_config(path)
+  assert (config.bos_token_id, config.eos_token_ids) == wanted
+
+
 def _truncate(path):
   path.write_bytes(path.read_bytes()[:-100])
 
@@ -370,6 +396,30 @@ def _nan(path):
         "logit_scale": 0.5,
         "final_logit_softcapping": 30.0,
       }.items()
+    ),
+    *(
+      (
+        lambda p, add=add: gguf_files.write(
+          p, gguf_files.tensors(), extra=lambda w: add(w)
+        ),
+        f"m.gguf: {said}",
+      )
+      for add, said in (
+        # Off is not what leaves these without effect.
+        (lambda w: w.add_causal_attention(False), "llama.attention.causal"),
+        (
+          lambda w: w.add_float32("llama.rope.scaling.yarn_ext_factor", 0.0),
+          "llama.rope.scaling.yarn_ext_factor=0",
+        ),
+        (
+          lambda w: w.add_string("llama.rope.scaling.factor", "4"),
+          "llama.rope.scaling.factor must be a number, got '4'",
+        ),
+        (
+          lambda w: w.add_string("tokenizer.ggml.eos_token_id", "2"),
+          "tokenizer.ggml.eos_token_id must be an integer.*'2'",
+        ),
+      )
     ),
     (
       lambda p: gguf_files.write(

@@ -154,6 +154,27 @@ def test_llama_3_numbers_come_in_threes(tmp_path):
     (_byte_pair_vocabulary("other-cut")[0], "'other-cut'"),
     (lambda w: w.add_tokenizer_model("bert"), "'bert'"),
     (lambda w: w.add_tokenizer_model("llama"), "no vocabulary"),
+    (
+      lambda w: (
+        w.add_tokenizer_model("llama"),
+        w.add_token_list(["a", "b", "a"]),
+      ),
+      "token 'a' is in the vocabulary twice",
+    ),
+    (
+      lambda w: (
+        _byte_pair_vocabulary("gpt-2")[0](w),
+        w.add_array("tokenizer.ggml.suppress_tokens", [3]),
+      ),
+      "suppress_tokens",
+    ),
+    (
+      lambda w: (
+        _byte_pair_vocabulary("gpt-2")[0](w),
+        w.add_string("tokenizer.ggml.add_bos_token", "false"),
+      ),
+      "add_bos_token must be true or false, got 'false'",
+    ),
   ],
 )
 def test_unknown_vocabularies_are_named(tmp_path, extra, said):

@@ -156,6 +156,7 @@ def _cuts_otherwise(folder):
 def _is_of_words(folder):
   words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
   words.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").unlink()
 
 
 @pytest.mark.parametrize(

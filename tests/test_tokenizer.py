@@ -186,7 +186,7 @@ def test_special_ids_are_read_from_the_files_beside(tmp_path):
     tokenizer_config={"bos_token": None, "eos_token": {"content": "<end>"}},
     config={"eos_token_id": 257},
   ) == (256, 258)
-  with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+  with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
     folder = _write_hugging_face(tmp_path / "damaged")
     (folder / "config.json").write_text("{")
     tokenizer.load(folder)
@@ -322,6 +322,18 @@ def test_lines_between_added_tokens_are_encoded_as_the_whole(
     (
       {"tokenizer_config": {"add_prefix_space": "no"}},
       "add_prefix_space must be true or false",
+    ),
+    (
+      {"tokenizer_config": {"add_bos_token": "false"}},
+      "tokenizer_config.json: add_bos_token must be true or false, got 'false'",
+    ),
+    (
+      {"tokenizer_config": {"bos_token": 5}},
+      "tokenizer_config.json: bos_token must be a string, got 5",
+    ),
+    (
+      {"tokenizer_config": {"bos_token": "<|begin|>"}},
+      "bos_token is '<|begin|>', which the vocabulary lacks",
     ),
   ],
 )

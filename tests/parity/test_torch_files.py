@@ -8,6 +8,7 @@ import pathlib
 import re
 
 import gguf
+import gguf_files
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -507,6 +508,11 @@ def test_tokenizer_json_gives_the_ids_of_transformers(byte_pairs):
     {},
     {"add_prefix_space": False},
     {"eos_token": "<|im_end|>"},
+    {"add_bos_token": False, "add_eos_token": True},
+    {"tokenizer_class": None},
+    {"tokenizer_class": None, "legacy": False},
+    {"tokenizer_class": None, "legacy": True},
+    {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False},
   ],
 )
 def test_sentencepiece_with_added_tokens_gives_the_ids_of_transformers(
@@ -534,6 +540,7 @@ def test_sentencepiece_with_added_tokens_gives_the_ids_of_transformers(
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
+        "add_bos_token": True,
         "added_tokens_decoder": added,
       }
       | settings
@@ -546,14 +553,166 @@ def test_sentencepiece_with_added_tokens_gives_the_ids_of_transformers(
     "the king quxbar of 1918",
     "quxbar",
     "quxbarthe old quxbar",
+    "  the king  quxbar  of",
   ):
     expected = theirs.encode(line, add_special_tokens=False)
     assert words.encode(line) == expected, line
+    assert words.encode_prompts([line]) == [theirs(line).input_ids]
   assert (words.bos_id, words.eos_id) == (
     theirs.bos_token_id,
     theirs.eos_token_id,
   )
   assert words.vocab_size == len(theirs)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_special_tokens_are_named_by_the_file_that_transformers_takes(
+  tmp_path, byte_pairs, kind, listed
+):
+  names = {"bos_token": "</s>", "eos_token": {"content": "</s>"}}
+  settings: dict = {"bos_token": "<s>", "eos_token": "<s>"}
+  if kind == "tokenizer.model":
+    settings["tokenizer_class"] = "LlamaTokenizer"
+    text = "the king of 1918 and the old queen\n" * 50
+    tokenizer.train([text], 300, tmp_path / kind)
+  else:
+    names = dict.fromkeys(names, "t")
+    settings |= dict.fromkeys(settings, "<|endoftext|>")
+    (tmp_path / kind).write_bytes((byte_pairs / kind).read_bytes())
+  if listed:
+    settings["added_tokens_decoder"] = {}
+  for name, content in (
+    ("tokenizer_config", settings),
+    ("special_tokens_map", names),
+  ):
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  ours = tokenizer.load(tmp_path)
+  assert ours.bos_id == theirs.bos_token_id
+  assert ours.eos_id == theirs.eos_token_id
+
+
+def _sentencepiece_gguf(model, path, **flags):
+  """Writes a vocabulary and a template, with a token that is cut out first."""
+  from sentencepiece import SentencePieceProcessor
+
+  pieces = SentencePieceProcessor(model_file=str(model))
+  count = pieces.get_piece_size()
+  kinds = [6 if pieces.is_byte(i) else 1 for i in range(count)]
+
+  def extra(writer):
+    writer.add_tokenizer_model("llama")
+    names = [pieces.id_to_piece(i) for i in range(count)]
+    writer.add_token_list([*names, "old king"])
+    writer.add_token_scores([*map(pieces.get_score, range(count)), 0.0])
+    writer.add_token_types([2, 3, 3, *kinds[3:], 4])
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    for name, value in flags.items():
+      getattr(writer, name)(value)
+
+  return gguf_files.write(path, gguf_files.tensors(), extra=extra)
+
+
+def _byte_level_gguf(path, pre):
+  from tokenizers.pre_tokenizers import ByteLevel
+
+  merges = ["t h", "th e", "\u0120 k", "i n"]
+  tokens = ["<|end|>", "<s>", *sorted(ByteLevel.alphabet())]
+  tokens += ["".join(merge.split()) for merge in merges]
+
+  def extra(writer):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*tokens, "old king"])
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2) + [4])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(0)
+
+  return gguf_files.write(path, gguf_files.tensors(), extra=extra)
+
+
+@pytest.mark.parametrize(
+  "kind",
+  [
+    "tokenizer.model",
+    "tokenizer.model of LlamaTokenizer",
+    "tokenizer.model with EOS",
+    "tokenizer.json",
+    "gguf",
+    "gguf without BOS",
+    "gguf without space",
+    "gguf of llama-bpe",
+    "gguf of smollm",
+  ],
+)
+def test_an_export_is_the_same_in_transformers_from_text_to_text(
+  tmp_path, byte_pairs, kind
+):
+  source = tmp_path / "source"
+  source.mkdir()
+  trained = source / "tokenizer.model"
+  text = "the king of 1918 and the old queen\n" * 50
+  if kind == "tokenizer.json":
+    content = json.loads((byte_pairs / kind).read_text())
+    template = [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+    template += [{"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    content["post_processor"] = {
+      "type": "TemplateProcessing",
+      "single": template,
+      "pair": template,
+      "special_tokens": {"<|endoftext|>": special},
+    }
+    (source / kind).write_text(json.dumps(content))
+    (source / "tokenizer_config.json").write_text(
+      json.dumps(dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>"))
+    )
+  else:
+    tokenizer.train([text], 300, trained)
+  if "LlamaTokenizer" in kind or "EOS" in kind:
+    settings = {"tokenizer_class": "LlamaTokenizer"}
+    if "EOS" in kind:
+      settings |= {"add_bos_token": False, "add_eos_token": True}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+  if kind.startswith("gguf of"):
+    source = _byte_level_gguf(tmp_path / "m.gguf", kind.split()[-1])
+  elif kind.startswith("gguf"):
+    flags: dict = {"add_add_bos_token": kind != "gguf without BOS"}
+    flags["add_add_space_prefix"] = kind != "gguf without space"
+    source = _sentencepiece_gguf(trained, tmp_path / "m.gguf", **flags)
+  words = tokenizer.load(source)
+  model = _model(vocab_size=words.vocab_size, eos_token_id=words.eos_id)
+  out = tmp_path / "out"
+  convert.copy_tokenizer(source, out, context_len=64)
+  convert.save_model(model, out, dtype=jnp.float32)
+  theirs = transformers.AutoTokenizer.from_pretrained(out)
+  lines = [*TEXTS, "the old king of", "old king", " the  king"]
+  found = words.encode_prompts(lines)
+  for line, ids in zip(lines, found, strict=True):
+    # What looks like a special token is text to us.
+    assert ids == theirs(line, split_special_tokens=True).input_ids, line
+  again = tokenizer.load(out)
+  assert again.encode_prompts(lines) == found
+  for name in ("bos_id", "eos_id", "vocab_size"):
+    assert getattr(again, name) == getattr(words, name)
+  assert theirs.bos_token_id == words.bos_id
+  assert theirs.eos_token_id == words.eos_id
+  assert theirs.model_max_length >= 64
+  if kind.startswith("gguf") and " of " not in kind:
+    talk = [{"role": "user", "content": "the king"}]
+    asked = theirs.apply_chat_template(talk, tokenize=False)
+    assert asked == "the king"
+  network = _in_transformers(out)
+  prompt = found[0]
+  wanted = _their_logits(network, [prompt])
+  np.testing.assert_allclose(_our_logits(model, [prompt]), wanted, atol=1e-5)
+  answer = network.generate(
+    torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
+  )[0]
+  (ours,) = generation.generate(model, [prompt], max_new_tokens=12)
+  assert ours == answer[len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("says", ["a number", "null", "nothing"])
