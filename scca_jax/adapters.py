@@ -455,7 +455,7 @@ def _stays_tied(folder: pathlib.Path, tensors: SafetensorsFiles) -> bool:
     for name in (_HEAD, _EMBEDDING)
     if _PREFIX + name in tensors
   ]
-  equal = len(found) == 2 and np.array_equal(*found)
+  equal = len(found) == 2 and np.array_equal(found[0], found[1])
   if not json_file.read(folder / _CONFIG).get("ensure_weight_tying"):
     return equal or not found
   if len(found) == 2 and not equal:
