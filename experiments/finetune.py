@@ -2,7 +2,8 @@
 
 With no flag it takes the embedded model from 256 to 1,024 tokens on the
 embedded books, on a CPU, in minutes. It ends with the perplexity of the model
-untuned, with rope scaling alone, and tuned, all with dense attention.
+untuned, with rope scaling alone, and tuned, all with dense attention, and
+writes a report with the loss by position.
 
     python -m experiments.finetune --config=configs/tiny.py --output_dir=runs/a
 """
@@ -17,7 +18,14 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from experiments.shared import cli, cluster, loop, model_card, resolve
+from experiments.shared import (
+  cli,
+  cluster,
+  loop,
+  model_card,
+  report,
+  resolve,
+)
 from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
 from scca_jax import (
   adapters,
@@ -228,6 +236,7 @@ def main() -> None:
     adapter=run.lora,
     run=record,
   )
+  report_path = report.write(output_dir, run, rows, summary)
   windows = tuned[max(tuned)].num_windows
   print(
     f"\n{run.evaluation.protocol} protocol, {windows} windows per length,"
@@ -237,6 +246,7 @@ def main() -> None:
   if summary["peak_bytes"] is not None:
     print(f"\npeak memory of a device: {summary['peak_bytes'] / 2**30:.2f} GiB")
   print(f"\nadapter: {adapter}\nsummary: {output_dir / 'summary.json'}")
+  print(f"report: {report_path}")
 
 
 if __name__ == "__main__":

@@ -176,6 +176,36 @@ def test_a_run_leaves_all_that_was_promised(finished):
   assert list((output / "tensorboard").glob("events*"))
 
 
+def test_a_run_ends_with_a_report(finished, arguments):
+  output, printed = finished
+  assert f"report: {output / 'report.md'}" in printed
+  assert (output / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+  report = (output / "report.md").read_text(encoding="utf8")
+  assert ": 16 to 64 tokens" in report.splitlines()[0]
+  assert f"python -m experiments.finetune --output_dir={output}" in report
+  assert "![Loss by position, and of training](report.png)" in report
+  summary = json.loads((output / "summary.json").read_text())
+  found, quarter = summary["perplexity"], summary["last_quarter_perplexity"]
+  for name in ("untuned", "interpolated", "tuned"):
+    cells = [found[name]["16"], found[name]["64"], quarter[name]["64"]]
+    row = " | ".join(f"{value:.2f}" for value in cells)
+    assert f"| {name} | {row} |" in report
+  # Mean losses are logarithms of perplexities.
+  for name in ("untuned", "interpolated"):
+    pairs = [(found["tuned"]["64"], found[name]["64"])]
+    pairs.append((quarter["tuned"]["64"], quarter[name]["64"]))
+    row = re.search(rf"^\| tuned - {name} \| (.*) \|$", report, re.MULTILINE)
+    assert row
+    for cell, (tuned, other) in zip(row[1].split(" | "), pairs, strict=True):
+      mean, low, high = map(float, re.findall(r"[+-][\d.]+", cell))
+      assert mean == pytest.approx(np.log(tuned / other), abs=1e-4)
+      assert low <= mean <= high
+  losses = _losses(output)
+  assert f"| loss of the last step | {losses[12]:.4f} |" in report
+  assert "| `config.training.steps` | `12` | `100` |" in report
+  assert "`config.training.seed`" not in report
+
+
 # Says how many bytes of arrays there are before the first step, and at each
 # evaluation.
 _WATCHED = """

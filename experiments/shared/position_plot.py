@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,53 @@ class Panel:
   zero: bool = False
 
 
+def make_figure(num_rows: int, num_columns: int) -> tuple[Any, np.ndarray]:
+  """Returns a figure of matplotlib and its axes, `[rows, columns]`."""
+  # Imported here: a bad flag should not wait for it.
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  return plt.subplots(
+    num_rows,
+    num_columns,
+    figsize=(2 + 4.5 * num_columns, 0.5 + 3.5 * num_rows),
+    squeeze=False,
+    layout="constrained",
+  )
+
+
+def draw_panel(axis: Any, panel: Panel) -> None:
+  """Draws a panel on an axis of matplotlib."""
+  for label, curve in panel.curves.items():
+    # The middle of a bin's positions on this axis.
+    places = np.sqrt(curve.edges[:-1] * (curve.edges[1:] - 1.0))
+    axis.plot(places, curve.mean, label=label)
+    axis.fill_between(places, curve.low, curve.high, alpha=0.2)
+  if panel.zero:
+    axis.axhline(0, color="gray", linewidth=0.8)
+  axis.set_xscale("log", base=2)
+  axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+  axis.set(xlabel="tokens before", ylabel=panel.label, title=panel.title)
+  axis.grid(alpha=0.3)
+  axis.legend(fontsize="small")
+
+
+def save(path: str | os.PathLike[str], figure: Any) -> None:
+  """Writes a figure to a .png and closes it.
+
+  Raises:
+    OSError: It cannot be written; a file from before is kept.
+  """
+  from matplotlib import pyplot as plt
+
+  content = io.BytesIO()
+  figure.savefig(content, format="png", dpi=120)
+  plt.close(figure)
+  atomic_file.write(path, content.getvalue())
+
+
 def draw(
   path: str | os.PathLike[str], title: str, rows: Sequence[Sequence[Panel]]
 ) -> None:
@@ -36,35 +84,9 @@ def draw(
   Raises:
     OSError: It cannot be written; a file from before is kept.
   """
-  # Imported here: a bad flag should not wait for it.
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
-
-  figure, axes = plt.subplots(
-    len(rows),
-    len(rows[0]),
-    figsize=(2 + 4.5 * len(rows[0]), 0.5 + 3.5 * len(rows)),
-    squeeze=False,
-    layout="constrained",
-  )
+  figure, axes = make_figure(len(rows), len(rows[0]))
   for panels, row in zip(rows, axes, strict=True):
     for panel, axis in zip(panels, row, strict=True):
-      for label, curve in panel.curves.items():
-        # The middle of a bin's positions on this axis.
-        places = np.sqrt(curve.edges[:-1] * (curve.edges[1:] - 1.0))
-        axis.plot(places, curve.mean, label=label)
-        axis.fill_between(places, curve.low, curve.high, alpha=0.2)
-      if panel.zero:
-        axis.axhline(0, color="gray", linewidth=0.8)
-      axis.set_xscale("log", base=2)
-      axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-      axis.set(xlabel="tokens before", ylabel=panel.label, title=panel.title)
-      axis.grid(alpha=0.3)
-      axis.legend(fontsize="small")
+      draw_panel(axis, panel)
   figure.suptitle(title)
-  content = io.BytesIO()
-  figure.savefig(content, format="png", dpi=120)
-  plt.close(figure)
-  atomic_file.write(path, content.getvalue())
+  save(path, figure)

@@ -379,7 +379,12 @@ class Evaluator:
       )
 
   def _measure(
-    self, model: Llama, context_len: int, num_windows: int | None
+    self,
+    model: Llama,
+    context_len: int,
+    num_windows: int | None,
+    *,
+    keep_losses: bool = False,
   ) -> Perplexity:
     config = self._run.evaluation
     return perplexity.perplexity(
@@ -392,12 +397,18 @@ class Evaluator:
       batch_size=max(1, config.batch_tokens // context_len),
       bos_id=self._bos_id,
       execution=self._execution,
+      keep_losses=keep_losses,
     )
 
   def at_end(self, model: Llama) -> dict[int, Perplexity]:
-    """Returns the perplexity at each length."""
+    """Returns the perplexity at each length, at the longest with its losses."""
     num_windows = self._run.evaluation.num_windows
-    return {n: self._measure(model, n, num_windows) for n in self.context_lens}
+    return {
+      n: self._measure(
+        model, n, num_windows, keep_losses=n == max(self.context_lens)
+      )
+      for n in self.context_lens
+    }
 
   def on_the_way(self, model: Llama) -> dict[str, float]:
     """Returns a quick measurement at the length of training, for the log."""
