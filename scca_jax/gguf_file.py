@@ -177,10 +177,17 @@ def _open(path: pathlib.Path) -> Any:
   """
   import gguf
 
+  class Reader(gguf.GGUFReader):
+    """Reads vocabularies in a third of the time: memmap's slices are slow."""
+
+    def _build_fields(self, *args: Any) -> Any:
+      self.data: Any = self.data.view(np.ndarray)
+      return super()._build_fields(*args)
+
   if not path.is_file():
     raise FileNotFoundError(f"there is no GGUF file {path}.")
   try:
-    reader = gguf.GGUFReader(path)
+    reader = Reader(path)
     for name, field in reader.fields.items():
       if not name.startswith("tokenizer.ggml."):
         field.contents()
