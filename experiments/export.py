@@ -144,8 +144,8 @@ def _warn_of_peft(model: Llama, source: pathlib.Path) -> None:
   lora: Any = model.lora
   if lora.train_embeddings or lora.train_norms:
     logging.warning(
-      "vLLM and SGLang refuse the trained norms or embeddings of this adapter,"
-      " llama.cpp's converter and Ollama refuse embeddings and drop norms:"
+      "vLLM and SGLang refuse an adapter with trained norms or embeddings;"
+      " llama.cpp and Ollama refuse the embeddings and ignore the norms:"
       " --format=peft_plain writes what they take."
     )
   base, scaling = convert.load_config(source), model.config.rope_scaling

@@ -129,7 +129,7 @@ def _of_json(
     for merge in model["merges"]
   ]
   size = max(i for i in words.processor.get_vocab().values()) + 1
-  tokens = [f"[UNUSED{i}]" for i in range(size)]
+  tokens = [f"[PAD{i}]" for i in range(size)]
   kinds = [_UNUSED] * size
   for token, i in model["vocab"].items():
     tokens[i], kinds[i] = token, _NORMAL
@@ -227,7 +227,7 @@ def _with_unused(found: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     )
   unused = range(size, vocab_size)
   more = {
-    "tokens": [f"[UNUSED{i}]" for i in unused],
+    "tokens": [f"[PAD{i}]" for i in unused],
     "token_type": [_UNUSED for _ in unused],
     "scores": [_LEAST for _ in unused],
   }

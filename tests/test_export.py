@@ -319,7 +319,7 @@ def test_cards_have_recipe_pattern_rope_scaling_and_perplexities(
     ):
       assert line in text, (kind, line)
     assert "None" not in text
-    assert text.startswith("---\nbase_model: ")
+    assert text.startswith("---\nlibrary_name: ")
 
 
 @pytest.mark.parametrize(

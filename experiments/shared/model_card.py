@@ -5,7 +5,6 @@ given to the command, the settings that matter then, and, where they are known,
 the recipe and the perplexities.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -229,8 +228,8 @@ def write(
       ]
     )
   parts = [
-    f"---\nbase_model: {json.dumps(base)}\nlibrary_name: {library}\n"
-    "tags:\n- scca_jax\n- long-context\n---\n",
+    # No base_model: it would have to be a name on the Hub, not a path.
+    f"---\nlibrary_name: {library}\ntags:\n- scca_jax\n- long-context\n---\n",
     f"# {folder.resolve().name}\n",
     f"A LLaMA for {config.context_len:,} tokens of context, written by"
     " scca_jax. Attention is dense unless a pattern is asked for.\n",
