@@ -120,12 +120,8 @@ def _save_gguf(
 ) -> None:
   kind = _GGUF_TYPE.value or "F16"
   path = folder / f"{folder.resolve().name}-{kind}.gguf"
-  gguf_writer.save_gguf(
-    model,
-    path,
-    vocabulary=gguf_vocabulary.fields(source, model.config),
-    kind=kind,
-  )
+  vocabulary = gguf_vocabulary.fields(source, model.config)
+  gguf_writer.save_gguf(model, path, vocabulary=vocabulary, kind=kind)
   ends = set(gguf_file.GgufFile(path).config.eos_token_ids)
   if ends != set(model.config.eos_token_ids):
     logging.warning(
@@ -134,7 +130,11 @@ def _save_gguf(
       sorted(ends),
       sorted(model.config.eos_token_ids),
     )
-  loading = model_card.for_llama_cpp(path, model.config.context_len)
+  loading = model_card.for_llama_cpp(
+    path,
+    model.config.context_len,
+    of_pieces=vocabulary.get("tokenizer.ggml.model") == "llama",
+  )
   model_card.write(folder, loading, library="gguf", **card)
   print(f"{path}: {kind}, {_describe(model.config)}")
 

@@ -205,6 +205,33 @@ def _open(path: pathlib.Path) -> Any:
   return reader
 
 
+def _fitted_bounds(
+  factors: np.ndarray, plain: np.ndarray, length: int
+) -> Iterator[tuple[float, float]]:
+  """Yields the low and high frequency factor of Llama 3 that explain a file.
+
+  Between the two, the share of a frequency that is kept is linear in it.
+
+  Args:
+    factors: What the frequencies are divided by, `[head_dim / 2]`.
+    plain: The frequencies, like `factors`.
+    length: The pretrained length in tokens, to which the bounds are relative.
+  """
+  largest = factors.max()
+  between = (factors > 1) & (factors < largest)
+  if between.sum() < 2:
+    return
+  kept = (1 / factors - 1 / largest) / (1 - 1 / largest)
+  slope, start = np.polyfit(
+    plain[between].astype(np.float64), kept[between].astype(np.float64), 1
+  )
+  width = length / (2 * math.pi * slope)
+  low, high = -start * width, (1 - start) * width
+  if 0 < low < high:
+    yield round(low, 4), round(high, 4)
+    yield float(low), float(high)
+
+
 class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
   """A model of the Llama architecture in a GGUF file.
 
@@ -473,23 +500,24 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
   def _llama_3_scaling(self, head_dim: int, theta: float) -> RopeScaling:
     """Returns the scaling whose frequencies the file holds, divided out."""
     factors = self._values(ROPE_FACTORS)
-    scaling = RopeScaling(
-      kind="llama3",
-      factor=float(factors.max()),
-      # The same in every Llama 3.1 to 3.3.
-      original_max_position_embeddings=8192,
-      low_freq_factor=1.0,
-      high_freq_factor=4.0,
-    )
     plain, _ = rope.frequencies(head_dim, theta, None, 1)
-    scaled, _ = rope.frequencies(head_dim, theta, scaling, 1)
-    if factors.shape != plain.shape or not np.allclose(
-      plain / factors, scaled, rtol=1e-3
-    ):
-      raise ValueError(
-        f"{ROPE_FACTORS} is not the rope scaling of Llama 3.1 to 3.3."
-      )
-    return scaling
+    # The converter of llama.cpp leaves it out: 8,192 in Llama 3.1 to 3.3.
+    length = self._size("rope.scaling.original_context_length", 8192)
+    if factors.shape == plain.shape:
+      for low, high in ((1.0, 4.0), *_fitted_bounds(factors, plain, length)):
+        scaling = RopeScaling(
+          kind="llama3",
+          factor=float(factors.max()),
+          original_max_position_embeddings=length,
+          low_freq_factor=low,
+          high_freq_factor=high,
+        )
+        scaled, _ = rope.frequencies(head_dim, theta, scaling, 1)
+        if np.allclose(plain / factors, scaled, rtol=1e-4, atol=0):
+          return scaling
+    raise ValueError(
+      f"{ROPE_FACTORS} is not a rope scaling of the kind of Llama 3."
+    )
 
   # The vocabulary.
 

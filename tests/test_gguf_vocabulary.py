@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import gguf_files
 import model_files
@@ -123,6 +124,21 @@ def test_a_tokenizer_json_of_pieces_becomes_scores(tmp_path, prefix):
   words = tokenizer.load(folder)
   for text in TEXTS:
     assert back.encode(text) == words.encode(text)
+
+
+def test_transformers_own_class_for_llama_is_taken(tmp_path):
+  folder = tmp_path / "hf"
+  folder.mkdir()
+  shutil.copy(assets.MODEL / "tokenizer.model", folder)
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False})
+  )
+  config = convert.load_config(assets.MODEL)
+  back = _through_gguf(folder, tmp_path / "m.gguf", config)
+  words = tokenizer.load(folder)
+  assert back.encode(TEXTS[0]) == words.encode(TEXTS[0])
+  # It puts no space in front of a space. llama.cpp does.
+  assert len(back.encode(" a")) == 2 and len(words.encode(" a")) == 1
 
 
 def test_the_tokenizer_of_a_gguf_file_is_kept_as_it_is(tmp_path):

@@ -119,6 +119,13 @@ def test_adapters_are_fused(tmp_path):
     RopeScaling(
       kind="llama3", factor=8.0, original_max_position_embeddings=8192
     ),
+    RopeScaling(
+      kind="llama3",
+      factor=16.0,
+      original_max_position_embeddings=512,
+      low_freq_factor=1.5,
+      high_freq_factor=6.0,
+    ),
   ],
 )
 def test_rope_scaling_comes_back(tmp_path, scaling):

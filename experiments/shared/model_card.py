@@ -108,8 +108,20 @@ llama-cli -m base.gguf --lora lora.gguf -c {config.context_len}
 """
 
 
-def for_llama_cpp(file: pathlib.Path, context_len: int) -> str:
-  """Returns how a GGUF file is loaded."""
+def for_llama_cpp(
+  file: pathlib.Path, context_len: int, *, of_pieces: bool
+) -> str:
+  """Returns how a GGUF file is loaded.
+
+  Args:
+    file: The file.
+    context_len: Longest sequence, in tokens.
+    of_pieces: Whether its tokenizer is SentencePiece's.
+  """
+  note = (
+    "\nllama.cpp puts a space in front of a text that begins with one, too; not"
+    "\nevery tokenizer of transformers does.\n"
+  )
   return f"""\
 ```sh
 llama-cli -m {file} -c {context_len}
@@ -118,7 +130,7 @@ python -m experiments.generate --model={file} --prompt='Once'
 
 In a Modelfile of Ollama: `FROM ./{file.name}` and
 `PARAMETER num_ctx {context_len}`.
-"""
+{note if of_pieces else ""}"""
 
 
 # What is known of it.
