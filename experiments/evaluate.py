@@ -237,8 +237,7 @@ def _open_tokens(
   tokens = resolve.open_tokens(
     path, vocabulary, cache, vocab_size=config.vocab_size
   )
-  # Messages should name what the user gave, not the file in the cache.
-  return dataclasses.replace(tokens, name=str(path)), vocabulary.bos_id
+  return tokens, vocabulary.bos_id
 
 
 def _print_rows(rows: list[list[str]]) -> None:

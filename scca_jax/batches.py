@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from scca_jax.token_file import TokenFile
+from scca_jax.token_file import TokenFile, check_ids
 
 PACKINGS = ("concatenate", "packed")
 # More epochs than any run needs. Grain's `repeat(None)` has `sys.maxsize`
@@ -95,6 +95,7 @@ def make_batches(
   seed: int,
   packing: str = "concatenate",
   epochs: int | None = None,
+  vocab_size: int | None = None,
   shard_index: int = 0,
   num_shards: int = 1,
 ) -> Batches:
@@ -123,14 +124,16 @@ def make_batches(
     packing: "concatenate" or "packed".
     epochs: Passes over the corpus; None repeats for ever. A batch may span
       two epochs. The very last batch is padded with windows whose mask is 0.
+    vocab_size: Vocabulary of the model, against which every id is checked; None
+      leaves that to `TokenFile.open`.
     shard_index: Which shard of every batch to return, from 0.
     num_shards: Number of equal shards of a batch, one for each process of a
       run over several hosts.
 
   Raises:
-    ValueError: A setting is out of range, the corpus is shorter than a window
-      of "concatenate", or for "packed" document ends are not known or there is
-      no target.
+    ValueError: A setting is out of range, an id is outside the vocabulary, the
+      corpus is shorter than a window of "concatenate", or for "packed" document
+      ends are not known or there is no target.
   """
   if packing not in PACKINGS:
     raise ValueError(
@@ -155,6 +158,8 @@ def make_batches(
     raise ValueError(
       f"shard_index={shard_index} is outside 0 to {num_shards - 1}."
     )
+  if vocab_size is not None:
+    check_ids(token_file.tokens, vocab_size, token_file.name)
   if packing == "packed":
     windows = _PackedWindows(token_file, seq_len)
   else:

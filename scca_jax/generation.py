@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from scca_jax import rope
+from scca_jax import rope, token_file
 from scca_jax.llama import (
   DEFAULT_EXECUTION,
   Cache,
@@ -141,11 +141,9 @@ def _check(
   for i, prompt in enumerate(prompts):
     if not prompt:
       raise ValueError(f"prompt {i} has no token: give it some text.")
-    if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-      raise ValueError(
-        f"prompt {i} has ids outside the vocabulary of"
-        f" {model.config.vocab_size} tokens."
-      )
+    token_file.check_ids(
+      np.asarray(prompt), model.config.vocab_size, f"prompt {i}"
+    )
 
 
 class _Decoder:

@@ -531,12 +531,26 @@ def _default_positions(
   return index - start
 
 
-def _check_tokens(tokens: Any, positions: Any) -> None:
+def _check_tokens(tokens: Any, positions: Any, vocab_size: int) -> None:
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(
       "tokens must be integers [batch, seq], got"
       f" {tokens.dtype} {list(tokens.shape)}."
     )
+  # A lookup beyond the embedding would give its last row. Under jit, whoever
+  # makes the tokens checks them.
+  is_here = not isinstance(tokens, jax.core.Tracer) and (
+    isinstance(tokens, np.ndarray) or tokens.is_fully_addressable
+  )
+  if is_here:
+    ids = np.asarray(tokens)
+    outside = np.argwhere((ids < 0) | (ids >= vocab_size))
+    if len(outside):
+      row, place = map(int, outside[0])
+      raise ValueError(
+        f"sequence {row} has the id {ids[row, place]} at position {place:,},"
+        f" outside the vocabulary of {vocab_size:,}."
+      )
   if positions is not None and positions.shape not in (
     tokens.shape,
     (1, tokens.shape[1]),
@@ -662,7 +676,7 @@ class Llama(nnx.Module):
     Raises:
       ValueError: Shapes or the number of patterns do not fit.
     """
-    _check_tokens(tokens, positions)
+    _check_tokens(tokens, positions, self.config.vocab_size)
     config, mesh, remat = self.config, execution.mesh, execution.remat
     cycle = _period(patterns, config)
     if positions is None:
@@ -774,7 +788,7 @@ class Llama(nnx.Module):
         causal by slot.
       NotImplementedError: The execution has a mesh.
     """
-    _check_tokens(tokens, None)
+    _check_tokens(tokens, None, self.config.vocab_size)
     if execution.mesh is not None:
       raise NotImplementedError("a cache lies on one device: give no mesh.")
     config = self.config

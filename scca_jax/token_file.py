@@ -15,6 +15,7 @@ A file that looks like another width or byte order, or holds more than ids, is
 refused with the name of what it looks like.
 """
 
+import codecs
 import collections
 import concurrent.futures
 import contextlib
@@ -35,10 +36,12 @@ from scca_jax.tokenizer import Tokenizer
 # Dtypes of ids by their names in the JSON.
 DTYPES = {
   "uint8": np.dtype("u1"),
+  "int16": np.dtype("<i2"),
   "uint16": np.dtype("<u2"),
   "int32": np.dtype("<i4"),
   "uint32": np.dtype("<u4"),
   "int64": np.dtype("<i8"),
+  "uint64": np.dtype("<u8"),
 }
 # Encodings that are recognised, the widest first: int64 also looks like uint32.
 _ENCODINGS = {
@@ -51,22 +54,34 @@ _ENCODINGS = {
   "uint8": np.dtype("u1"),
 }
 # Other kinds of file by their first bytes: name and remedy.
+_IDS_ALONE = "write its ids alone"
 _CONTAINERS = {
   b"\x93NUMPY": (
     "a .npy file",
-    "write its ids alone, numpy.load(FILE).tofile('corpus.bin')",
+    f"{_IDS_ALONE}, numpy.load(FILE).tofile('corpus.bin')",
   ),
-  b"PK\x03\x04": ("a zip archive (.npz, .pt)", "write its ids alone"),
-  b"\x89HDF\r\n": ("an HDF5 file", "write its ids alone"),
-  b"PAR1": ("a Parquet file", "write its ids alone"),
-  b"ARROW1\0": ("an Arrow file", "write its ids alone"),
-  b"\x80\x04\x95": ("a pickled object", "write its ids alone"),
-  b"\x80\x05\x95": ("a pickled object", "write its ids alone"),
+  b"PK\x03\x04": ("a zip archive (.npz, .pt)", _IDS_ALONE),
+  b"\x89HDF\r\n": ("an HDF5 file", _IDS_ALONE),
+  b"PAR1": ("a Parquet file", _IDS_ALONE),
+  b"ARROW1\0": ("an Arrow file", _IDS_ALONE),
+  b"Obj\x01": ("an Avro file", _IDS_ALONE),
+  b"SQLite format 3\0": ("an SQLite database", _IDS_ALONE),
+  b"\x80\x02\x8a\x0a": ("a pickled object", _IDS_ALONE),
+  b"\x80\x02}q": ("a pickled object", _IDS_ALONE),
+  b"\x80\x02]q": ("a pickled object", _IDS_ALONE),
+  b"\x80\x04\x95": ("a pickled object", _IDS_ALONE),
+  b"\x80\x05\x95": ("a pickled object", _IDS_ALONE),
   b"MMIDIDX\0": ("the index of a Megatron corpus", "give the .bin beside it"),
+  b"GGUF": ("a GGUF model", "give it as --model"),
   b"\x1f\x8b\x08": ("compressed with gzip", "decompress it"),
+  b"BZh9": ("compressed with bzip2", "decompress it"),
   b"\xfd7zXZ\0": ("compressed with xz", "decompress it"),
   b"\x28\xb5\x2f\xfd": ("compressed with zstd", "decompress it"),
+  b"\x04\x22\x4d\x18": ("compressed with lz4", "decompress it"),
+  b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it"),
 }
+# Where the mark of a tar archive stands, in bytes.
+_TAR_MARK = slice(257, 262)
 # llm.c and modded-nanogpt put 256 int32 in front: a number, a version and the
 # count of ids, which are uint16 or uint32.
 _LLM_C = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
@@ -289,7 +304,7 @@ class TokenFile:
     size = path.stat().st_size
     if size == 0:
       raise ValueError(f"the token file {path} is empty.")
-    _refuse_containers(path)
+    _refuse_containers(path, dtype)
     num_tokens, rest = divmod(size, dtype.itemsize)
     if rest:
       raise ValueError(
@@ -312,12 +327,14 @@ class TokenFile:
         f' {_json_path(path).name} beside it, {{"dtype": "uint32"}}.'
       )
     bounds = [size for size in (vocab_size, made_with) if size is not None]
-    if bounds:
-      _check_vocabulary(path, tokens, min(bounds))
+    if bounds or dtype.itemsize > 2:
+      _check_vocabulary(path, tokens, min([*bounds, _MAX_VOCAB_SIZE]))
     _check_digest(path, about)
+    document_ends = _document_ends(path, about, num_tokens)
+    _check_marks(path, about, tokens, document_ends)
     return cls(
       tokens=tokens,
-      document_ends=_document_ends(path, about, num_tokens),
+      document_ends=document_ends,
       vocab_size=made_with,
       name=str(path),
       about=about,
@@ -384,6 +401,32 @@ def _document_ends(
   return np.asarray(ends, np.int64)
 
 
+def _check_marks(
+  path: pathlib.Path,
+  about: dict[str, Any],
+  tokens: np.ndarray,
+  document_ends: np.ndarray | None,
+) -> None:
+  """Checks that documents begin and end with the tokens that the JSON says."""
+  ends = np.asarray([len(tokens)]) if document_ends is None else document_ends
+  starts = np.concatenate([[0], ends[:-1]])
+  for wanted, kind, name, places in (
+    ("add_bos", "bos_id", "begins", starts),
+    ("append_eos", "eos_id", "ends", ends - 1),
+  ):
+    token = about.get(kind)
+    if not about.get(wanted) or token is None:
+      continue
+    other = np.flatnonzero(tokens[places] != token)
+    if len(other):
+      place = int(places[other[0]])
+      raise ValueError(
+        f"the token file {path} has the id {tokens[place]} at position"
+        f" {place:,}, where its JSON says that a document {name} with {token}:"
+        " prepare it again."
+      )
+
+
 def rises_to(document_ends: np.ndarray, num_tokens: int) -> bool:
   """Returns whether the ends of documents rise to the end of the corpus."""
   return (
@@ -410,8 +453,9 @@ def _check_digest(path: pathlib.Path, about: dict[str, Any]) -> None:
 # What a file holds.
 
 
-def _refuse_containers(path: pathlib.Path) -> None:
+def _refuse_containers(path: pathlib.Path, wanted: np.dtype) -> None:
   """Refuses files that hold more, or other things, than bare ids."""
+  size = path.stat().st_size
   with path.open("rb") as file:
     head = file.read(_LLM_C_HEADER)
   for magic, (kind, remedy) in _CONTAINERS.items():
@@ -420,20 +464,40 @@ def _refuse_containers(path: pathlib.Path) -> None:
   if len(head) == _LLM_C_HEADER:
     number, _, count = (int(x) for x in np.frombuffer(head, "<i4")[:3])
     dtype = _LLM_C.get(number)
-    if dtype is not None and path.stat().st_size == (
-      _LLM_C_HEADER + count * dtype.itemsize
-    ):
+    if dtype is not None and size == _LLM_C_HEADER + count * dtype.itemsize:
       raise ValueError(
         f"the token file {path} has the header of llm.c in front of its"
         f" {dtype.name}: take it off, numpy.fromfile(FILE, '{dtype.name}',"
         f" offset={_LLM_C_HEADER}).tofile('corpus.bin')."
       )
-  text = bytes(range(32, 127)) + b"\t\n\r"
-  if len(head) >= _MIN_SAMPLE and not head.translate(None, text):
+  if head[_TAR_MARK] == b"ustar":
+    raise ValueError(f"the token file {path} is a tar archive: unpack it.")
+  if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < size:
+    raise ValueError(
+      f"the token file {path} is a safetensors file: {_IDS_ALONE}."
+    )
+  # Bytes may be ids of text.
+  if wanted.itemsize > 1 and len(head) >= _MIN_SAMPLE and _is_text(head):
     raise ValueError(
       f"the token file {path} is text: make ids of it with"
       " experiments.prepare_data."
     )
+
+
+def _is_text(head: bytes) -> bool:
+  """Whether a file begins like text in UTF-8 or, with its mark, UTF-16."""
+  if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    encoding = "utf-16"
+  else:
+    encoding = "utf-8"
+  # What is read may end within a character.
+  text = codecs.getincrementaldecoder(encoding)()
+  try:
+    found = text.decode(head)
+  except UnicodeDecodeError:
+    return False
+  controls = {chr(i) for i in range(32)} - set("\t\n\r\f") | {"\x7f"}
+  return not controls & set(found)
 
 
 def _samples(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:

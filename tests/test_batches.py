@@ -322,3 +322,10 @@ def test_bad_settings_are_refused(change, message):
   settings = {"token_file": CORPUS, "seq_len": 8, "batch_size": 4, "seed": 0}
   with pytest.raises(ValueError, match=message):
     make_batches(**{**settings, **change})
+
+
+def test_ids_are_checked_against_the_vocabulary_of_a_model():
+  corpus = TokenFile(tokens=np.arange(40), name="test.bin")
+  make_batches(corpus, seq_len=4, batch_size=2, seed=0, vocab_size=40)
+  with pytest.raises(ValueError, match="test.bin has the id 39 at position 39"):
+    make_batches(corpus, seq_len=4, batch_size=2, seed=0, vocab_size=39)

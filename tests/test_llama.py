@@ -587,3 +587,14 @@ def test_the_head_multiplies_in_its_dtype_and_sums_in_float32(tied):
   np.testing.assert_allclose(
     d_hidden, d_rounded @ rounded.T, rtol=1e-3, atol=1e-3
   )
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("token", [-1, CONFIG.vocab_size])
+def test_ids_that_the_embedding_lacks_are_named(array, token):
+  model = Llama(CONFIG, rngs=nnx.Rngs(0))
+  tokens = np.ones((2, 4), np.int32)
+  tokens[1, 2] = token
+  said = f"sequence 1 has the id {token} at position 2, outside the vocabulary"
+  with pytest.raises(ValueError, match=said):
+    model(array(tokens))

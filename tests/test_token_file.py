@@ -1,5 +1,6 @@
 """Writing and opening token files."""
 
+import bz2
 import contextlib
 import dataclasses
 import gzip
@@ -9,9 +10,11 @@ import json
 import lzma
 import pickle
 import resource
+import tarfile
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import zstandard
 
 from scca_jax import token_file
@@ -261,6 +264,16 @@ def _ids(*values, dtype="<u2"):
     (_ids(1, 2), {"dtype": [1]}, r"test\.json describes no token file"),
     (_ids(1, 2), "[" * 100_000, r"test\.json is damaged"),
     (_ids(1, 2), {"dtype": "float32"}, r"test\.json describes no token file"),
+    (
+      _ids(1, 5, 2, 7, 5, 2),
+      {"document_ends": [3, 6], "bos_id": 1, "add_bos": True},
+      "the id 7 at position 3, where its JSON says that a document begins",
+    ),
+    (
+      _ids(1, 5, 2, 1, 5, 7),
+      {"eos_id": 2, "append_eos": True},
+      "the id 7 at position 5, where its JSON says that a document ends with 2",
+    ),
     *(
       (_ids(1, 2, 3), {"document_ends": ends}, "do not rise to 3")
       for ends in (
@@ -422,6 +435,15 @@ def _saved(save, *args, **kwargs):
   return file.getvalue()
 
 
+def _tar(content):
+  file = io.BytesIO()
+  with tarfile.open(fileobj=file, mode="w") as archive:
+    about = tarfile.TarInfo("ids")
+    about.size = len(content)
+    archive.addfile(about, io.BytesIO(content))
+  return file.getvalue()
+
+
 _SOME = np.arange(1, 301, dtype=np.uint16)
 
 
@@ -432,6 +454,12 @@ _SOME = np.arange(1, 301, dtype=np.uint16)
     (_saved(np.savez, _SOME), "is a zip archive"),
     (_saved(np.savetxt, _SOME, "%d"), "is text: make ids of it"),
     (pickle.dumps(_SOME), "is a pickled object"),
+    (pickle.dumps({"a": 1}, 2), "is a pickled object"),
+    (safetensors.numpy.save({"ids": _SOME}), "is a safetensors file"),
+    (bz2.compress(_SOME.tobytes()), "is compressed with bzip2: decompress it"),
+    ("Привет, мир! ".encode() * 90, "is text: make ids of it"),
+    ("It was the best of times. ".encode("utf-16") * 9, "is text"),
+    (_tar(_SOME.tobytes()), "is a tar archive: unpack it"),
     (gzip.compress(_SOME.tobytes()), "is compressed with gzip: decompress it"),
     (lzma.compress(_SOME.tobytes()), "is compressed with xz: decompress it"),
     (zstandard.compress(_SOME.tobytes()), "is compressed with zstd"),
@@ -452,6 +480,21 @@ def test_what_is_not_bare_ids_is_named(tmp_path, content, said):
   (tmp_path / "test.bin").write_bytes(content)
   with pytest.raises(ValueError, match=said):
     TokenFile.open(tmp_path / "test.bin", vocab_size=65_536)
+
+
+def test_ids_beyond_any_vocabulary_are_named_without_one(tmp_path):
+  np.array([300, 301, 302, 303], "<u2").tofile(tmp_path / "test.bin")
+  (tmp_path / "test.json").write_text('{"dtype": "uint32"}')
+  with pytest.raises(ValueError, match="id 19726636 at position 0"):
+    TokenFile.open(tmp_path / "test.bin")
+
+
+def test_bytes_may_be_those_of_a_text(tmp_path):
+  text = b"It was the best of times, it was the worst of times.\n" * 9
+  (tmp_path / "test.bin").write_bytes(text)
+  (tmp_path / "test.json").write_text('{"dtype": "uint8"}')
+  corpus = TokenFile.open(tmp_path / "test.bin", vocab_size=259)
+  assert corpus.tokens.tobytes() == text
 
 
 def test_document_ends_must_fit_the_tokens():

@@ -32,7 +32,7 @@ from scca_jax.llama_config import LlamaConfig
 from scca_jax.patterns import AttentionPattern, Mixture
 from scca_jax.perplexity import Perplexity
 from scca_jax.rope import RopeScaling
-from scca_jax.token_file import TokenFile, write_token_file
+from scca_jax.token_file import TokenFile, check_ids, write_token_file
 from scca_jax.tokenizer import Tokenizer
 from scca_jax.training import StepConfig
 
@@ -291,7 +291,18 @@ def open_tokens(
   path = pathlib.Path(path)
   vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
   if path.suffix == ".bin":
-    return TokenFile.open(path, vocab_size=vocab_size)
+    tokens = TokenFile.open(path, vocab_size=vocab_size)
+    made_with = tokens.about.get("tokenizer")
+    made_with = made_with if isinstance(made_with, dict) else {}
+    if made_with.get("sha256", tokenizer.fingerprint) != tokenizer.fingerprint:
+      logging.warning(
+        "%s was made with another tokenizer, %s, than %s of this run: unless"
+        " both give the same ids, prepare it again.",
+        path,
+        made_with.get("name"),
+        tokenizer.name,
+      )
+    return tokens
   if not path.exists():
     raise FileNotFoundError(f"{path} does not exist: name a file or folder.")
   digest = hashlib.sha256(tokenizer.fingerprint.encode())
@@ -308,7 +319,10 @@ def open_tokens(
       print(f"Tokenising {path.name}.", flush=True)
       target.parent.mkdir(parents=True, exist_ok=True)
       write_token_file(read_documents(path), tokenizer, target)
-  return TokenFile.open(target, vocab_size=vocab_size)
+  # Messages should name what the user gave, not the file in the cache.
+  tokens = dataclasses.replace(TokenFile.open(target), name=str(path))
+  check_ids(tokens.tokens, vocab_size, tokens.name)
+  return tokens
 
 
 def make_batches(
