@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import ad_checkpoint
+from jax.core import Tracer
 from jax.sharding import Mesh
 
 from scca_jax import rope, sharding
@@ -539,7 +540,7 @@ def _check_tokens(tokens: Any, positions: Any, vocab_size: int) -> None:
     )
   # A lookup beyond the embedding would give its last row. Under jit, whoever
   # makes the tokens checks them.
-  is_here = not isinstance(tokens, jax.core.Tracer) and (
+  is_here = not isinstance(tokens, Tracer) and (
     isinstance(tokens, np.ndarray) or tokens.is_fully_addressable
   )
   if is_here:

@@ -410,10 +410,11 @@ def _check_marks(
   """Checks that documents begin and end with the tokens that the JSON says."""
   ends = np.asarray([len(tokens)]) if document_ends is None else document_ends
   starts = np.concatenate([[0], ends[:-1]])
-  for wanted, kind, name, places in (
+  marks: Any = (
     ("add_bos", "bos_id", "begins", starts),
     ("append_eos", "eos_id", "ends", ends - 1),
-  ):
+  )
+  for wanted, kind, name, places in marks:
     token = about.get(kind)
     if not about.get(wanted) or token is None:
       continue
