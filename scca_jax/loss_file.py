@@ -56,7 +56,8 @@ def write(
   }
   content = io.BytesIO()
   np.savez(content, about=np.array(json.dumps(about)), **arrays)
-  atomic_file.write(path, content.getvalue())
+  with atomic_file.AtomicFile(path) as file:
+    file.write(content.getbuffer())
 
 
 def read(path: str | os.PathLike[str]) -> LossFile:
