@@ -41,7 +41,8 @@ class CommonWords(Task):
     """Returns a sample; the answer lists the words in order of appearance.
 
     All ten are equally common, so the order is our choice **[ours]**; the
-    solved example has the same.
+    solved example has the same. Unlike RULER's it has a space in front of its
+    answer, as the answer that is scored has.
     """
     del depth  # The words are everywhere.
     if context_len < _LONG:
