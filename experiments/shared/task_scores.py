@@ -21,6 +21,10 @@ from scca_jax.tokenizer import Tokenizer
 
 Scores = dict[str, dict[int, tasks.Score]]
 
+# Tasks and lengths whose samples are made while a device scores others: short
+# samples are scored faster than longer ones are made.
+_NUM_AHEAD = 3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -70,15 +74,13 @@ class Plan:
         return tasks.load_or_make(self.cache, *settings)
       return list(task.samples(*settings[1:]))
 
+    cells = list(itertools.product(self.tasks, self.context_lens))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      waiting = []
-      for cell in itertools.product(self.tasks, self.context_lens):
-        waiting.append((*cell, pool.submit(make, *cell)))
-        if len(waiting) > 1:
-          task, context_len, made = waiting.pop(0)
-          yield task, context_len, made.result()
-      for task, context_len, made in waiting:
-        yield task, context_len, made.result()
+      submitted = (pool.submit(make, *cell) for cell in cells)
+      made = list(itertools.islice(submitted, _NUM_AHEAD))
+      for cell in cells:
+        made.extend(itertools.islice(submitted, 1))
+        yield *cell, made.pop(0).result()
 
 
 def measure(

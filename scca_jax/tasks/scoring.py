@@ -178,7 +178,7 @@ def answers(
     model: A `Llama`.
     samples: From a task's `samples`.
     context_len: Length that samples are padded to at their end, in tokens.
-    batch_size: Samples that are run at once.
+    batch_size: Most samples that are run at once.
     patterns: See `Llama.hidden_states`; None is dense.
     execution: See `Llama.hidden_states`.
     on_samples: Called after every batch with the number of its samples.
@@ -192,6 +192,10 @@ def answers(
   longest = max(len(sample.answer_ids) for sample in samples)
   answer_len = math.ceil(longest / _ANSWER_BUCKET) * _ANSWER_BUCKET
   batch_size = min(batch_size, len(samples))
+  if execution.mesh is None:
+    # Batches of equal sizes: as many, without empty rows in the last.
+    num_batches = math.ceil(len(samples) / batch_size)
+    batch_size = math.ceil(len(samples) / num_batches)
 
   def run():
     for begin in range(0, len(samples), batch_size):
