@@ -26,9 +26,9 @@ def _seen_in(tile, rule, seq_len, rows, columns, inverse):
   row = row_slots * r + _field(tile, "residue")
   row = row[row < seq_len]
   for i in range(_field(tile, "num_blocks")):
-    run = (i >= _field(tile, "end_0")) + (i >= _field(tile, "end_1"))
+    run = sum(i >= _field(tile, f"end_{j}") for j in range(3))
     start = _field(tile, f"start_{run}") + i * columns
-    residue = _field(tile, f"residue_{run}")
+    residue = _field(tile, f"residue_{min(run, 2)}")
     assert start >= 0 and start % blocks.ALIGN == 0
     column = (start + np.arange(columns)) * r + residue
     flags = _field(tile, "flags")
@@ -44,20 +44,26 @@ def _seen_in(tile, rule, seq_len, rows, columns, inverse):
     else:
       first, last = blocks.key_bounds(rule, row, shift)
       last = np.where((row < least) | (row >= end), -1, last)
-    first, last = blocks.to_slots(first, last, residue, r)
+    bounds = [blocks.to_slots(first, last, residue, r)]
+    if rule.is_union:
+      bounds += blocks.more_bounds(rule, row, inverse)
     slots = start + np.arange(columns)
-    seen = (slots >= first[:, None]) & (slots <= last[:, None])
+    seen = np.zeros((len(row), columns), bool)
+    for first, last in bounds:
+      seen |= (slots >= first[:, None]) & (slots <= last[:, None])
     yield i, row, column, seen & (column < seq_len)
 
 
 def _check(head, boundary, seq_len, rows, columns, inverse, in_order):
-  visible = AttentionPattern((head,), boundary).visible(seq_len)[0]
+  pattern = AttentionPattern((head,), boundary)
+  hypothesis.assume(not blocks.unserved_unions(pattern, False))
+  visible = pattern.visible(seq_len)[0]
   if inverse:
     visible = visible.T
   rule = blocks.Rule.of(head, boundary)
   tiles = blocks.tiles_of_head(rule, seq_len, rows, columns, inverse, in_order)
   count = np.zeros((seq_len, seq_len), int)
-  for tile in tiles:
+  for tile in tiles.reshape(-1, len(blocks.FIELDS)):
     for i, row, column, seen in _seen_in(
       tile, rule, seq_len, rows, columns, inverse
     ):
@@ -83,9 +89,22 @@ def _heads(draw):
   )
 
 
+@st.composite
+def _unions(draw):
+  chunk_size = draw(st.none() | st.integers(1, 120))
+  return HeadPattern(
+    chunk_size=chunk_size,
+    offset=draw(st.integers(-40, 40)) if chunk_size else 0,
+    shift=draw(st.just(0) | st.integers(0, 200)),
+    window=draw(st.none() | st.integers(1, 60)),
+    own_chunk=chunk_size is not None and draw(st.booleans()),
+    sinks=draw(st.integers(0, 70)),
+  )
+
+
 @hypothesis.settings(max_examples=3 * hypothesis.settings.default.max_examples)
 @hypothesis.given(
-  head=_heads(),
+  head=_heads() | _unions(),
   boundary=st.sampled_from(patterns.BOUNDARIES),
   seq_len=st.integers(1, 260),
   rows=st.sampled_from([16, 32]),
@@ -146,6 +165,7 @@ def test_trimmed_tiles_keep_what_segments_let_see(inverse, boundary):
     dataclasses.replace(patterns.dense(2), boundary=boundary),
     dataclasses.replace(patterns.scca_fixed(2, 300), boundary=boundary),
     dataclasses.replace(patterns.sda(2, 3), boundary=boundary),
+    dataclasses.replace(patterns.scca_near(2, 150, 5), boundary=boundary),
   )
   groups, _ = _groups(
     pattern,

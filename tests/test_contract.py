@@ -109,7 +109,11 @@ def test_only_the_reference_computes_in_float64():
     # Sinks of a document lie anywhere.
     (HeadPattern(chunk_size=8, sinks=4), True, "sinks"),
     # What both parts show would count twice.
-    (HeadPattern(chunk_size=8, shift=4, own_chunk=True), False, "own_chunk"),
+    (
+      HeadPattern(chunk_size=8, shift=4, dilation=2, own_chunk=True),
+      False,
+      "own_chunk",
+    ),
   ],
 )
 def test_unions_without_disjoint_parts_are_refused(name, head, segments, said):
@@ -119,6 +123,12 @@ def test_unions_without_disjoint_parts_are_refused(name, head, segments, said):
     pytest.raises(NotImplementedError, match=f"{name} does not serve {said}"),
   ):
     registry.attend(call, (registry.BACK_ENDS[name],))
+
+
+def test_mosaic_serves_overlapping_parts_which_triton_refuses():
+  call = _call(HeadPattern(chunk_size=8, shift=4, own_chunk=True))
+  assert _refuses("mosaic", call) is None
+  assert "own_chunk" in (_refuses("triton", call) or "")
 
 
 def test_all_but_cudnn_promise_equal_gradients_in_every_run():

@@ -68,8 +68,9 @@ def _compile(
       {"dtype": F16},
     ),
     (patterns.dna(4, 40, 3), {"head_dim": 64, "segmented": True}),
+    (patterns.scca_near(4, 128, 8, sinks=40), {}),
   ],
-  ids=["fixed float16", "dna segments"],
+  ids=["fixed float16", "dna segments", "near"],
 )
 def test_kernels_compile_for_their_gpus(gpu, implementation, pattern, settings):
   compiled = _compile(gpu, pattern, implementation=implementation, **settings)

@@ -101,6 +101,27 @@ CASES = {
     F16,
     {"segments": 5},
   ),
+  "near, GQA": (patterns.scca_near(8, 200, 5), 1001, 128, 2, BF16, {}),
+  "near, exact": (
+    patterns.scca_near(4, 128, 8, sinks=200),
+    1000,
+    128,
+    4,
+    F16,
+    {},
+  ),
+  "sinks beside all": (
+    patterns.mix(
+      AttentionPattern((HeadPattern(window=100, sinks=4),) * 4),
+      patterns.sda(4, 3),
+      patterns.scca_near(4, 128, 8, sinks=9),
+    ),
+    999,
+    128,
+    12,
+    BF16,
+    {},
+  ),
   "flow, own chunk, local": (
     dataclasses.replace(
       patterns.scca_flow(8, 128, 8, own_chunk=True, sinks=5), boundary="local"
@@ -211,13 +232,20 @@ def _check(attend, case):
     assert not np.any(np.asarray(found[name], np.float32)[empty]), name
 
 
-@pytest.mark.parametrize("name", CASES)
+# Where parts are joined, float16 is rounded once more.
+@pytest.mark.parametrize(
+  "name", [name for name in CASES if name != "near, exact"]
+)
 def test_kernels_are_as_exact_as_dense_attention(implementation, name):
   _check(_attend(implementation), CASES[name])
 
 
 @pytest.mark.parametrize(
-  "name", ["scca_fixed", "fixed, GQA", "anything, local", "segments"]
+  "name",
+  [
+    *("scca_fixed", "fixed, GQA", "anything, local", "segments", "near"),
+    "near, exact",
+  ],
 )
 def test_deterministic_gradients_are_as_exact(name):
   _skip_unless_it_runs("mosaic")

@@ -11,6 +11,11 @@ the blocks of columns that it meets. Tiles are made on the host, once per shape:
 `make_groups` lists them. Within a tile, blocks that straddle a border, and so
 need a mask, come first. The kernels read tiles from a table and use the same
 bounds for the masks.
+
+The tiles of a union head have the blocks of all its parts: the keys that it
+sees by its shift, its own chunk (`own_chunk`), and the sinks (`more_bounds`).
+No column is in two blocks, and the mask of a block is that of all parts. Where
+the blocks are not a few runs, each part has a tile of its own.
 """
 
 import dataclasses
@@ -25,7 +30,7 @@ import numpy as np
 from jax import lax
 
 from scca_jax.backends.block_sizes import BlockSizes
-from scca_jax.patterns import HeadPattern
+from scca_jax.patterns import AttentionPattern, HeadPattern
 
 # Exceeds any sequence length.
 FAR = 1 << 29
@@ -43,7 +48,8 @@ _MASK_COST, _TILE_COST, _EMPTY_TILE_COST = 0.25, 0.7, 0.2
 _NUM_SORTED = 6
 
 # Fields of a tile. Block `i` begins at slot `start_j + i * columns` of
-# `residue_j`, where `j` is 0 for `i < end_0`, else 1 for `i < end_1`, else 2.
+# `residue_j`, where `j` is 0 for `i < end_0`, else 1 for `i < end_1`, else 2;
+# tiles of union heads, of residue 0, have a fourth run from `end_2` on.
 FIELDS = (
   "batch",
   "head",  # of the queries
@@ -62,6 +68,8 @@ FIELDS = (
   "start_1",
   "residue_2",
   "start_2",
+  "end_2",
+  "start_3",
   "flags",
 )
 FIELD = {name: i for i, name in enumerate(FIELDS)}
@@ -83,6 +91,8 @@ class Rule:
     limit: Queries before it are served without the shift.
     dilation: Distance of neighbouring slots.
     select: Residue of the queries that are served, or -1.
+    own_chunk: Whether queries also see their own chunk, 0 or 1.
+    sinks: Keys at the start that all queries also see.
   """
 
   chunk_size: Any
@@ -93,11 +103,16 @@ class Rule:
   limit: Any
   dilation: Any
   select: Any
+  own_chunk: Any = 0
+  sinks: Any = 0
 
   @classmethod
   def of(cls, head: HeadPattern, boundary: str) -> "Rule":
     """Returns the rule of a head."""
     shift, limit = head.shift, 0
+    if head.own_chunk:
+      # Where the head falls back, its own chunk has what it sees.
+      boundary = "drop"
     if head.chunk_size is None:
       if head.window is None:
         # Without borders only the residue of the shift matters.
@@ -123,11 +138,40 @@ class Rule:
       limit=limit,
       dilation=head.dilation,
       select=-1 if head.select is None else head.select,
+      own_chunk=int(head.own_chunk),
+      sinks=head.sinks,
     )
+
+  @property
+  def is_union(self) -> bool:
+    """Whether a head sees more than one interval of keys; for numbers."""
+    return bool(self.own_chunk or self.sinks)
+
+  @property
+  def of_own_chunk(self) -> "Rule":
+    """The rule of a head that sees its own chunk alone."""
+    return dataclasses.replace(self, shift=0, reach=FAR, windowed=0, limit=0)
 
   def numbers(self) -> list[int]:
     """Returns the fields in the order of `RULE_FIELDS`."""
     return [int(getattr(self, name)) for name in RULE_FIELDS]
+
+
+def unserved_unions(pattern: AttentionPattern, segmented: bool) -> str | None:
+  """Returns which union heads tiles cannot describe, in words, or None.
+
+  Args:
+    pattern: The pattern.
+    segmented: Whether there are segment ids.
+  """
+  for head in filter(lambda head: head.is_union, pattern.head_groups()):
+    if head.dilation > 1:
+      return "own_chunk or sinks beside a dilation"
+    if head.sinks and segmented:
+      return "sinks of segments"
+    if Rule.of(head, pattern.boundary).limit:
+      return "sinks beside a shift that falls back"
+  return None
 
 
 RULE_FIELDS = tuple(field.name for field in dataclasses.fields(Rule))
@@ -187,6 +231,30 @@ def query_bounds(rule: Rule, keys: Any, shift: Any) -> tuple[Any, Any]:
   return first, last
 
 
+def more_bounds(rule: Rule, rows: Any, inverse: bool) -> list[tuple[Any, Any]]:
+  """Returns the intervals that each row sees by `own_chunk` and `sinks`.
+
+  Args:
+    rule: Rule of the head, of dilation 1.
+    rows: Positions, of queries or, if `inverse`, of keys.
+    inverse: Whether rows are keys.
+
+  Returns:
+    The first and the last column of each interval.
+  """
+  library, own = _library(rows), rule.own_chunk
+  if inverse:
+    first, last = query_bounds(rule.of_own_chunk, rows, 0)
+    last = last * own + (own - 1)
+    # Both begin at the key.
+    return [(rows, library.where(rows < rule.sinks, FAR, last))]
+  first, last = key_bounds(rule.of_own_chunk, rows, 0)
+  return [
+    (first, last * own + (own - 1)),
+    (_minimum(rows, 0), _minimum(rows, rule.sinks - 1)),
+  ]
+
+
 def to_slots(
   first: Any, last: Any, residue: Any, dilation: Any
 ) -> tuple[Any, Any]:
@@ -198,7 +266,10 @@ def to_slots(
 
 
 def _run(
-  first: Sequence[np.ndarray], last: Sequence[np.ndarray], columns: int
+  first: Sequence[np.ndarray],
+  last: Sequence[np.ndarray],
+  columns: int,
+  least: np.ndarray | int = 0,
 ) -> tuple[np.ndarray, ...]:
   """Returns where the blocks of each tile begin and which need a mask.
 
@@ -208,12 +279,13 @@ def _run(
     first: First column that the first and the last row see.
     last: Last column that they see.
     columns: Columns of a block.
+    least: Where the first block may begin.
 
   Returns:
     The first column, the number of blocks, and how many of them need a mask at
     the begin and at the end.
   """
-  start = first[0] // ALIGN * ALIGN
+  start = np.maximum(first[0] // ALIGN * ALIGN, least)
   count = np.maximum(0, -(-(last[1] + 1 - start) // columns))
   count = np.where(last[1] < first[0], 0, count)
   before = np.clip(-(-(first[1] - start) // columns), 0, count)
@@ -276,15 +348,12 @@ _BlockRun = tuple[Any, Any, Any]
 
 
 def _runs(
-  runs: tuple[_BlockRun, _BlockRun, _BlockRun],
-  num_masked: Any,
-  columns: int,
-  flags: int = 0,
+  runs: Sequence[_BlockRun], num_masked: Any, columns: int, flags: int = 0
 ) -> dict[str, Any]:
   """Returns the fields of tiles that say where their blocks begin.
 
   Args:
-    runs: The three runs of blocks of each tile.
+    runs: The runs of blocks of each tile, three or, of residue 0, four.
     num_masked: How many of the blocks need a mask, from the first on.
     columns: Columns of a block.
     flags: Flags of the tiles.
@@ -292,11 +361,13 @@ def _runs(
   fields: dict[str, Any] = {"num_masked": num_masked, "flags": flags}
   end = 0
   for i, (residue, start, count) in enumerate(runs):
-    fields[f"residue_{i}"] = residue
+    if i < 3:
+      fields[f"residue_{i}"] = residue
     fields[f"start_{i}"] = start - end * columns
     end = end + count
-    fields["num_blocks" if i == 2 else f"end_{i}"] = end
-  return fields
+    fields[f"end_{i}"] = end
+  fields.pop("end_3", None)
+  return fields | {"num_blocks": end}
 
 
 def _masked_first(
@@ -322,6 +393,92 @@ def _masked_first(
   )
 
 
+def _runs_of_parts(
+  rule: Rule,
+  seq_len: int,
+  positions: tuple[np.ndarray, np.ndarray],
+  columns: int,
+  inverse: bool,
+) -> list[tuple[Any, Any, Any, Any]]:
+  """Returns the `_run` of each part of a union head, for each tile.
+
+  Args:
+    rule: Rule of the head, of dilation 1.
+    seq_len: Tokens.
+    positions: Positions of the first and the last row of each tile.
+    columns: Columns of a block.
+    inverse: Whether rows are keys.
+  """
+  bounds_of = query_bounds if inverse else key_bounds
+  parts = [[bounds_of(rule, x, rule.shift) for x in positions]]
+  if rule.own_chunk:
+    parts.append([bounds_of(rule.of_own_chunk, x, 0) for x in positions])
+  if rule.sinks:
+    top, bottom = positions
+    if inverse:
+      # The queries from each key on; a tile's last rows may be no sinks.
+      whole = bottom < rule.sinks
+      sees = np.where(top < rule.sinks, FAR, -1)
+      parts.append([(top, sees), (np.where(whole, bottom, FAR), sees)])
+    else:
+      parts.append([(0 * x, np.minimum(x, rule.sinks - 1)) for x in positions])
+  # By the first column; of those that begin together the longest is first.
+  first, last = (
+    np.array([[row[side] for row in part] for part in parts], np.int64)
+    for side in range(2)
+  )
+  last = np.minimum(last, seq_len - 1)
+  order = np.argsort(first[:, 0] * (2 * FAR) - last[:, 1], axis=0)
+  first, last = (
+    np.take_along_axis(x, order[:, None], axis=0) for x in (first, last)
+  )
+  runs, least = [], 0
+  for part_first, part_last in zip(first, last, strict=True):
+    start, count, before, after = _run(part_first, part_last, columns, least)
+    runs.append((start, count, before, after))
+    least = np.where(count > 0, start + count * columns, least)
+  return runs
+
+
+def _join_parts(
+  parts: Sequence[tuple[Any, Any, Any, Any]], columns: int
+) -> list[dict[str, Any]]:
+  """Returns fields of the tiles of a union head, of each part.
+
+  Where the blocks are at most four runs, the first part has them all.
+
+  Args:
+    parts: See `_runs_of_parts`.
+    columns: Columns of a block.
+  """
+  fields = [_masked_first(0, *part, columns) for part in parts]
+  masked, full = [], []
+  for start, count, before, after in parts:
+    masked += [(start, before), (start + (count - after) * columns, after)]
+    full.append((start + before * columns, count - before - after))
+  starts, counts = (np.array(x) for x in zip(*masked, *full, strict=True))
+  order = np.argsort(counts == 0, axis=0, kind="stable")
+  starts, counts = (
+    np.take_along_axis(x, order, axis=0) for x in (starts, counts)
+  )
+  joins = (counts > 0).sum(axis=0) <= 4
+  joined = _runs(
+    [(0, *run) for run in zip(starts[:4], counts[:4], strict=True)],
+    sum(part["num_masked"] for part in fields),
+    columns,
+  )
+  first, *others = fields
+  return [
+    {
+      name: np.where(joins, x, first.get(name, 0)) for name, x in joined.items()
+    },
+    *(
+      part | {"num_blocks": np.where(joins, 0, part["num_blocks"])}
+      for part in others
+    ),
+  ]
+
+
 @functools.lru_cache(maxsize=1024)
 def tiles_of_head(
   rule: Rule,
@@ -331,7 +488,9 @@ def tiles_of_head(
   inverse: bool,
   in_order: bool,
 ) -> np.ndarray:
-  """Returns the tiles of one head, int32 `[tiles, fields]`, batch and head 0.
+  """Returns the tiles of one head, of batch and head 0, for its rows.
+
+  A union head has tiles for each part, some without blocks; others have one.
 
   Args:
     rule: Rule of the head.
@@ -341,21 +500,35 @@ def tiles_of_head(
     inverse: Whether the rows are keys.
     in_order: Whether blocks go from the first to the last, as `trim` needs
       them, all of them masked; else those that need a mask go first.
+
+  Returns:
+    Int32 `[blocks of rows, parts, fields]`.
   """
   r = rule.dilation
-  parts = []
+  residues = []
   for residue in range(min(r, seq_len)):
     num_rows = -(-(seq_len - residue) // r)
     starts = np.arange(0, num_rows, rows, dtype=np.int64)
     first = starts * r + residue
     last = (np.minimum(starts + rows, num_rows) - 1) * r + residue
-    other, start, count, before, after = _blocks_of(
-      rule, seq_len, residue, (first, last), columns, inverse, False
-    )
-    if in_order:
-      before, after = count, 0 * count
-    fields = _masked_first(other, start, count, before, after, columns)
+    if rule.is_union:
+      runs = _runs_of_parts(rule, seq_len, (first, last), columns, inverse)
+      if in_order:
+        parts = [
+          _masked_first(0, start, count, count, 0 * count, columns)
+          for start, count, *_ in runs
+        ]
+      else:
+        parts = _join_parts(runs, columns)
+    else:
+      other, start, count, before, after = _blocks_of(
+        rule, seq_len, residue, (first, last), columns, inverse, False
+      )
+      if in_order:
+        before, after = count, 0 * count
+      parts = [_masked_first(other, start, count, before, after, columns)]
     if rule.limit:
+      (fields,) = parts
       other_0, start_0, count_0, before_0, after_0 = _blocks_of(
         rule, seq_len, residue, (first, last), columns, inverse, True
       )
@@ -382,15 +555,20 @@ def tiles_of_head(
       else:
         is_alone = last < rule.limit
         is_both = (first < rule.limit) & ~is_alone
-      fields = {
-        name: np.where(is_both, both[name], np.where(is_alone, alone[name], x))
-        for name, x in fields.items()
-      }
-    tiles = np.zeros((len(starts), len(FIELDS)), np.int32)
-    for name, x in (fields | {"residue": residue, "start": starts}).items():
-      tiles[:, FIELD[name]] = x
-    parts.append(tiles)
-  tiles = np.concatenate(parts)
+      parts = [
+        {
+          name: np.where(
+            is_both, both[name], np.where(is_alone, alone[name], x)
+          )
+          for name, x in fields.items()
+        }
+      ]
+    tiles = np.zeros((len(starts), len(parts), len(FIELDS)), np.int32)
+    for part, fields in enumerate(parts):
+      for name, x in (fields | {"residue": residue, "start": starts}).items():
+        tiles[:, part, FIELD[name]] = x
+    residues.append(tiles)
+  tiles = np.concatenate(residues)
   tiles.setflags(write=False)
   return tiles
 
@@ -408,8 +586,8 @@ def make_groups(
 ) -> tuple[list[np.ndarray], np.ndarray]:
   """Returns the tiles of a launch, in groups that belong together.
 
-  A group is one tile or, in the inverse direction, the tiles of the query heads
-  that read one block of keys: one after another they sum up its gradient.
+  A group is the tiles of one block of rows, one after another: of a query head
+  or, in the inverse direction, of the query heads that read a block of keys.
 
   Args:
     rules: Rules of the heads.
@@ -431,21 +609,14 @@ def make_groups(
       rule, seq_len, sizes.rows, sizes.columns, inverse, in_order
     ).copy()
     kv_head = head // group_size
-    tiles[:, FIELD["head"]] = head
-    tiles[:, FIELD["kv_head"]] = kv_head
-    tiles[:, FIELD["place"]] = place
-    tiles[:, FIELD["kv_place"]] = kv_heads.index(kv_head)
+    tiles[..., FIELD["head"]] = head
+    tiles[..., FIELD["kv_head"]] = kv_head
+    tiles[..., FIELD["place"]] = place
+    tiles[..., FIELD["kv_place"]] = kv_heads.index(kv_head)
     of_head.append(tiles)
-  groups: list[np.ndarray] = []
-  for index in range(batch):
-    if not inverse:
-      for tiles in of_head:
-        mine = tiles.copy()
-        mine[:, FIELD["batch"]] = index
-        groups.extend(mine[i : i + 1] for i in range(len(mine)))
-      continue
-    for kv_head in kv_heads:
-      mine = np.stack(
+  if inverse:
+    of_head = [
+      np.concatenate(
         [
           tiles
           for tiles, head in zip(of_head, heads, strict=True)
@@ -453,9 +624,15 @@ def make_groups(
         ],
         axis=1,
       )
-      mine[:, :, FIELD["batch"]] = index
+      for kv_head in kv_heads
+    ]
+  groups: list[np.ndarray] = []
+  for index in range(batch):
+    for tiles in of_head:
+      mine = tiles.copy()
+      mine[..., FIELD["batch"]] = index
       for group in mine:
-        # A head without blocks has nothing to add.
+        # A tile without blocks has nothing to add.
         used = group[group[:, FIELD["num_blocks"]] > 0]
         used = used if len(used) else group[:1].copy()
         used[0, FIELD["flags"]] |= FIRST
@@ -480,7 +657,7 @@ def deal(
 
   Groups go in order, which keeps the keys that they share in the cache, each to
   the multiprocessor that is free first; the last few per multiprocessor go by
-  falling cost.
+  falling cost. Those that would end too late go before their turn.
 
   Args:
     groups: See `make_groups`.
@@ -495,6 +672,10 @@ def deal(
   """
   empty = np.array([g[0, FIELD["num_blocks"]] == 0 for g in groups], bool)
   order = np.flatnonzero(~empty)
+  cost = costs[order]
+  begin = (np.cumsum(cost) - cost) / num_hands
+  latest = cost.sum() / num_hands - cost
+  order = order[np.argsort(np.minimum(begin, latest), kind="stable")]
   split = max(0, len(order) - num_sorted * num_hands)
   end = order[split:]
   order[split:] = end[np.argsort(-costs[end], kind="stable")]
@@ -577,6 +758,6 @@ def trim(
   )
   field["num_blocks"] = field["num_masked"] = kept
   field["start_0"] = start
-  for name in ("end_0", "end_1"):
+  for name in ("end_0", "end_1", "end_2"):
     field[name] = jnp.where(keep_all, field[name], kept)
   return jnp.stack([field[name] for name in FIELDS], axis=-1)

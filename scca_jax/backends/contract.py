@@ -120,6 +120,8 @@ class BackEnd:
     furthest: Tokens, shifts and chunk sizes must be below it.
     max_dilation: Largest dilation, in tokens.
     max_size: The query must have fewer elements.
+    unserved_unions: Returns which of a call's union heads it does not serve, in
+      words, if it obeys `own_chunk` and `sinks`.
   """
 
   name: str
@@ -141,12 +143,14 @@ class BackEnd:
   furthest: int | None = None
   max_dilation: int | None = None
   max_size: int | None = None
+  unserved_unions: Callable[[Call], str | None] = lambda call: None
 
-  @property
-  def serves_unions(self) -> bool:
-    """Whether it obeys `own_chunk` and `sinks` by itself."""
+  def serves_unions(self, call: Call) -> bool:
+    """Whether it obeys `own_chunk` and `sinks` of a call by itself."""
     union = {"own_chunk", "sinks"}
-    return self.pattern_fields is None or union <= self.pattern_fields
+    if self.pattern_fields is not None and not union <= self.pattern_fields:
+      return False
+    return not self.unserved_unions(call)
 
   def refuses_device(self, device: Target) -> str | None:
     """Returns why it does not run on a device, or None if it does."""
@@ -198,6 +202,8 @@ class BackEnd:
       unknown = call.fields_in_use - self.pattern_fields
       if unknown:
         return f"{self.name} does not serve {_listed(sorted(unknown))}"
+    if call.is_union and (unserved := self.unserved_unions(call)):
+      return f"{self.name} does not serve {unserved}"
     for name, served in (
       ("boundary", self.boundaries),
       ("causality", self.causalities),

@@ -3,7 +3,9 @@
 Forward and backward pass visit only blocks that hold a seen pair, and mask only
 those that straddle a border (`blocks`). Keys and values are read where they
 lie: heads of one dilation `r` are one launch, over the view `[n / r, r]` of the
-sequence, and launches of several dilations write into one output. The kernels
+sequence, and launches of several dilations write into one output. Heads that
+also see their own chunk or sinks are in the launch of dilation 1, their parts
+under one softmax (`blocks.unserved_unions` names exceptions). The kernels
 are in `mosaic_forward`, `mosaic_backward` and `mosaic_backward_single`. The
 last is the faster backward pass, for bfloat16 and heads of 128; the one before
 gives the same bits in every run.

@@ -413,25 +413,27 @@ def backward_queries(
 
       def load_tile(t, step):
         tile = Tile(table_ref, sm, t)
-
-        @pl.when(t >= 1)
-        def _():
-          plgpu.barrier_wait(q_free)
-
         batch = tile.batch
-        head = tile.residue * launch.num_heads + tile.head
-        row = tile.residue * len(launch.heads) + tile.place
-        for w in range(2):
-          slots = tile.rows(w * rows, rows)
-          source, along = (batch, slots, head), (batch, row, slots)
-          plgpu.copy_gmem_to_smem(q_ref.at[source], q_smem.at[w], q_full)
-          plgpu.copy_gmem_to_smem(do_ref.at[source], do_smem.at[w], q_full)
-          plgpu.copy_gmem_to_smem(lse_ref.at[along], lse_smem.at[w], q_full)
-          plgpu.copy_gmem_to_smem(delta_ref.at[along], delta_smem.at[w], q_full)
-          if exact:
-            plgpu.copy_gmem_to_smem(
-              d_lse_ref.at[along], row_smem.at[2, w], q_full
-            )
+
+        @pl.when((tile.flags & FIRST) != 0)
+        def _():
+          @pl.when(t >= 1)
+          def _():
+            plgpu.barrier_wait(q_free)
+
+          head = tile.residue * launch.num_heads + tile.head
+          row = tile.residue * len(launch.heads) + tile.place
+          for w in range(2):
+            slots = tile.rows(w * rows, rows)
+            source, along = (batch, slots, head), (batch, row, slots)
+            for ref, smem in ((q_ref, q_smem), (do_ref, do_smem)):
+              plgpu.copy_gmem_to_smem(ref.at[source], smem.at[w], q_full)
+            for ref, smem in (
+              (lse_ref, lse_smem),
+              (delta_ref, delta_smem),
+              *([(d_lse_ref, row_smem.at[2])] if exact else []),
+            ):
+              plgpu.copy_gmem_to_smem(ref.at[along], smem.at[w], q_full)
 
         def load_block(i, step):
           slot = rem(step, stages)
@@ -470,10 +472,14 @@ def backward_queries(
           tile.residue * launch.num_heads + tile.head,
         )
 
-      def compute_tile(t, step):
+      zeros = full((rows, dim), 0, plgpu.Layout.WGMMA)
+
+      def compute_tile(t, carry):
+        step, *sums = carry
         tile = Tile(table_ref, sm, t)
+        is_first, is_last = ((tile.flags & flag) != 0 for flag in (FIRST, LAST))
         my_q, my_do, mine = q_smem.at[wg], do_smem.at[wg], dq_smem.at[wg]
-        plgpu.barrier_wait(q_full)
+        pl.when(is_first)(lambda: plgpu.barrier_wait(q_full))
         lse = load(lse_smem.at[wg], rows_layout())
         delta = load(delta_smem.at[wg], rows_layout())
 
@@ -530,17 +536,22 @@ def backward_queries(
           plgpu.barrier_arrive(k_free.at[slot])
           return dq, pk, error, step + 1
 
-        zeros = full((rows, dim), 0, plgpu.Layout.WGMMA)
-        no_error = None
+        begin: Any = (zeros, None, None)
         if exact:
           d_lse_rows = load(row_smem.at[2, wg], rows_layout())
-          no_error = 0 - d_lse_rows
+          begin = zeros, zeros, 0 - d_lse_rows
+        if launch.has_unions:
+          begin = jax.tree.map(
+            lambda x, y: lax.select(jnp.full(x.shape, is_first), x, y),
+            begin,
+            tuple(sums),
+          )
         num_masked = tile.num_blocks if launch.has_segments else tile.num_masked
         carry = lax.fori_loop(
           0,
           num_masked,
           functools.partial(block, masked=True),
-          (zeros, zeros if exact else None, no_error, step),
+          (*begin, step),
         )
         dq, pk, error, step = lax.fori_loop(
           num_masked,
@@ -548,32 +559,41 @@ def backward_queries(
           functools.partial(block, masked=False),
           carry,
         )
-        plgpu.barrier_arrive(q_free)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if exact:
-          dq -= over_columns(error, dq.shape) * pk
-          row_smem[3, wg] = delta + error
-        mine[...] = (dq * launch.scale).astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(mine, dq_ref.at[q_place(tile)])
-        if exact:
-          row = tile.residue * len(launch.heads) + tile.place
-          along = tile.batch, row, tile.rows(wg * rows, rows)
-          plgpu.copy_smem_to_gmem(row_smem.at[3, wg], delta_ref.at[along])
-        return step
 
-      lax.fori_loop(0, num_tiles, compute_tile, jnp.int32(0))
+        @pl.when(is_last)
+        def _():
+          plgpu.barrier_arrive(q_free)
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          result = dq
+          if exact:
+            result -= over_columns(error, dq.shape) * pk
+            row_smem[3, wg] = delta + error
+          mine[...] = (result * launch.scale).astype(dtype)
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(mine, dq_ref.at[q_place(tile)])
+          if exact:
+            row = tile.residue * len(launch.heads) + tile.place
+            along = tile.batch, row, tile.rows(wg * rows, rows)
+            plgpu.copy_smem_to_gmem(row_smem.at[3, wg], delta_ref.at[along])
+
+        return (step, dq, pk, error) if launch.has_unions else (step,)
+
+      carry: Any = (jnp.int32(0),)
+      if launch.has_unions:
+        no_error = full((rows,), 0, rows_layout())
+        carry += (zeros, *((zeros, no_error) if exact else (None, None)))
+      lax.fori_loop(0, num_tiles, compute_tile, carry)
       plgpu.wait_smem_to_gmem(0)
 
       @pl.when(num_empty > 0)
       def _():
-        zeros = dq_smem.at[wg]
-        zeros[...] = full((rows, dim), 0, plgpu.Layout.WGMMA).astype(dtype)
+        none = dq_smem.at[wg]
+        none[...] = zeros.astype(dtype)
         plgpu.commit_smem()
 
         def clear(t, _):
           tile = Tile(table_ref, sm, t)
-          plgpu.copy_smem_to_gmem(zeros, dq_ref.at[q_place(tile)])
+          plgpu.copy_smem_to_gmem(none, dq_ref.at[q_place(tile)])
 
         lax.fori_loop(num_tiles, num_tiles + num_empty, clear, None)
         plgpu.wait_smem_to_gmem(0)

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from scca_jax.backends.block_sizes import BlockSizes
+from scca_jax.backends.blocks import FIRST, LAST
 from scca_jax.backends.mosaic_launch import (
   COMPUTING_REGISTERS,
   LOADING_REGISTERS,
@@ -95,26 +96,39 @@ def forward(
     sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
     num_tiles, num_empty = counts_ref[sm, 0], counts_ref[sm, 1]
 
+    def at(tile, flag):
+      """Runs what is for the first or the last tile of its rows."""
+      if launch.has_unions:
+        return pl.when((tile.flags & flag) != 0)
+      return lambda body: body()
+
+    def num_last(tile):
+      return jnp.where((tile.flags & LAST) != 0, 1, 0)
+
     @pl.when(wg == 2)
     def _load():
       plgpu.set_max_registers(LOADING_REGISTERS, action="decrease")
 
-      def load_tile(t, step):
+      def load_tile(t, carry):
+        group, step = carry
         tile = Tile(table_ref, sm, t)
-        q_slot = rem(t, q_slots)
-
-        @pl.when(t >= q_slots)
-        def _():
-          plgpu.barrier_wait(q_free.at[q_slot])
-
         batch = tile.batch
-        head = tile.residue * launch.num_heads + tile.head
-        for w in range(2):
-          plgpu.copy_gmem_to_smem(
-            q_ref.at[batch, tile.rows(w * rows, rows), head],
-            q_smem.at[q_slot, w],
-            q_full.at[q_slot],
-          )
+
+        @at(tile, FIRST)
+        def _():
+          q_slot = rem(group, q_slots)
+
+          @pl.when(group >= q_slots)
+          def _():
+            plgpu.barrier_wait(q_free.at[q_slot])
+
+          head = tile.residue * launch.num_heads + tile.head
+          for w in range(2):
+            plgpu.copy_gmem_to_smem(
+              q_ref.at[batch, tile.rows(w * rows, rows), head],
+              q_smem.at[q_slot, w],
+              q_full.at[q_slot],
+            )
 
         def load_block(i, step):
           slot = rem(step, stages)
@@ -138,9 +152,10 @@ def forward(
           )
           return step + 1
 
-        return lax.fori_loop(0, tile.num_blocks, load_block, step)
+        step = lax.fori_loop(0, tile.num_blocks, load_block, step)
+        return group + num_last(tile), step
 
-      lax.fori_loop(0, num_tiles, load_tile, jnp.int32(0))
+      lax.fori_loop(0, num_tiles, load_tile, (jnp.int32(0), jnp.int32(0)))
 
     @pl.when(wg < 2)
     def _compute():
@@ -162,11 +177,18 @@ def forward(
       pl.when(wg == 1)(take_turn)
       plgpu.barrier_arrive(turn)
 
-      def compute_tile(t, step):
+      start = (
+        full((rows, dim), 0, plgpu.Layout.WGMMA),
+        full((rows,), _LOWEST, rows_layout()),
+        full((rows,), 0, rows_layout()),
+      )
+
+      def compute_tile(t, carry):
+        group, step, *sums = carry
         tile = Tile(table_ref, sm, t)
-        q_slot = rem(t, q_slots)
+        q_slot = rem(group, q_slots)
         mine = q_smem.at[q_slot, wg]
-        plgpu.barrier_wait(q_full.at[q_slot])
+        at(tile, FIRST)(lambda: plgpu.barrier_wait(q_full.at[q_slot]))
 
         def block(i, carry, masked):
           acc, top, total, step = carry
@@ -218,16 +240,17 @@ def forward(
           plgpu.barrier_arrive(v_free.at[slot])
           return acc, new_top, total, step + 1
 
-        carry = (
-          full((rows, dim), 0, plgpu.Layout.WGMMA),
-          full((rows,), _LOWEST, rows_layout()),
-          full((rows,), 0, rows_layout()),
-          step,
-        )
+        begin = start
+        if launch.has_unions:
+          is_first = (tile.flags & FIRST) != 0
+          begin = [
+            lax.select(jnp.full(x.shape, is_first), x, y)
+            for x, y in zip(start, sums, strict=True)
+          ]
         num_masked = tile.num_blocks if launch.has_segments else tile.num_masked
 
         carry = lax.fori_loop(
-          0, num_masked, functools.partial(block, masked=True), carry
+          0, num_masked, functools.partial(block, masked=True), (*begin, step)
         )
         acc, top, total, step = lax.fori_loop(
           num_masked,
@@ -240,33 +263,49 @@ def forward(
         def _():
           plgpu.barrier_arrive(turn)
 
-        empty = total == 0
-        total = jnp.where(empty, 1.0, total)
-        acc *= over_columns(1 / total, acc.shape)
-        # In natural logarithms, as the caller gets it.
-        lse = jnp.where(empty, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
-        # The store of the last tile but one is over.
-        if q_slots == 3:
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        @at(tile, LAST)
+        def _():
+          empty = total == 0
+          divisor = jnp.where(empty, 1.0, total)
+          result = acc * over_columns(1 / divisor, acc.shape)
+          # In natural logarithms, as the caller gets it.
+          lse = jnp.where(
+            empty, -jnp.inf, (top + jnp.log2(divisor)) * (1 / LOG2E)
+          )
+          # The store of the last tile but one is over.
+          if q_slots == 3:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-          @pl.when(t >= 1)
-          def _():
-            plgpu.barrier_arrive(q_free.at[rem(t + (q_slots - 1), q_slots)])
+            @pl.when(group >= 1)
+            def _():
+              plgpu.barrier_arrive(
+                q_free.at[rem(group + (q_slots - 1), q_slots)]
+              )
 
-        mine[...] = acc.astype(dtype)
-        lse_smem[rem(t, 2), wg] = lse
-        plgpu.commit_smem()
-        out_place, lse_place = places(tile)
-        plgpu.copy_smem_to_gmem(mine, out_ref.at[out_place], commit_group=False)
-        plgpu.copy_smem_to_gmem(
-          lse_smem.at[rem(t, 2), wg], lse_ref.at[lse_place]
-        )
-        if q_slots == 2:
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          plgpu.barrier_arrive(q_free.at[q_slot])
-        return step
+          mine[...] = result.astype(dtype)
+          lse_smem[rem(group, 2), wg] = lse
+          plgpu.commit_smem()
+          out_place, lse_place = places(tile)
+          plgpu.copy_smem_to_gmem(
+            mine, out_ref.at[out_place], commit_group=False
+          )
+          plgpu.copy_smem_to_gmem(
+            lse_smem.at[rem(group, 2), wg], lse_ref.at[lse_place]
+          )
+          if q_slots == 2:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(q_free.at[q_slot])
 
-      lax.fori_loop(0, num_tiles, compute_tile, jnp.int32(0))
+        carry = group + num_last(tile), step
+        return (*carry, acc, top, total) if launch.has_unions else carry
+
+      carry = jnp.int32(0), jnp.int32(0)
+      lax.fori_loop(
+        0,
+        num_tiles,
+        compute_tile,
+        (*carry, *start) if launch.has_unions else carry,
+      )
 
       @pl.when(wg == 0)
       def _():

@@ -81,6 +81,11 @@ class Launch:
     return tuple(sorted({head // self.group_size for head in self.heads}))
 
   @property
+  def has_unions(self) -> bool:
+    """Whether a head may have several tiles for a block of rows."""
+    return any(rule.is_union for rule in self.rules)
+
+  @property
   def row_slots(self) -> int:
     """Slots of a row of log-sum-exps."""
     num_slots = -(-self.seq_len // self.dilation)
@@ -210,9 +215,10 @@ class Tile:
     def pick(a: Any, b: Any, c: Any) -> Any:
       return jnp.where(first, a, jnp.where(second, b, c))
 
+    last = jnp.where(i < self.end_2, self.start_2, self.start_3)
     return (
       pick(self.residue_0, self.residue_1, self.residue_2),
-      pick(self.start_0, self.start_1, self.start_2),
+      pick(self.start_0, self.start_1, last),
     )
 
   def columns(self, i: Any, length: int) -> tuple[Any, Any]:
@@ -321,9 +327,16 @@ def seen_pairs(
   columns = plgpu.broadcasted_iota(
     jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
   )
-  seen = (columns >= over_columns(first - start, shape)) & (
-    columns <= over_columns(last - start, shape)
-  )
+
+  def between(first: Any, last: Any) -> jax.Array:
+    return (columns >= over_columns(first - start, shape)) & (
+      columns <= over_columns(last - start, shape)
+    )
+
+  seen = between(first, last)
+  if launch.has_unions:
+    for bounds in blocks.more_bounds(rule, rows, inverse):
+      seen |= between(*bounds)
   if not launch.has_segments:
     return seen
   row_ids = load(

@@ -19,6 +19,7 @@ from scca_jax.backends.heads import vary_alike
 _HEAD_FIELDS = frozenset(
   {"chunk_size", "offset", "shift", "dilation", "window", "select"}
 )
+_UNION_FIELDS = frozenset({"own_chunk", "sinks"})
 _HALF = ("bfloat16", "float16")
 
 
@@ -59,7 +60,7 @@ BACK_ENDS: dict[str, BackEnd] = {
     BackEnd(
       name="mosaic",
       load=_load_mosaic,
-      pattern_fields=_HEAD_FIELDS,
+      pattern_fields=_HEAD_FIELDS | _UNION_FIELDS,
       dtypes=_HALF,
       head_dims=(64, 128),
       # Its instructions (wgmma) exist on Hopper alone, not on later GPUs.
@@ -68,6 +69,9 @@ BACK_ENDS: dict[str, BackEnd] = {
       furthest=blocks.FAR // 2,
       max_dilation=blocks.MAX_DILATION,
       takes_deterministic=True,
+      unserved_unions=lambda call: blocks.unserved_unions(
+        call.pattern, call.segment_ids is not None
+      ),
     ),
     BackEnd(
       name="triton",
@@ -99,7 +103,7 @@ BACK_ENDS: dict[str, BackEnd] = {
     BackEnd(
       name="xla",
       load=_load_xla,
-      pattern_fields=_HEAD_FIELDS | {"own_chunk", "sinks"},
+      pattern_fields=_HEAD_FIELDS | _UNION_FIELDS,
       causalities=("position", "slot"),
       # It computes in float32.
       dtypes=(*_HALF, "float32"),
@@ -183,7 +187,11 @@ def _log_once(chosen: str, reasons: tuple[str, ...]) -> None:
 
 def _run(back_end: BackEnd, call: Call) -> tuple[jax.Array, jax.Array | None]:
   """Raises NotImplementedError for a call that the back end refuses."""
-  if call.is_union and not back_end.serves_unions and not unions.refuses(call):
+  if (
+    call.is_union
+    and not back_end.serves_unions(call)
+    and not unions.refuses(call)
+  ):
     return unions.attend(call, functools.partial(_run, back_end))
   reason = back_end.refuses(call, target.current())
   if reason:

@@ -1,4 +1,4 @@
-"""Union heads as disjoint parts, for back ends that serve no unions.
+"""Union heads as disjoint parts, for back ends that do not serve them whole.
 
 The first part of a head, its own chunk and the sinks are calls of their own
 (`patterns.union_parts`), joined by their log-sum-exp. Gradients are exact: a
