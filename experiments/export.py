@@ -25,13 +25,13 @@ from experiments.shared import flags as shared_flags
 from scca_jax import (
   adapters,
   assets,
+  atomic_file,
   convert,
   gguf_file,
   gguf_vocabulary,
   gguf_writer,
 )
 from scca_jax.llama import Llama
-from scca_jax.llama_config import LlamaConfig
 
 _MODEL = shared_flags.define_model()
 _ADAPTER = shared_flags.define_adapter(
@@ -95,17 +95,11 @@ def _check_flags() -> pathlib.Path:
   return output_dir
 
 
-def _describe(config: LlamaConfig) -> str:
-  kind = config.rope_scaling.kind if config.rope_scaling else "no"
-  return f"{config.context_len:,} tokens of context, {kind} rope scaling"
-
-
 def _save_model(
   model: Llama, source: pathlib.Path, folder: pathlib.Path, dtype: Any, **card
 ) -> None:
   """Writes a model's folder, with its adapter fused or, for peft_plain, not."""
   convert.copy_tokenizer(source, folder, context_len=model.config.context_len)
-  model_card.write(folder, library="transformers", **card)
   convert.save_model(
     model,
     folder,
@@ -113,16 +107,22 @@ def _save_model(
     max_shard_bytes=max(1, int(_MAX_SHARD_GB.value * 10**9)),
     fuse=_FORMAT.value == "hf",
   )
+  model_card.write(folder, library="transformers", **card)
 
 
 def _save_gguf(
-  model: Llama, source: pathlib.Path, folder: pathlib.Path, **card
-) -> None:
+  model: Llama,
+  source: pathlib.Path,
+  folder: pathlib.Path,
+  output_dir: pathlib.Path,
+  **card,
+) -> str:
+  """Writes a folder with one file, and returns its name."""
   kind = _GGUF_TYPE.value or "F16"
-  path = folder / f"{folder.resolve().name}-{kind}.gguf"
+  name = f"{output_dir.resolve().name}-{kind}.gguf"
   vocabulary = gguf_vocabulary.fields(source, model.config)
-  gguf_writer.save_gguf(model, path, vocabulary=vocabulary, kind=kind)
-  ends = set(gguf_file.GgufFile(path).config.eos_token_ids)
+  gguf_writer.save_gguf(model, folder / name, vocabulary=vocabulary, kind=kind)
+  ends = set(gguf_file.GgufFile(folder / name).config.eos_token_ids)
   if ends != set(model.config.eos_token_ids):
     logging.warning(
       "llama.cpp ends at the tokens %s, not at %s: it knows ends by their"
@@ -131,12 +131,12 @@ def _save_gguf(
       sorted(model.config.eos_token_ids),
     )
   loading = model_card.for_llama_cpp(
-    path,
+    output_dir / name,
     model.config.context_len,
     of_pieces=vocabulary.get("tokenizer.ggml.model") == "llama",
   )
   model_card.write(folder, loading, library="gguf", **card)
-  print(f"{path}: {kind}, {_describe(model.config)}")
+  return name
 
 
 def _warn_of_peft(model: Llama, source: pathlib.Path) -> None:
@@ -159,6 +159,38 @@ def _warn_of_peft(model: Llama, source: pathlib.Path) -> None:
     )
 
 
+def _save_adapter(
+  model: Any,
+  source: pathlib.Path,
+  folder: pathlib.Path,
+  output_dir: pathlib.Path,
+  dtype: Any,
+  **card,
+) -> None:
+  """Writes an adapter and, for peft_plain, its base beside it."""
+  path = _ADAPTER.value or ""
+  settings: dict[str, Any] = {
+    "base_model": card["base"],
+    "patterns": card["layers"],
+    "run": card["run"],
+    "dtype": jnp.dtype(_DTYPE.value or adapters.stored_dtype(path)),
+  }
+  if _FORMAT.value == "peft":
+    _warn_of_peft(model, source)
+    loading = model_card.for_peft(output_dir, card["base"], model.config)
+  else:
+    base = output_dir / "base"
+    loading = model_card.for_plain_peft(
+      output_dir / "adapter", base, model.config, model.lora.rank
+    )
+    _save_model(model, source, folder / "base", dtype, loading=loading, **card)
+    folder /= "adapter"
+    settings |= {"plain": True, "base_model": str(base)}
+    card["base"] = str(base)
+  adapters.save_adapter(model, folder, **settings)
+  model_card.write(folder, loading, library="peft", **card)
+
+
 def main() -> None:
   """Runs the command.
 
@@ -175,47 +207,33 @@ def main() -> None:
     config=resolve.with_factor(source, _ROPE_SCALING.value, _ROPE_FACTOR.value),
     param_dtype=param_dtype,
   )
-  config = model.config
   dtype = jnp.dtype(_DTYPE.value or param_dtype)
-  card: dict[str, Any] = {"base": str(source), "config": config}
-  if _ADAPTER.value is None:
-    layers = run = None
-  else:
-    layers = adapters.load_patterns(_ADAPTER.value)
-    run = adapters.load_run(_ADAPTER.value)
-    card |= {"layers": layers, "run": run, "adapter": model.lora}
-  if _FORMAT.value == "gguf":
-    _save_gguf(model, source, output_dir, **card)
-    return
-  if _FORMAT.value == "hf":
-    loading = model_card.for_transformers(output_dir)
-    _save_model(model, source, output_dir, dtype, loading=loading, **card)
-    print(f"{output_dir}: {dtype.name}, {_describe(config)}")
-    return
-  of_adapter = adapters.stored_dtype(_ADAPTER.value or "")
-  settings: dict[str, Any] = {
-    "patterns": layers,
-    "run": run,
-    "dtype": jnp.dtype(_DTYPE.value or of_adapter),
+  card: dict[str, Any] = {
+    "title": output_dir.resolve().name,
+    "base": str(source),
+    "config": model.config,
   }
-  if _FORMAT.value == "peft":
-    folder, base = output_dir, str(source)
-    _warn_of_peft(model, source)
-    loading = model_card.for_peft(folder, base, config)
-  else:
-    folder, base = output_dir / "adapter", str(output_dir / "base")
-    settings["plain"] = True
-    loading = model_card.for_plain_peft(
-      folder, output_dir / "base", config, model.lora.rank
-    )
-    _save_model(
-      model, source, output_dir / "base", dtype, loading=loading, **card
-    )
-    card["base"] = base
-    print(f"{base}: {dtype.name}, {_describe(config)}")
-  model_card.write(folder, loading, library="peft", **card)
-  adapters.save_adapter(model, folder, base_model=base, **settings)
-  print(f"{folder}: {settings['dtype'].name}, LoRA rank {model.lora.rank}")
+  if _ADAPTER.value is not None:
+    card |= {
+      "layers": adapters.load_patterns(_ADAPTER.value),
+      "adapter": model.lora,
+      "run": adapters.load_run(_ADAPTER.value),
+    }
+  written = str(output_dir)
+  with atomic_file.new_folder(output_dir) as folder:
+    if _FORMAT.value == "gguf":
+      name = _save_gguf(model, source, folder, output_dir, **card)
+      written = str(output_dir / name)
+    elif _FORMAT.value == "hf":
+      loading = model_card.for_transformers(output_dir)
+      _save_model(model, source, folder, dtype, loading=loading, **card)
+    else:
+      _save_adapter(model, source, folder, output_dir, dtype, **card)
+  scaling = model.config.rope_scaling
+  print(
+    f"{written}: {_FORMAT.value}, {model.config.context_len:,} tokens of"
+    f" context, {scaling.kind if scaling else 'no'} rope scaling"
+  )
 
 
 if __name__ == "__main__":

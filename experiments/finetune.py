@@ -229,6 +229,7 @@ def main() -> None:
   model_card.write(
     adapter,
     model_card.for_peft(adapter, str(model_folder), target),
+    title=output_dir.resolve().name,
     library="peft",
     base=str(model_folder),
     config=target,

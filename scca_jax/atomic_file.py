@@ -1,9 +1,10 @@
-"""Files that are complete or absent."""
+"""Files and folders that are complete or absent."""
 
 import contextlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -99,6 +100,34 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   finally:
     if temporary.exists():
       temporary.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Gives a temporary folder whose content gets its place at the end.
+
+  It lies in `path`, which is new or empty. An error in the `with` block removes
+  it, and `path` if that was new.
+
+  Raises:
+    OSError: It cannot be written; the message names `path`.
+  """
+  path = pathlib.Path(path)
+  was_there = path.is_dir()
+  partial = path / f".{os.getpid()}.partial"
+  try:
+    partial.mkdir(parents=True)
+    yield partial
+    for entry in sorted(partial.iterdir()):
+      entry.rename(path / entry.name)
+    partial.rmdir()
+  except BaseException as error:
+    shutil.rmtree(partial if was_there else path, ignore_errors=True)
+    if isinstance(error, OSError) and error.filename is not None:
+      raise OSError(
+        error.errno, f"cannot write {path}: {error.strerror}"
+      ) from error
+    raise
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:

@@ -40,6 +40,29 @@ def test_a_file_that_others_open_appears_only_at_the_end(tmp_path):
   assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path, was_there):
+  path = tmp_path / "new" / "folder"
+  if was_there:
+    path.mkdir(parents=True)
+  with pytest.raises(KeyboardInterrupt), atomic_file.new_folder(path) as folder:
+    (folder / "one").write_text("1")
+    raise KeyboardInterrupt
+  assert path.exists() == was_there
+  assert not was_there or not list(path.iterdir())
+  with atomic_file.new_folder(path) as folder:
+    (folder / "one").write_text("1")
+    (folder / "in").mkdir()
+    (folder / "in" / "two").write_text("2")
+  assert sorted(p.name for p in path.rglob("*")) == ["in", "one", "two"]
+  (tmp_path / "file").write_text("")
+  with (
+    pytest.raises(OSError, match="cannot write .*file/folder"),
+    atomic_file.new_folder(tmp_path / "file" / "folder"),
+  ):
+    pass
+
+
 def test_places_that_cannot_be_written_are_named(tmp_path):
   (tmp_path / "file").write_bytes(b"")
   (tmp_path / "folder").mkdir()

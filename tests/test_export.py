@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from scca_jax import adapters, assets, convert, lora, patterns, tokenizer
 from scca_jax.rope import RopeScaling
@@ -258,6 +258,26 @@ def test_the_base_of_a_plain_adapter_has_the_rope_scaling_once(
   np.testing.assert_allclose(_logits(back), _logits(model), atol=1e-4)
   content = json.loads((out / "adapter" / "adapter_config.json").read_text())
   assert (content["lora_alpha"], content["use_rslora"]) == (32, False)
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf", "peft_plain"])
+def test_what_cannot_be_exported_leaves_nothing(
+  run_command, tmp_path, adapted, capsys, kind
+):
+  _, folder = adapted
+  bad = tmp_path / "bad"
+  shutil.copytree(folder, bad)
+  path = bad / "adapter_model.safetensors"
+  tensors = load_file(path)
+  name = "base_model.model.model.embed_tokens.weight"
+  tensors[name] = tensors[name] + np.float32(1e5)
+  tensors["base_model.model.lm_head.weight"] = tensors[name]
+  save_file(tensors, path, {"format": "pt"})
+  out = tmp_path / "out"
+  args = (f"--adapter={bad}", f"--format={kind}", f"--output_dir={out}")
+  assert run_command("export", *args) == 2
+  assert "beyond" in capsys.readouterr().err
+  assert not out.exists()
 
 
 def test_what_peft_would_lose_is_said(

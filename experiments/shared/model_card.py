@@ -105,6 +105,10 @@ python convert_hf_to_gguf.py {base} --outfile base.gguf
 python convert_lora_to_gguf.py {folder} --base {base} --outfile lora.gguf
 llama-cli -m base.gguf --lora lora.gguf -c {config.context_len}
 ```
+
+In a Modelfile of Ollama, with the two files made for llama.cpp:
+`FROM ./base.gguf`, `ADAPTER ./lora.gguf` and
+`PARAMETER num_ctx {config.context_len}`.
 """
 
 
@@ -183,6 +187,7 @@ def write(
   folder: pathlib.Path,
   loading: str,
   *,
+  title: str,
   library: str,
   base: str,
   config: LlamaConfig,
@@ -195,6 +200,7 @@ def write(
   Args:
     folder: Where it is.
     loading: How to load it, in Markdown.
+    title: What it is called.
     library: The one of Hugging Face's that does: "transformers", "peft" or
       "gguf".
     base: The model that it was made from.
@@ -242,7 +248,7 @@ def write(
   parts = [
     # No base_model: it would have to be a name on the Hub, not a path.
     f"---\nlibrary_name: {library}\ntags:\n- scca_jax\n- long-context\n---\n",
-    f"# {folder.resolve().name}\n",
+    f"# {title}\n",
     f"A LLaMA for {config.context_len:,} tokens of context, written by"
     " scca_jax. Attention is dense unless a pattern is asked for.\n",
     f"## Loading\n\n{loading}",
