@@ -83,11 +83,12 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
   return logits
 
 
-def _draw(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
+def _draw(logits: jax.Array, sampling: Sampling, draw: jax.Array) -> jax.Array:
   """Returns a token for each sequence, `[batch]`."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1)
-  rng = jax.random.fold_in(jax.random.key(sampling.seed), step)
+  seed, step = draw
+  rng = jax.random.fold_in(jax.random.key(seed), step)
   # One for each sequence: what it draws does not depend on the rest of a batch.
   rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(
     jnp.arange(logits.shape[0])
@@ -107,7 +108,7 @@ def next_tokens(
   last: jax.Array,
   starts: jax.Array | None,
   inv_freq: jax.Array,
-  step: jax.Array,
+  draw: jax.Array,
   *,
   graphdef: Any,
   patterns: Patterns,
@@ -116,7 +117,9 @@ def next_tokens(
 ) -> tuple[jax.Array, Cache]:
   """Returns the token after `tokens[:, last]` and the cache with `tokens`.
 
-  The token is -2 where a logit is not finite.
+  The token is -2 where a logit is not finite. What is drawn depends on `draw`,
+  the seed and the number of the step, int32 `[2]`; the seed of `sampling`,
+  which is static, is ignored.
   """
   model = nnx.merge(graphdef, state)
   hidden, cache = model.cached_hidden_states(
@@ -124,7 +127,7 @@ def next_tokens(
   )
   hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
   logits = model.logits(hidden)
-  drawn = _draw(logits, sampling, step)
+  drawn = _draw(logits, sampling, draw)
   is_finite = jnp.isfinite(logits).all(-1)
   return jnp.where(is_finite, drawn, _NOT_FINITE), cache
 
@@ -200,10 +203,10 @@ class _Decoder:
       jnp.asarray(last),
       None if first else jnp.asarray(lengths - 1),
       jnp.asarray(inv_freq),
-      jnp.asarray(self.step, jnp.int32),
+      jnp.asarray([self._sampling.seed, self.step], jnp.int32),
       graphdef=self._graphdef,
       patterns=patterns,
-      sampling=self._sampling,
+      sampling=dataclasses.replace(self._sampling, seed=0),
       execution=self._execution,
     )
     self.step += 1
@@ -220,6 +223,7 @@ def stream(
   decode_patterns: Patterns | None = None,
   eos_ids: Sequence[int] | None = None,
   execution: Execution = DEFAULT_EXECUTION,
+  prompt_len: int | None = None,
 ) -> Iterator[np.ndarray]:
   """Yields the next token of every sequence, step by step, int32 `[batch]`.
 
@@ -236,6 +240,8 @@ def stream(
       `Llama.hidden_states`, with position causality.
     eos_ids: Tokens that end a sequence; None takes the model's.
     execution: As in `Llama.hidden_states`, on one device.
+    prompt_len: Room for each prompt, in tokens; None takes what the longest
+      needs. Calls with the same room share what is compiled.
 
   Raises:
     ValueError: A prompt is empty or beyond the vocabulary, a setting is out of
@@ -249,14 +255,21 @@ def stream(
   longest = int(lengths.max())
   # Padded at their ends: no token of a prompt sees the padding, and new tokens
   # overwrite it. Positions stay what they are in training.
-  padded = -(-longest // _BUCKET) * _BUCKET
+  if prompt_len is None:
+    prompt_len = longest
+  elif prompt_len < longest:
+    raise ValueError(
+      f"prompt_len must be at least the {longest} tokens of the longest prompt,"
+      f" got {prompt_len}."
+    )
+  padded = -(-prompt_len // _BUCKET) * _BUCKET
   tokens = np.zeros((len(prompts), padded), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
   decoder = _Decoder(
     model,
     len(prompts),
-    -(-(longest + max_new_tokens) // _BUCKET) * _BUCKET,
+    -(-(prompt_len + max_new_tokens) // _BUCKET) * _BUCKET,
     Sampling() if sampling is None else sampling,
     execution,
   )

@@ -440,7 +440,7 @@ def plan_generation(
   integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 
   def plan(tokens: int, starts: Sequence[jax.ShapeDtypeStruct]) -> Plan:
-    def run(state, tokens, cache, last, inv_freq, step, *starts):
+    def run(state, tokens, cache, last, inv_freq, draw, *starts):
       return generation.next_tokens(
         state,
         tokens,
@@ -448,7 +448,7 @@ def plan_generation(
         last,
         starts[0] if starts else None,
         inv_freq,
-        step,
+        draw,
         graphdef=graphdef,
         patterns=None,
         sampling=generation.Sampling(),
@@ -463,7 +463,7 @@ def plan_generation(
       cache,
       integers((batch_size,)),
       jax.ShapeDtypeStruct((model.config.head_dim // 2,), jnp.float32),
-      integers(()),
+      integers((2,)),
       *starts,
       donate_argnums=(2,),
     )

@@ -168,7 +168,9 @@ def test_filters_keep_the_likeliest(sampling, kept):
 def test_tokens_are_drawn_with_their_probabilities():
   sampling = Sampling(temperature=0.5, top_k=4)
   draws = generation._draw(
-    jnp.tile(jnp.asarray(LOGITS[:1]), (20_000, 1)), sampling, jnp.int32(0)
+    jnp.tile(jnp.asarray(LOGITS[:1]), (20_000, 1)),
+    sampling,
+    jnp.zeros(2, jnp.int32),
   )
   wanted = np.array([0.4, 0, 0.25, 0.2, 0.1]) ** 2
   wanted /= wanted.sum()
@@ -188,6 +190,22 @@ def test_a_seed_gives_the_same_text_again():
 
   assert run(3) == run(3)
   assert run(3) != run(4)
+
+
+def test_prompts_with_the_same_room_share_what_is_compiled():
+  def run(prompt, seed):
+    return generation.generate(
+      _model(),
+      [prompt],
+      max_new_tokens=3,
+      sampling=Sampling(temperature=0.1, seed=seed),
+      prompt_len=100,
+    )
+
+  run(PROMPTS[0], 0)
+  before = generation.next_tokens._cache_size()
+  run(PROMPTS[2], 1)
+  assert generation.next_tokens._cache_size() == before
 
 
 @pytest.mark.parametrize(
@@ -212,6 +230,7 @@ def test_sampling_out_of_range_is_named(settings, said):
     ([[1, 37]], {}, "vocabulary of 37"),
     ([[1, -1]], {}, "vocabulary of 37"),
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+    ([[1, 2]], {"prompt_len": 1}, "prompt_len must be at least the 2 tokens"),
     (
       [[1]],
       {"prefill_patterns": dataclasses.replace(FIXED, causality="slot")},

@@ -167,7 +167,12 @@ def _quieten_orbax() -> None:
   sys.unraisablehook = unraisable
 
 
-def run(main: Callable[..., None], *, files: Sequence[str] = ()) -> None:
+def run(
+  main: Callable[..., None],
+  *,
+  files: Sequence[str] = (),
+  has_flags: bool = True,
+) -> None:
   """Runs `main(*files)` with the flags parsed; does not return.
 
   Args:
@@ -175,6 +180,7 @@ def run(main: Callable[..., None], *, files: Sequence[str] = ()) -> None:
       its input: their message is printed as one line and the exit status is 2.
       The same holds for a device that is out of memory.
     files: What messages call the files that the command takes beside flags.
+    has_flags: Whether the command line is ours to parse; otherwise `main` does.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -195,4 +201,7 @@ def run(main: Callable[..., None], *, files: Sequence[str] = ()) -> None:
         raise
       _fail(exhausted)
 
-  app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, files))
+  def parse(argv: list[str]) -> list[str]:
+    return _parse_flags(argv, files) if has_flags else flags.FLAGS(argv[:1])
+
+  app.run(guarded, flags_parser=parse)
