@@ -430,6 +430,7 @@ def _adapted_config(folder: pathlib.Path, base: LlamaConfig) -> LlamaConfig:
       raise ValueError(
         f"rope_scaling={reprlib.repr(scaling)} is not an object."
       )
+    quantize.check_method(content.get("quantize"))
     return dataclasses.replace(
       base, context_len=context_len, rope_scaling=scaling
     )

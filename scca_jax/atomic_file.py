@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -137,5 +138,20 @@ def write(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-  """Writes `value` as indented JSON; see `AtomicFile`."""
-  write(path, json.dumps(value, indent=2).encode() + b"\n")
+  """Writes `value` as indented JSON; see `AtomicFile`.
+
+  Numbers that are not finite become null: JSON lacks them.
+  """
+  content = json.dumps(without_nan(value), indent=2, allow_nan=False)
+  write(path, content.encode() + b"\n")
+
+
+def without_nan(value: Any) -> Any:
+  """Returns what is to be written as JSON, with null for what that lacks."""
+  if isinstance(value, dict):
+    return {name: without_nan(entry) for name, entry in value.items()}
+  if isinstance(value, list | tuple):
+    return [without_nan(entry) for entry in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

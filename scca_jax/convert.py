@@ -187,7 +187,8 @@ def _rope_scaling(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         ' add it, such as "rope_type": "linear".'
       )
     return theta, None
-  context_len = config.get("max_position_embeddings")
+  name = "max_position_embeddings"
+  context_len = json_file.integer(name, config[name])
   original = config.get(_ORIGINAL, settings.pop(_ORIGINAL, context_len))
   # "dynamic" knows no other length; "linear" needs none.
   if kind == "dynamic":
@@ -197,7 +198,7 @@ def _rope_scaling(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   # A factor of null, unlike none, means the ratio to "yarn".
   given = config.get("rope_scaling") or config.get("rope_parameters") or {}
   if kind == "yarn" and "factor" in given:
-    settings.setdefault("factor", (context_len or 1) / settings[_ORIGINAL])
+    settings.setdefault("factor", context_len / settings[_ORIGINAL])
   scaling = rope_from_settings(kind, settings)
   for name in ("factor", *_REQUIRED.get(kind, ())):
     if name not in settings:
@@ -244,6 +245,8 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
   _check_settings(path, config)
   ends = _ends(path.parent)
   try:
+    # Checked even where another file decides.
+    _token_ids("eos_token_id", config.get("eos_token_id"))
     return _config(config | ends)
   except KeyError as error:
     raise ValueError(f"{path} lacks {error.args[0]!r}.") from error

@@ -8,6 +8,9 @@ import pathlib
 import reprlib
 from typing import Any
 
+# Sizes and ids are below it.
+_LIMIT = 1 << 31
+
 
 def read(path: pathlib.Path) -> dict[str, Any]:
   """Returns the object in a file, without the entries that are null.
@@ -51,13 +54,15 @@ def integer(name: str, value: Any, at_least: int = 1) -> int:
     at_least: The smallest that is allowed.
 
   Raises:
-    ValueError: It is not, or it is too small.
+    ValueError: It is not, or it is too small or too large.
   """
   if type(value) is not int or value < at_least:
     raise ValueError(
       f"{name} must be an integer of at least {at_least}, got"
       f" {reprlib.repr(value)}."
     )
+  if value >= _LIMIT:
+    raise ValueError(f"{name} is too large, got {reprlib.repr(value)}.")
   return value
 
 

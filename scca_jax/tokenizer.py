@@ -635,7 +635,7 @@ def _added_tokens(folder: pathlib.Path) -> dict[int, tokenizers.AddedToken]:
   try:
     if listed is not None:
       for i, token in listed.items():
-        found[int(i)] = tokenizers.AddedToken(**token)
+        found[int(i)] = tokenizers.AddedToken(token.pop("content"), **token)
     else:
       path = folder / "added_tokens.json"
       special = {

@@ -368,7 +368,7 @@ def test_damaged_patterns_are_named(damage, change, said):
       {"rope_scaling": {"kind": "linear", "speed": 4}},
       "unknown setting 'speed' of linear",
     ),
-    ({"quantize": "nf5"}, "nf5"),
+    ({"quantize": "nf5"}, "scca_config.json is damaged: .*nf5"),
   ],
 )
 def test_damaged_settings_of_ours_are_named(saved, damage, change, said):

@@ -80,3 +80,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     atomic_file.write_json(file, {"a": object()})
   assert json.loads(file.read_text()) == {"a": [1, 2.5]}
   assert [f.name for f in file.parent.iterdir()] == ["out.json"]
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path):
+  value = {"a": [1.5, float("nan")], "b": (float("inf"), {"c": 2})}
+  atomic_file.write_json(tmp_path / "x.json", value)
+  text = (tmp_path / "x.json").read_text()
+  assert json.loads(text) == {"a": [1.5, None], "b": [None, {"c": 2}]}

@@ -288,6 +288,18 @@ def _unset(folder, name):
     (lambda f: _set(f, eos_token_id="2"), "eos_token_id.*integer.*'2'"),
     (lambda f: _set(f, eos_token_id=[2, None]), "eos_token_id.*integer.*None"),
     (lambda f: _set(f, bos_token_id=1.0), "bos_token_id.*integer.*1.0"),
+    (
+      lambda f: _set(
+        f,
+        max_position_embeddings="16",
+        rope_scaling={"type": "yarn", "factor": 4.0},
+      ),
+      "config.json: max_position_embeddings must be an integer.*'16'",
+    ),
+    (
+      lambda f: _set(f, num_hidden_layers=10**30),
+      "config.json: num_hidden_layers is too large",
+    ),
     (lambda f: _set(f, hidden_act=["silu"]), "hidden_act=.*not supported"),
     (lambda f: _set(f, partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     *(

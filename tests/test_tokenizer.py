@@ -320,6 +320,10 @@ def test_lines_between_added_tokens_are_encoded_as_the_whole(
       "tokenizer_config.json.*damaged",
     ),
     (
+      {"tokenizer_config": {"added_tokens_decoder": {"330": {"id": 330}}}},
+      "tokenizer_config.json.*damaged",
+    ),
+    (
       {"tokenizer_config": {"add_prefix_space": "no"}},
       "add_prefix_space must be true or false",
     ),

@@ -121,7 +121,7 @@ class Metrics:
       return
     with self._path.open("a", encoding="utf8") as file:
       for line in lines:
-        file.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
+        file.write(json.dumps(atomic_file.without_nan(line)) + "\n")
     for line in lines:
       for name, value in line.items():
         values = value if isinstance(value, dict) else {"": value}
@@ -178,15 +178,6 @@ class Result:
   model: Any
   tokens_per_second: float | None
   final_loss: float
-
-
-def _without_nan(value: Any) -> Any:
-  """Returns a number, or a dict of them, with null for what JSON lacks."""
-  if isinstance(value, dict):
-    return {name: _without_nan(entry) for name, entry in value.items()}
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
 
 
 def _check_finite(line: dict[str, Any], scaled: bool) -> None:

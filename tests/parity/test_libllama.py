@@ -9,6 +9,8 @@ import json
 import random
 import urllib.request
 
+import gguf
+import gguf_files
 import jax
 import jax.numpy as jnp
 import model_files
@@ -196,3 +198,142 @@ def test_rope_scaling_is_the_same_in_llama_cpp(byte_level, tmp_path, scaling):
   server = _Server(_save(byte_level, tmp_path / "m.gguf", model, "F32"))
   ids = np.random.default_rng(0).integers(3, 340, 100).tolist()
   _assert_same(server, model, ids, 1e-5)
+
+
+# Files that others wrote, with keys of all kinds.
+
+
+def _pieces(model, **flags):
+  """Adds a SentencePiece vocabulary and a token that is cut out first."""
+  from sentencepiece import SentencePieceProcessor
+
+  words = SentencePieceProcessor(model_file=str(model))
+  count = words.get_piece_size()
+  tokens = [words.id_to_piece(i) for i in range(count)]
+  kinds = [6 if words.is_byte(i) else 1 for i in range(count)]
+
+  def add(writer):
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*tokens, "old king"])
+    writer.add_token_scores([*map(words.get_score, range(count)), 0.0])
+    writer.add_token_types([2, 3, 3, *kinds[3:], 4])
+    for name, value in flags.items():
+      getattr(writer, name)(value)
+
+  return add, count + 1
+
+
+def _bytes(pre, **flags):
+  """Adds a vocabulary of byte pairs."""
+  from tokenizers.pre_tokenizers import ByteLevel
+
+  merges = ["t h", "th e", "\u0120 k"]
+  tokens = ["<|end|>", "<s>", *sorted(ByteLevel.alphabet())]
+  tokens += ["".join(merge.split()) for merge in merges]
+
+  def add(writer):
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*tokens, "old king"])
+    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2), 4])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(0)
+    for name, value in flags.items():
+      getattr(writer, name)(value)
+
+  return add, len(tokens) + 1
+
+
+def _write(path, size, *extra, monkeypatch):
+  for name in ("token_embd", "output"):
+    monkeypatch.setitem(gguf_files.SHAPES, name, (size, gguf_files.HIDDEN))
+  tensors = {
+    name: value / value.shape[-1] ** 0.5 if value.ndim == 2 else 1 + 0.2 * value
+    for name, value in gguf_files.tensors().items()
+  }
+  return gguf_files.write(
+    path,
+    {name: value.astype(np.float32) for name, value in tensors.items()},
+    extra=lambda writer: [add(writer) for add in extra],
+  )
+
+
+@pytest.mark.parametrize(
+  ("kind", "flags"),
+  [
+    # No token is named: the usual ones.
+    ("llama", {}),
+    ("llama", {"add_bos_token_id": 5, "add_eos_token_id": 6}),
+    ("llama", {"add_add_bos_token": False}),
+    ("llama", {"add_add_eos_token": True}),
+    ("llama", {"add_add_space_prefix": False}),
+    ("llama", {"add_remove_extra_whitespaces": True}),
+    ("gpt-2", {}),
+    ("gpt-2", {"add_add_bos_token": True}),
+    ("llama-bpe", {}),
+    ("llama-bpe", {"add_bos_token_id": 1}),
+    ("smollm", {"add_bos_token_id": 1, "add_add_eos_token": True}),
+  ],
+)
+def test_the_vocabulary_of_a_file_is_what_it_is_to_llama_cpp(
+  tmp_path, monkeypatch, kind, flags
+):
+  if kind == "llama":
+    text = "the king of 1918 and the old queen\n" * 50
+    tokenizer.train([text], 300, tmp_path / "t.model")
+    add, size = _pieces(tmp_path / "t.model", **flags)
+  else:
+    add, size = _bytes(kind, **flags)
+  path = _write(tmp_path / "m.gguf", size, add, monkeypatch=monkeypatch)
+  server, words = _Server(path), tokenizer.load(path)
+  for text in (
+    "the king",
+    "  the  king ",
+    " the old king of",
+    "old king",
+    "a\n\nb 123 4567",
+    "Gr\u00fc\u00dfe \U0001f642",
+  ):
+    assert words.encode_prompts([text]) == [server.ids(text)], text
+
+
+@pytest.mark.parametrize(
+  "keys",
+  [
+    {"factor": 4.0},
+    {"type": "none", "factor": 4.0},
+    {"type": "linear", "factor": 2.0, "old factor": 4.0},
+    {"old factor": 4.0},
+    {"type": "yarn", "factor": 4.0, "original_context_length": 16},
+    {"type": "yarn", "factor": 4.0},
+    {
+      "type": "yarn",
+      "factor": 4.0,
+      "original_context_length": 16,
+      "attn_factor": 0.5,
+    },
+  ],
+)
+def test_rope_keys_mean_what_they_mean_to_llama_cpp(
+  tmp_path, monkeypatch, keys
+):
+  def add_rope(writer):
+    for name, value in keys.items():
+      key = f"llama.rope.scaling.{name}"
+      if name == "old factor":
+        key = "llama.rope.scale_linear"
+      kind = {
+        str: gguf.GGUFValueType.STRING,
+        int: gguf.GGUFValueType.UINT32,
+        float: gguf.GGUFValueType.FLOAT32,
+      }[type(value)]
+      writer.add_key_value(key, value, kind)
+
+  # Room for the token that is drawn to read the probabilities, 300.
+  tokenizer.train(TEXTS * 30, 310, tmp_path / "t.model")
+  add, size = _pieces(tmp_path / "t.model")
+  path = _write(
+    tmp_path / "m.gguf", size, add, add_rope, monkeypatch=monkeypatch
+  )
+  ids = np.random.default_rng(0).integers(3, size - 1, 50).tolist()
+  _assert_same(_Server(path), convert.load_model(path), ids, 1e-5)

@@ -9,6 +9,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -208,3 +209,74 @@ def test_weight_decay_acts_on_what_it_does_in_the_trainer(tmp_path):
     re.sub(r"base_model\.model\.|\.modules_to_save|\.default", "", name)
     for name in wanted
   }
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"beta1": 0.5, "beta2": 0.8},
+    {"epsilon": 1e-2},
+    {"weight_decay": 0.3},
+    {"clip_norm": 0.1},
+    {"schedule": "cosine", "final_fraction": 0.0},
+    {"schedule": "cosine", "final_fraction": 0.3, "weight_decay": 0.1},
+    {"warmup_steps": 0},
+  ],
+)
+def test_each_setting_of_the_optimiser_does_what_it_does_in_the_trainer(
+  changes,
+):
+  config = dataclasses.replace(
+    training.OptimizerConfig(
+      learning_rate=0.1, warmup_steps=4, clip_norm=None, epsilon=1e-8
+    ),
+    **changes,
+  )
+  steps = 12
+  rng = np.random.default_rng(0)
+  start = rng.normal(size=(3, 4))
+  gradients = rng.normal(size=(steps, 3, 4))
+  theirs = torch.nn.Parameter(torch.tensor(start))
+  optimizer = torch.optim.AdamW(
+    [theirs],
+    lr=config.learning_rate,
+    betas=(config.beta1, config.beta2),
+    eps=config.epsilon,
+    weight_decay=config.weight_decay,
+  )
+  name, settings = "constant_with_warmup", {}
+  if config.schedule == "cosine":
+    name = "cosine_with_min_lr"
+    settings["min_lr_rate"] = config.final_fraction
+  schedule = transformers.get_scheduler(
+    name,
+    optimizer,
+    num_warmup_steps=config.warmup_steps,
+    num_training_steps=steps,
+    scheduler_specific_kwargs=settings,
+  )
+  rule = training.make_optimizer(config, steps)
+  ours = {"kernel": jnp.asarray(start, jnp.float32)}
+  state = rule.init(ours)
+  rate = training.learning_rate_schedule(config, steps)
+  for i, gradient in enumerate(gradients):
+    if i < config.warmup_steps:
+      # Our warm-up is a step ahead: the Trainer's first has no effect.
+      optimizer.param_groups[0]["lr"] = (
+        config.learning_rate * (i + 1) / config.warmup_steps
+      )
+    expected = optimizer.param_groups[0]["lr"]
+    assert float(rate(i)) == pytest.approx(expected, rel=1e-5)
+    theirs.grad = torch.tensor(gradient)
+    if config.clip_norm is not None:
+      torch.nn.utils.clip_grad_norm_([theirs], config.clip_norm)
+    optimizer.step()
+    schedule.step()
+    updates, state = rule.update(
+      {"kernel": jnp.asarray(gradient, jnp.float32)}, state, ours
+    )
+    ours = optax.apply_updates(ours, updates)
+    np.testing.assert_allclose(
+      ours["kernel"], theirs.detach().numpy(), rtol=1e-5, atol=2e-6
+    )
