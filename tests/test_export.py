@@ -260,6 +260,23 @@ def test_the_base_of_a_plain_adapter_has_the_rope_scaling_once(
   assert (content["lora_alpha"], content["use_rslora"]) == (32, False)
 
 
+@pytest.mark.parametrize(
+  "run", [3, {"recipe": 3}, {"perplexity": {"protocol": "longlora"}}]
+)
+def test_a_damaged_record_of_a_run_is_one_line(
+  run_command, tmp_path, adapted, capsys, run
+):
+  _, folder = adapted
+  shutil.copytree(folder, tmp_path / "bad")
+  adapters.record_run(tmp_path / "bad", run)
+  args = (f"--adapter={tmp_path / 'bad'}", f"--output_dir={tmp_path / 'out'}")
+  assert run_command("export", *args) == 2
+  error = capsys.readouterr().err
+  assert 'remove "run" from its scca_config.json' in error
+  assert error.count("\n") == 1
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["hf", "gguf", "peft_plain"])
 def test_what_cannot_be_exported_leaves_nothing(
   run_command, tmp_path, adapted, capsys, kind

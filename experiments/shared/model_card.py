@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.shared.config import FinetuneConfig, to_json
-from scca_jax import atomic_file, convert, patterns
+from scca_jax import atomic_file, convert, gguf_file, patterns
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.patterns import AttentionPattern, Mixture
@@ -53,7 +53,7 @@ def for_peft(folder: pathlib.Path, base: str, config: LlamaConfig) -> str:
   """Returns how an adapter is loaded whose base has no rope scaling yet."""
   settings = convert.config_to_json(config, "float32")
   rope = settings["rope_parameters"]
-  return f"""\
+  lines = f"""\
 ```python
 import peft
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,13 +67,23 @@ model = peft.PeftModel.from_pretrained(base, {str(folder)!r})
 
 PEFT does not read `scca_config.json`, which holds the rope scaling and the
 pattern: the lines above set the one, and the other matters to further training
-only. vLLM, llama.cpp, Ollama and SGLang refuse trained norms and embeddings or
-drop them: write the adapter for these with `--format=peft_plain`.
+only."""
+  if base.endswith(gguf_file.SUFFIX):
+    lines = "The base is a GGUF file, on which PEFT puts no adapter."
+  return f"""\
+{lines} vLLM, llama.cpp, Ollama and SGLang refuse trained norms and embeddings
+or ignore them. `--format=peft_plain` writes a base and an adapter for all of
+these:
+
+```sh
+python -m experiments.export --format=peft_plain --output_dir=plain \\
+  --model={base} --adapter={folder}
+```
+
+Here it is used as it is:
 
 ```sh
 python -m experiments.generate --prompt='Once' \\
-  --model={base} --adapter={folder}
-python -m experiments.export --format=peft_plain --output_dir=plain \\
   --model={base} --adapter={folder}
 ```
 """
@@ -178,8 +188,8 @@ def _perplexity(measured: dict[str, Any]) -> str:
       ["perplexity at", *head, f"last quarter of {head[-1]}"],
       rows,
     )
-    + f"\n`{protocol}` protocol, dense attention, {windows} windows;"
-    " interpolated is the rope scaling alone.\n"
+    + f"\nMeasured after training: `{protocol}` protocol, dense attention,"
+    f" {windows} windows; interpolated is the rope scaling alone.\n"
   )
 
 
@@ -211,6 +221,7 @@ def write(
 
   Raises:
     OSError: The card cannot be written.
+    ValueError: What is known of the run is damaged.
   """
   run = run or {}
   scaling = config.rope_scaling
@@ -249,18 +260,26 @@ def write(
     # No base_model: it would have to be a name on the Hub, not a path.
     f"---\nlibrary_name: {library}\ntags:\n- scca_jax\n- long-context\n---\n",
     f"# {title}\n",
-    f"A LLaMA for {config.context_len:,} tokens of context, written by"
-    " scca_jax. Attention is dense unless a pattern is asked for.\n",
+    f"{'A LoRA adapter that gives a' if library == 'peft' else 'A'} LLaMA"
+    f"{'' if library == 'peft' else ' with'} {config.context_len:,} tokens of"
+    " context, written by scca_jax."
+    " Attention is dense unless a pattern is asked for.\n",
     f"## Loading\n\n{loading}",
     "## Settings\n\n" + _table(["what", "value"], rows),
   ]
-  if run.get("recipe"):
-    settings = [
-      [f"`{name}`", value]
-      for name, value in run["recipe"].items()
-      if value is not None
-    ]
-    parts.append("## Recipe\n\n" + _table(["setting", "value"], settings))
-  if run.get("perplexity"):
-    parts.append("## Perplexity\n\n" + _perplexity(run["perplexity"]))
+  try:
+    if run.get("recipe"):
+      settings = [
+        [f"`{name}`", value]
+        for name, value in run["recipe"].items()
+        if value is not None
+      ]
+      parts.append("## Recipe\n\n" + _table(["setting", "value"], settings))
+    if run.get("perplexity"):
+      parts.append("## Perplexity\n\n" + _perplexity(run["perplexity"]))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"the adapter's record of its run is damaged ({error!r}): remove"
+      ' "run" from its scca_config.json.'
+    ) from error
   atomic_file.write(folder / FILE_NAME, "\n".join(parts).encode())
