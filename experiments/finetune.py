@@ -166,6 +166,7 @@ def main() -> None:
     cache,
     vocab_size=base.vocab_size,
   )
+  train_tokens, _ = resolve.hold_out(train_tokens, run.data.held_out)
   test_tokens = resolve.open_tokens(
     run.data.test or assets.BOOKS_TEST,
     vocabulary,
@@ -183,13 +184,14 @@ def main() -> None:
   )
   print(
     f"{model_folder.name}: {base.context_len:,} -> {train.seq_len:,} tokens,"
-    f" {run.pattern}, LoRA rank {run.lora.rank},"
+    f" {run.pattern},"
+    f" {f'LoRA rank {run.lora.rank}' if run.adapter else 'all parameters'},"
     f" {len(train_tokens):,} tokens to train on; {output_dir}",
     flush=True,
   )
-  trainable = lora.trainable(run.lora)
+  trainable = lora.trainable(run.adapter)
   result = loop.fit(
-    _load(run, target, run.lora, mesh),
+    _load(run, target, run.adapter, mesh),
     run=run,
     step=resolved.step,
     trainable=trainable,
@@ -197,16 +199,22 @@ def main() -> None:
     output_dir=output_dir,
     evaluate=evaluator.on_the_way,
   )
-  adapter = output_dir / "adapter"
+  tuned_to = output_dir / ("adapter" if run.adapter else "model")
   trained = loop.to_host(result.model, trainable)
   if cluster.is_primary():
-    adapters.save_adapter(
-      trained,
-      adapter,
-      base_model=str(model_folder),
-      patterns=resolved.patterns,
-      run={"recipe": model_card.recipe(run)},
-    )
+    if run.adapter:
+      adapters.save_adapter(
+        trained,
+        tuned_to,
+        base_model=str(model_folder),
+        patterns=resolved.patterns,
+        run={"recipe": model_card.recipe(run)},
+      )
+    else:
+      convert.copy_tokenizer(
+        model_folder, tuned_to, context_len=target.context_len
+      )
+      convert.save_model(trained, tuned_to, dtype=jnp.dtype(train.param_dtype))
   final_loss, speed = result.final_loss, result.tokens_per_second
   tuned = evaluator.at_end(result.model)
   # Free one model before the next is read: the device may not hold two.
@@ -225,16 +233,19 @@ def main() -> None:
     "perplexity": summary["perplexity"]
     | {"last_quarter": summary["last_quarter_perplexity"]},
   }
-  adapters.record_run(adapter, record)
+  if run.adapter:
+    adapters.record_run(tuned_to, record)
   model_card.write(
-    adapter,
-    model_card.for_peft(adapter, str(model_folder), target),
+    tuned_to,
+    model_card.for_peft(tuned_to, str(model_folder), target)
+    if run.adapter
+    else model_card.for_transformers(tuned_to),
     title=output_dir.resolve().name,
-    library="peft",
+    library="peft" if run.adapter else "transformers",
     base=str(model_folder),
     config=target,
     layers=resolved.patterns,
-    adapter=run.lora,
+    adapter=run.adapter,
     run=record,
   )
   report_path = report.write(output_dir, run, rows, summary)
@@ -246,7 +257,9 @@ def main() -> None:
   print_table(rows)
   if summary["peak_bytes"] is not None:
     print(f"\npeak memory of a device: {summary['peak_bytes'] / 2**30:.2f} GiB")
-  print(f"\nadapter: {adapter}\nsummary: {output_dir / 'summary.json'}")
+  print(
+    f"\n{tuned_to.name}: {tuned_to}\nsummary: {output_dir / 'summary.json'}"
+  )
   print(f"report: {report_path}")
 
 

@@ -96,6 +96,7 @@ def make_batches(
   packing: str = "concatenate",
   epochs: int | None = None,
   vocab_size: int | None = None,
+  skip_to: int | None = None,
   shard_index: int = 0,
   num_shards: int = 1,
 ) -> Batches:
@@ -126,6 +127,10 @@ def make_batches(
       two epochs. The very last batch is padded with windows whose mask is 0.
     vocab_size: Vocabulary of the model, against which every id is checked; None
       leaves that to `TokenFile.open`.
+    skip_to: A longer length, for PoSE (arXiv 2309.10400): each window is cut in
+      two at a random place, and the positions of the second part move on by a
+      random distance, up to `skip_to` in all. Batches then have `positions`.
+      The text itself runs on (own choice).
     shard_index: Which shard of every batch to return, from 0.
     num_shards: Number of equal shards of a batch, one for each process of a
       run over several hosts.
@@ -160,6 +165,11 @@ def make_batches(
     )
   if vocab_size is not None:
     check_ids(token_file.tokens, vocab_size, token_file.name)
+  if skip_to is not None and (packing == "packed" or skip_to < seq_len):
+    raise ValueError(
+      f"skip_to={skip_to} must be at least seq_len={seq_len}, and the packing"
+      f" 'concatenate', got {packing!r}."
+    )
   if packing == "packed":
     windows = _PackedWindows(token_file, seq_len)
   else:
@@ -170,12 +180,16 @@ def make_batches(
     .seed(seed)
     .shuffle()
     .repeat(_ENDLESS if epochs is None else epochs)
-    .batch(
-      batch_size,
-      batch_fn=functools.partial(
-        grain.experimental.batch_and_pad, batch_size=batch_size
-      ),
+  )
+  if skip_to is not None:
+    dataset = dataset.random_map(
+      functools.partial(_skip_positions, skip_to=skip_to), seed=seed
     )
+  dataset = dataset.batch(
+    batch_size,
+    batch_fn=functools.partial(
+      grain.experimental.batch_and_pad, batch_size=batch_size
+    ),
   )
   if num_shards > 1:
     first = shard_index * rows
@@ -192,8 +206,21 @@ def make_batches(
       "batch_size": batch_size,
       "seed": seed,
       "packing": packing,
+      **({} if skip_to is None else {"skip_to": skip_to}),
     },
   )
+
+
+def _skip_positions(
+  window: dict[str, np.ndarray], rng: np.random.Generator, *, skip_to: int
+) -> dict[str, np.ndarray]:
+  """Returns the window with positions that skip a part (PoSE)."""
+  seq_len = len(window["tokens"])
+  cut = rng.integers(1, seq_len) if seq_len > 1 else 0
+  skipped = rng.integers(skip_to - seq_len + 1)
+  index = np.arange(seq_len, dtype=np.int32)
+  positions = np.where(index < cut, index, index + skipped)
+  return {**window, "positions": positions.astype(np.int32)}
 
 
 class _ConcatenatedWindows:

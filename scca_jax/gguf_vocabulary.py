@@ -74,27 +74,11 @@ def _chat_template(folder: pathlib.Path) -> str | None:
   if path.is_file():
     return path.read_text(encoding="utf-8")
   path = folder / "tokenizer_config.json"
-  template = (
-    json_file.read(path).get("chat_template") if path.is_file() else None
-  )
+  template = json_file.read(path).get("chat_template") if path.is_file() else ""
   if isinstance(template, list):
-    templates = [t for t in template if isinstance(t, dict)]
-    by_name = {t.get("name"): t.get("template") for t in templates}
+    by_name = {t.get("name"): t.get("template") for t in template}
     template = by_name.get("default")
-  if template is not None and not isinstance(template, str):
-    raise ValueError(
-      f"{path}: chat_template must be a string, got {reprlib.repr(template)}."
-    )
   return template
-
-
-def _check_bytes(kinds: list[int]) -> None:
-  """Checks that a vocabulary of pieces has a token for every byte."""
-  if kinds.count(_BYTE) != 256:
-    raise ValueError(
-      f"it has {kinds.count(_BYTE)} tokens for single bytes, and llama.cpp"
-      " needs 256: export for transformers (hf)."
-    )
 
 
 def _of_pieces(words: tokenizer.SentencePieceTokenizer) -> dict[str, Any]:
@@ -111,7 +95,6 @@ def _of_pieces(words: tokenizer.SentencePieceTokenizer) -> dict[str, Any]:
   tokens = [piece.piece for piece in model.pieces]
   scores = [piece.score for piece in model.pieces]
   kinds = [piece.type for piece in model.pieces]
-  _check_bytes(kinds)
   for i, token in (words.added.tokens if words.added else {}).items():
     if i == len(tokens):
       tokens.append(token.content)
@@ -171,7 +154,6 @@ def _of_json(
       kinds[i] = _UNKNOWN
     elif len(token) == 6 and token.startswith("<0x") and token[-1] == ">":
       kinds[i] = _BYTE
-  _check_bytes(kinds)
   for prefix in (True, False):
     yield {
       "model": "llama",
@@ -301,6 +283,6 @@ def fields(
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   raise ValueError(
-    f"{path}: llama.cpp knows no way to cut text as it does, such as"
+    f"{path}: llama.cpp has no name for the way it cuts text, such as"
     f" {reprlib.repr(difference)}: export for transformers (hf)."
   )

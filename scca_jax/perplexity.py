@@ -465,6 +465,33 @@ def count_windows(
   return len(windows)
 
 
+def read_windows(
+  tokens: TokenFile, context_len: int, num_windows: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns windows of "longlora", and the document that each belongs to.
+
+  Args:
+    tokens: The corpus.
+    context_len: Length of a window, in tokens.
+    num_windows: Most windows, evenly spaced; None takes all.
+
+  Returns:
+    Ids, `[windows, context_len]` int32, and documents, `[windows]`; see
+    `WindowLosses`.
+
+  Raises:
+    ValueError: The corpus is too short, or `num_windows` below 1.
+  """
+  check_settings("longlora", context_len, num_windows=num_windows)
+  windows = _flat_windows(
+    len(tokens), context_len, LONGLORA_STRIDE, new_only=False, name=tokens.name
+  )
+  if num_windows is not None:
+    windows = _evenly_spaced(windows, num_windows)
+  ids = _read(tokens.tokens, windows, context_len, 0, len(windows))
+  return ids, _documents_of(windows, context_len, tokens.document_ends)
+
+
 def perplexity(
   model: Any,
   tokens: TokenFile | np.ndarray,
@@ -568,19 +595,25 @@ def perplexity(
   )
 
 
+def _documents_of(
+  windows: _Windows, context_len: int, document_ends: np.ndarray | None
+) -> np.ndarray:
+  """Returns the document that holds the middle of each window."""
+  if document_ends is None:
+    return np.zeros(len(windows), np.int64)
+  middles = windows.starts + context_len // 2
+  return np.searchsorted(document_ends, middles, side="right")
+
+
 def _by_window(
   windows: _Windows, losses: np.ndarray, document_ends: np.ndarray | None
 ) -> WindowLosses:
-  documents = np.zeros(len(windows), np.int64)
-  if document_ends is not None:
-    middles = windows.starts + (losses.shape[1] + 1) // 2
-    documents = np.searchsorted(document_ends, middles, side="right")
   return WindowLosses(
     losses=losses,
     starts=windows.starts,
     firsts=windows.firsts,
     begins=windows.begins,
-    documents=documents,
+    documents=_documents_of(windows, losses.shape[1] + 1, document_ends),
   )
 
 

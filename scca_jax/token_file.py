@@ -276,6 +276,39 @@ class TokenFile:
   def __len__(self) -> int:
     return len(self.tokens)
 
+  def split(self, num_held_out: int) -> tuple["TokenFile", "TokenFile"]:
+    """Returns all but the last documents, and these, for validation.
+
+    Args:
+      num_held_out: Documents of the second part, at least 1.
+
+    Raises:
+      ValueError: The document ends are not known, or the first part would be
+        left without a document.
+    """
+    if self.document_ends is None:
+      raise ValueError(
+        f"holding documents out needs the document ends of {self.name}: make"
+        " the token file with experiments.prepare_data."
+      )
+    count = len(self.document_ends)
+    if not 1 <= num_held_out < count:
+      raise ValueError(
+        f"cannot hold {num_held_out} of the {count} documents of {self.name}"
+        f" out: give 1 to {count - 1}."
+      )
+    cut = count - num_held_out
+    place = int(self.document_ends[cut - 1])
+    first = dataclasses.replace(
+      self, tokens=self.tokens[:place], document_ends=self.document_ends[:cut]
+    )
+    second = dataclasses.replace(
+      self,
+      tokens=self.tokens[place:],
+      document_ends=self.document_ends[cut:] - place,
+    )
+    return first, second
+
   @classmethod
   def open(
     cls,

@@ -55,6 +55,12 @@ class OptimizerConfig:
       in the Trainer of transformers: adapters, matrices, embedding and head,
       tied or not.
     clip_norm: Largest global norm of the gradient; None leaves it as it is.
+    embedding_ratio: The learning rate of the embedding and the output head, as
+      a multiple of that of the rest.
+    lora_b_ratio: The same for the second matrices of adapters; LoRA+ of arXiv
+      2402.12354 has 16.
+    rewarmup_steps: Steps of linear warm-up after a change of the pattern
+      (`first_dense_step`).
   """
 
   learning_rate: float = 2e-5
@@ -66,6 +72,9 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   weight_decay: float = 0.0
   clip_norm: float | None = 1.0
+  embedding_ratio: float = 1.0
+  lora_b_ratio: float = 1.0
+  rewarmup_steps: int = 5
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
@@ -73,7 +82,12 @@ class OptimizerConfig:
         f"unknown schedule {self.schedule!r}: use one of"
         f" {', '.join(SCHEDULES)}."
       )
-    for name in ("learning_rate", "epsilon"):
+    for name in (
+      "learning_rate",
+      "epsilon",
+      "embedding_ratio",
+      "lora_b_ratio",
+    ):
       if not getattr(self, name) > 0:
         raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
     for name in ("beta1", "beta2"):
@@ -85,36 +99,67 @@ class OptimizerConfig:
       raise ValueError(
         f"final_fraction must lie in [0, 1], got {self.final_fraction}."
       )
-    if self.warmup_steps < 0 or self.weight_decay < 0:
-      raise ValueError(
-        "warmup_steps and weight_decay must not be negative, got"
-        f" {self.warmup_steps} and {self.weight_decay}."
-      )
+    for name in ("warmup_steps", "weight_decay", "rewarmup_steps"):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f"{name} must not be negative, got {getattr(self, name)}."
+        )
     if self.clip_norm is not None and not self.clip_norm > 0:
       raise ValueError(
         f"clip_norm must be above 0 or None, got {self.clip_norm}."
       )
 
 
+def first_dense_step(num_steps: int, dense_fraction: float) -> int:
+  """Returns the step, counted from 0, from which training is dense.
+
+  Args:
+    num_steps: Steps of the run, which is also the result without dense steps.
+    dense_fraction: Share of the steps, at the end, with dense attention.
+  """
+  return num_steps - round(num_steps * dense_fraction)
+
+
 def learning_rate_schedule(
-  config: OptimizerConfig, num_steps: int
+  config: OptimizerConfig,
+  num_steps: int,
+  *,
+  rewarm_at: int = 0,
+  peak: float | jax.Array | None = None,
 ) -> optax.Schedule:
-  """Returns the learning rate as a function of the step, counted from 0."""
-  peak = config.learning_rate
-  if config.schedule == "constant":
-    after = optax.constant_schedule(peak)
-  else:
-    decay_steps = max(1, num_steps - config.warmup_steps)
-    after = optax.cosine_decay_schedule(
-      peak, decay_steps, config.final_fraction
-    )
-  if config.warmup_steps == 0:
-    return after
-  # The first update has 1 / warmup_steps of the peak, not 0: no step is lost.
-  warmup = optax.linear_schedule(
-    peak / config.warmup_steps, peak, max(1, config.warmup_steps - 1)
+  """Returns the learning rate as a function of the step, counted from 0.
+
+  Args:
+    config: The optimiser.
+    num_steps: Steps of the run.
+    rewarm_at: Step from which a second, short warm-up starts, for a change of
+      the pattern; 0 has none.
+    peak: Replaces the learning rate of `config`; it may be traced.
+  """
+  peak = config.learning_rate if peak is None else peak
+  warmup_steps = config.warmup_steps
+  decay_steps = max(1, num_steps - warmup_steps)
+
+  def warmed(step, start, num_steps):
+    # The first update has 1 / num_steps of the rate, not 0: no step is lost.
+    return jnp.clip((step - start + 1) / num_steps, 0.0, 1.0)
+
+  decay = (
+    optax.constant_schedule(1.0)
+    if config.schedule == "constant"
+    else optax.cosine_decay_schedule(1.0, decay_steps, config.final_fraction)
   )
-  return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+  def rate(step):
+    factor = decay(jnp.maximum(step - warmup_steps, 0))
+    if warmup_steps:
+      factor = factor * warmed(step, 0, warmup_steps)
+    if rewarm_at and config.rewarmup_steps:
+      second = warmed(step, rewarm_at, config.rewarmup_steps)
+      factor = factor * jnp.where(step < rewarm_at, 1.0, second)
+    return peak * factor
+
+  return rate
 
 
 def _decays(path: tuple[Any, ...]) -> bool:
@@ -122,10 +167,30 @@ def _decays(path: tuple[Any, ...]) -> bool:
   return all(getattr(key, "key", None) != "scale" for key in path)
 
 
+def _rate_ratio(path: tuple[Any, ...], config: OptimizerConfig) -> float:
+  """Returns the multiple of the learning rate for the parameter at `path`."""
+  names = {getattr(key, "key", None) for key in path}
+  if names & {"embed_tokens", "lm_head"}:
+    return config.embedding_ratio
+  return config.lora_b_ratio if "lora_b" in names else 1.0
+
+
 def make_optimizer(
-  config: OptimizerConfig, num_steps: int
+  config: OptimizerConfig,
+  num_steps: int,
+  *,
+  rewarm_at: int = 0,
+  learning_rate: float | jax.Array | None = None,
 ) -> optax.GradientTransformation:
-  """Returns AdamW as `config` says, for a run of `num_steps` steps."""
+  """Returns AdamW as `config` says, for a run of `num_steps` steps.
+
+  Args:
+    config: The optimiser.
+    num_steps: Steps of the run.
+    rewarm_at: See `learning_rate_schedule`.
+    learning_rate: Replaces that of `config`. It may be traced, so that one
+      compiled step serves all rates.
+  """
   steps = []
   if config.clip_norm is not None:
     steps.append(optax.clip_by_global_norm(config.clip_norm))
@@ -139,9 +204,18 @@ def make_optimizer(
         ),
       )
     )
-  steps.append(
-    optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps))
+  if (config.embedding_ratio, config.lora_b_ratio) != (1.0, 1.0):
+    steps.append(
+      optax.stateless(
+        lambda updates, _: jax.tree_util.tree_map_with_path(
+          lambda path, x: x * _rate_ratio(path, config), updates
+        )
+      )
+    )
+  schedule = learning_rate_schedule(
+    config, num_steps, rewarm_at=rewarm_at, peak=learning_rate
   )
+  steps.append(optax.scale_by_learning_rate(schedule))
   return optax.chain(*steps)
 
 

@@ -329,3 +329,37 @@ def test_ids_are_checked_against_the_vocabulary_of_a_model():
   make_batches(corpus, seq_len=4, batch_size=2, seed=0, vocab_size=40)
   with pytest.raises(ValueError, match="test.bin has the id 39 at position 39"):
     make_batches(corpus, seq_len=4, batch_size=2, seed=0, vocab_size=39)
+
+
+def test_positions_skip_once_and_reach_the_longer_length():
+  given = {"seq_len": 8, "batch_size": 4, "seed": 1}
+  batches = make_batches(CORPUS, **given, skip_to=32)
+  plain = make_batches(CORPUS, **given)
+  steps, last = set(), 0
+  for _ in range(50):
+    batch, other = next(batches), next(plain)
+    positions = batch.pop("positions")
+    _assert_equal(batch, other)  # The text runs on.
+    assert (positions[:, 0] == 0).all() and positions.dtype == np.int32
+    gaps = np.diff(positions)
+    assert (gaps >= 1).all() and ((gaps > 1).sum(axis=1) <= 1).all()
+    steps |= set(np.flatnonzero(gaps > 1) % 7)
+    last = max(last, positions.max())
+  assert steps == set(range(7)) and last == 31
+
+
+def test_a_skip_resumes_and_is_refused_where_it_cannot_be():
+  given = {"seq_len": 8, "batch_size": 4, "seed": 1, "skip_to": 32}
+  batches = make_batches(CORPUS, **given)
+  next(batches)
+  state = batches.get_state()
+  expected = next(batches)
+  other = make_batches(CORPUS, **given)
+  other.set_state(state)
+  _assert_equal(next(other), expected)
+  with pytest.raises(ValueError, match="skip_to=32.*skip_to=31"):
+    make_batches(CORPUS, **(given | {"skip_to": 31})).set_state(state)
+  with pytest.raises(ValueError, match="skip_to=7 must be at least seq_len=8"):
+    make_batches(CORPUS, **(given | {"skip_to": 7}))
+  with pytest.raises(ValueError, match="packing"):
+    make_batches(CORPUS, packing="packed", **given)

@@ -206,6 +206,44 @@ def test_a_run_ends_with_a_report(finished, arguments):
   assert "`config.training.seed`" not in report
 
 
+def test_a_run_may_tune_all_parameters_and_end_with_dense_steps(
+  corpus, arguments
+):
+  output = corpus / "full"
+  done = _run(
+    "finetune",
+    f"--output_dir={output}",
+    *arguments,
+    "--config.tuning=full",
+    "--config.training.steps=4",
+    "--config.training.dense_fraction=0.5",
+    "--config.optimizer.rewarmup_steps=2",
+    "--config.optimizer.warmup_steps=0",
+    "--config.optimizer.schedule=constant",
+  )
+  assert done.returncode == 0, done.stderr
+  assert not (output / "adapter").exists()
+  assert str(output / "model") in done.stdout
+  lines = (output / "metrics.jsonl").read_text().splitlines()
+  records = [json.loads(line) for line in lines]
+  rates = [r["learning_rate"] for r in records if "learning_rate" in r]
+  np.testing.assert_allclose(np.divide(rates, rates[0]), [1, 1, 0.5, 1])
+  done = _run(
+    "evaluate",
+    f"--model={output / 'model'}",
+    f"--data={corpus / 'test.txt'}",
+    "--context_lens=16,64",
+    "--num_windows=2",
+    f"--output={output / 'again.json'}",
+  )
+  assert done.returncode == 0, done.stderr
+  again = json.loads((output / "again.json").read_text())["perplexity"]
+  summary = json.loads((output / "summary.json").read_text())["perplexity"]
+  for length, value in summary["tuned"].items():
+    np.testing.assert_allclose(again[length], value, rtol=1e-5)
+    assert value != summary["interpolated"][length]
+
+
 # Says how many bytes of arrays there are before the first step, and at each
 # evaluation.
 _WATCHED = """

@@ -516,3 +516,18 @@ def test_hash_of_ids_does_not_depend_on_their_dtype():
   for dtype in ("<u2", "<u4", "<i8", ">u4"):
     found = token_file.ids_sha256(np.array(ids, dtype))
     assert found == expected.hexdigest()
+
+
+def test_the_last_documents_are_held_out():
+  corpus = TokenFile(tokens=np.arange(9), document_ends=np.array([2, 5, 9]))
+  train, rest = corpus.split(2)
+  assert train.tokens.tolist() == [0, 1]
+  assert rest.tokens.tolist() == [2, 3, 4, 5, 6, 7, 8]
+  assert train.document_ends is not None and rest.document_ends is not None
+  assert train.document_ends.tolist() == [2]
+  assert rest.document_ends.tolist() == [3, 7]
+  for count in (0, 3):
+    with pytest.raises(ValueError, match=f"hold {count} of the 3 .*1 to 2"):
+      corpus.split(count)
+  with pytest.raises(ValueError, match="needs the document ends"):
+    TokenFile(tokens=np.arange(9)).split(1)

@@ -303,6 +303,37 @@ def test_schedules_warm_up_from_the_first_step():
   assert constant(0) == constant(13) == 1
 
 
+def test_the_rate_warms_up_again_when_training_turns_dense():
+  assert training.first_dense_step(10, 0.4) == 6
+  assert training.first_dense_step(10, 0.0) == 10
+  config = training.OptimizerConfig(
+    learning_rate=1.0, warmup_steps=0, rewarmup_steps=4
+  )
+  rate = training.learning_rate_schedule(config, 10, rewarm_at=6)
+  np.testing.assert_allclose(
+    [rate(i) for i in range(10)], [1] * 6 + [0.25, 0.5, 0.75, 1]
+  )
+
+
+def test_embeddings_and_second_matrices_have_rates_of_their_own():
+  config = dataclasses.replace(OPTIMIZER, clip_norm=None)
+  ratios = {"embedding_ratio": 0.25, "lora_b_ratio": 16.0}
+
+  def updates(config, **given):
+    _, _, _, state = _start(optimizer=config)
+    rule = training.make_optimizer(config, 10, **given)
+    ones = jax.tree.map(jnp.ones_like, state.params)
+    return rule.update(ones, state.optimizer, state.params)[0]
+
+  plain = updates(config)
+  several = updates(dataclasses.replace(config, **ratios), learning_rate=2e-2)
+  found = jax.tree_util.tree_flatten_with_path(several)[0]
+  for (path, x), y in zip(found, jax.tree.leaves(plain), strict=True):
+    name = jax.tree_util.keystr(path)
+    ratio = 0.25 if "embed" in name else 16 if "lora_b" in name else 1
+    np.testing.assert_allclose(x, 2 * ratio * y, rtol=1e-6, err_msg=name)
+
+
 def test_dropout_is_of_the_seed_and_the_step():
   dropout = dataclasses.replace(LORA, dropout=0.5)
 

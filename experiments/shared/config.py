@@ -23,6 +23,7 @@ from scca_jax.training import OptimizerConfig
 
 Settings = TypeVar("Settings")
 DTYPES = ("float32", "bfloat16", "float16")
+TUNINGS = ("lora", "full")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +51,24 @@ class DataConfig:
     tokenizer: `tokenizer.model` or `tokenizer.json`; None takes the model's.
     packing: "concatenate" (documents run on, as in LongLoRA) or "packed"
       (attention stays within a document).
+    held_out: Documents at the end of `train` that are not trained on, so that
+      settings can be chosen on them; `ablate` validates on them.
+    skip_to: Length up to which positions skip in shorter windows, for PoSE; see
+      `batches.make_batches`. None skips none.
   """
 
   train: str | None = None
   test: str | None = None
   tokenizer: str | None = None
   packing: str = "concatenate"
+  held_out: int = 0
+  skip_to: int | None = None
 
   def __post_init__(self):
+    if self.held_out < 0:
+      raise ValueError(
+        f"data.held_out must not be negative, got {self.held_out}."
+      )
     if self.packing not in batches.PACKINGS:
       raise ValueError(
         f"data.packing must be one of {', '.join(batches.PACKINGS)}, got"
@@ -74,6 +85,9 @@ class TrainingConfig:
     batch_size: Sequences per optimiser step.
     num_micro_batches: Parts that a batch is cut into (gradient accumulation).
     steps: Optimiser steps.
+    dense_fraction: Share of the steps, at the end, with dense attention in
+      place of the pattern. The optimiser's moments are kept, and the learning
+      rate warms up again over `optimizer.rewarmup_steps`.
     seed: Seed of initialisation, shuffling and dropout.
     dtype: Compute dtype, "float32", "bfloat16" or "float16".
     param_dtype: Dtype of the frozen weights.
@@ -101,6 +115,7 @@ class TrainingConfig:
   batch_size: int = 8
   num_micro_batches: int = 1
   steps: int = 100
+  dense_fraction: float = 0.0
   seed: int = 0
   dtype: str = "float32"
   param_dtype: str = "float32"
@@ -122,6 +137,11 @@ class TrainingConfig:
         raise ValueError(
           f"training.{field.name} must be at least 1, got {value}."
         )
+    if not 0 <= self.dense_fraction <= 1:
+      raise ValueError(
+        "training.dense_fraction must lie in [0, 1], got"
+        f" {self.dense_fraction}."
+      )
     if self.seed < 0:
       raise ValueError(f"training.seed must not be negative, got {self.seed}.")
     for name in ("dtype", "param_dtype"):
@@ -196,6 +216,8 @@ class FinetuneConfig:
   Attributes:
     model: Hugging Face folder; None takes the embedded model.
     rope: Rope scaling.
+    tuning: What is trained: "lora", an adapter and what `lora` says beside it;
+      or "full", every parameter.
     lora: Adapter, and what else is trained.
     pattern: Attention pattern of training, as `scca_jax.patterns.parse` reads
       it.
@@ -208,6 +230,7 @@ class FinetuneConfig:
 
   model: str | None = None
   rope: RopeConfig = RopeConfig()
+  tuning: str = "lora"
   lora: LoraConfig = LoraConfig()
   pattern: str = "scca_fixed"
   data: DataConfig = DataConfig()
@@ -215,6 +238,22 @@ class FinetuneConfig:
   training: TrainingConfig = TrainingConfig()
   mesh: MeshConfig = MeshConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
+
+  def __post_init__(self):
+    if self.tuning not in TUNINGS:
+      raise ValueError(
+        f"tuning must be one of {', '.join(TUNINGS)}, got {self.tuning!r}."
+      )
+    if self.tuning == "full" and self.training.quantize is not None:
+      raise ValueError(
+        f"training.quantize={self.training.quantize!r} holds weights that"
+        " cannot be trained: leave it out, or take tuning='lora'."
+      )
+
+  @property
+  def adapter(self) -> LoraConfig | None:
+    """The adapter that is trained, None if every parameter is."""
+    return self.lora if self.tuning == "lora" else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,6 +334,8 @@ def to_config_dict(settings: Any) -> ml_collections.ConfigDict:
     value = getattr(settings, field.name)
     if dataclasses.is_dataclass(value):
       value = to_config_dict(value)
+    elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+      value = tuple(map(to_config_dict, value))
     elif (kind := _without_none(hints[field.name])) is not hints[field.name]:
       value = config_dict.FieldReference(value, typing.get_origin(kind) or kind)
     result[field.name] = value

@@ -241,6 +241,8 @@ class _Run:
     state: The training state.
     frozen: Parameters that are not trained.
     step_fn: From `training.compile_step`.
+    dense_step_fn: The same with dense attention; None if there is no such step.
+    dense_from: Step, counted from 0, from which that one is taken.
     batches: Iterator of batches.
     checkpoints: Where the state is saved.
     metrics: Where the metrics are written.
@@ -254,6 +256,8 @@ class _Run:
   state: training.TrainState
   frozen: Any
   step_fn: Callable[..., Any]
+  dense_step_fn: Callable[..., Any] | None
+  dense_from: int
   batches: Any
   checkpoints: checkpoint.Checkpointer
   metrics: Metrics
@@ -277,11 +281,14 @@ class _Run:
 
   def step(self) -> None:
     """Starts the next step; the device may still be busy with it."""
+    step_fn = self.step_fn
+    if self.dense_step_fn is not None and self.done >= self.dense_from:
+      step_fn = self.dense_step_fn
     self.done += 1
     batch = sharding.place_batch(
       next(self.batches), self.mesh, self.config.batch_size
     )
-    self.state, values = self.step_fn(self.state, self.frozen, batch)
+    self.state, values = step_fn(self.state, self.frozen, batch)
     self._waiting.append((self.done, values))
 
   def flush(self) -> dict[str, Any]:
@@ -388,7 +395,10 @@ def fit(
   file = output_dir / "config.json"
   if cluster.is_primary() and not file.exists():
     atomic_file.write_json(file, to_json(run))
-  optimizer = training.make_optimizer(run.optimizer, config.steps)
+  dense_from = training.first_dense_step(config.steps, config.dense_fraction)
+  optimizer = training.make_optimizer(
+    run.optimizer, config.steps, rewarm_at=dense_from
+  )
   graphdef, state, frozen = training.init(
     model,
     trainable,
@@ -407,15 +417,28 @@ def fit(
     state, position = checkpoints.restore(done, state)
     batches.set_state(position)
     print(f"Resuming from the checkpoint of step {done}.", flush=True)
+
   current = _Run(
     graphdef=graphdef,
     state=state,
     frozen=frozen,
     step_fn=training.compile_step(graphdef, optimizer, step, state, frozen),
+    dense_step_fn=training.compile_step(
+      graphdef,
+      optimizer,
+      dataclasses.replace(step, patterns=None),
+      state,
+      frozen,
+    )
+    if config.dense_fraction
+    else None,
+    dense_from=dense_from,
     batches=batches,
     checkpoints=checkpoints,
     metrics=Metrics(output_dir, done),
-    rates=training.learning_rate_schedule(run.optimizer, config.steps),
+    rates=training.learning_rate_schedule(
+      run.optimizer, config.steps, rewarm_at=dense_from
+    ),
     config=config,
     mesh=step.mesh,
     done=done,

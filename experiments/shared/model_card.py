@@ -19,11 +19,12 @@ FILE_NAME = "README.md"
 # Settings of a run that make its result what it is.
 _RECIPE = {
   "optimizer": None,
-  "data": ("packing",),
+  "data": ("packing", "skip_to"),
   "training": (
     "seq_len",
     "batch_size",
     "steps",
+    "dense_fraction",
     "seed",
     "dtype",
     "param_dtype",

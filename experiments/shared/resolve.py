@@ -252,7 +252,7 @@ def resolve(run: FinetuneConfig, *, find_devices: bool = True) -> Resolved:
       `lay_out`.
   """
   base = convert.load_config(model_path(run.model))
-  target_len = run.training.seq_len
+  target_len = max(run.training.seq_len, run.data.skip_to or 0)
   if run.rope.kind is None and target_len > base.context_len:
     logging.warning(
       "The target length %d exceeds the pretrained length %d and no rope"
@@ -325,6 +325,17 @@ def open_tokens(
   return tokens
 
 
+def hold_out(
+  tokens: TokenFile, num_documents: int
+) -> tuple[TokenFile, TokenFile | None]:
+  """Returns the text to train on, and its held-out documents if there are any.
+
+  Raises:
+    ValueError: See `TokenFile.split`.
+  """
+  return tokens.split(num_documents) if num_documents else (tokens, None)
+
+
 def make_batches(
   run: FinetuneConfig | PretrainConfig, tokens: TokenFile, mesh: Mesh | None
 ) -> Any:
@@ -341,6 +352,7 @@ def make_batches(
     batch_size=train.batch_size,
     seed=train.seed,
     packing=run.data.packing,
+    skip_to=run.data.skip_to,
     shard_index=shard_index,
     num_shards=num_shards,
   )
