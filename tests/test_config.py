@@ -5,6 +5,8 @@ import runpy
 
 import pytest
 
+from experiments.ablation import study
+from experiments.ablation.settings import AblationConfig
 from experiments.shared.config import (
   FinetuneConfig,
   PretrainConfig,
@@ -24,9 +26,12 @@ CONFIGS = sorted(
 def test_every_config_file_is_a_run_and_opens_with_its_claim(path):
   module = runpy.run_path(str(path))
   settings = module["get_config"]()
+  assert "python -m experiments." in module["__doc__"].replace("\n", " ")
+  if "arms" in settings:
+    study.check(from_config_dict(AblationConfig, settings))
+    settings = settings.run
   kind = PretrainConfig if "architecture" in settings else FinetuneConfig
   assert isinstance(from_config_dict(kind, settings), kind)
-  assert "python -m experiments." in module["__doc__"]
   # Flags set what has a type.
   for group in (settings, settings.training, settings.evaluation):
     assert type(None) not in {group.get_type(name) for name in group}

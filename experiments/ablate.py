@@ -1,0 +1,126 @@
+r"""Compares ways to extend a context: patterns, rope scalings, recipes.
+
+A config lists arms as data. Each is trained with every learning rate and seed;
+the rate is chosen on held-out documents, and the verdict is on test text, with
+intervals of the paired difference to the baseline. What a killed run has done
+is kept: the same command goes on from there.
+
+    python -m experiments.ablate --config=configs/ablation_tiny.py \
+      --output_dir=runs/ablation --quick
+
+It writes results.json, table.md, windows.npz, loss_by_position.png,
+quality_by_pairs.png, quality_by_seconds.png and retrieval_by_length.png.
+"""
+
+import dataclasses
+import pathlib
+import time
+
+from absl import flags
+
+from experiments.ablation import report, study
+from experiments.ablation.settings import AblationConfig
+from experiments.ablation.store import Store
+from experiments.shared import cli, loop
+from experiments.shared.config import from_config_dict, to_json
+from scca_jax import atomic_file, dispatch
+
+_CONFIG = cli.define_config("ablation_tiny")
+_OUTPUT_DIR = flags.DEFINE_string(
+  "output_dir",
+  "runs/ablation",
+  "Folder of the study, from which an interrupted study resumes.",
+)
+_ARMS = flags.DEFINE_list(
+  "arms", [], "Only these arms, and the baseline; by default all."
+)
+_QUICK = flags.DEFINE_boolean(
+  "quick", False, "Few arms, steps and windows: minutes on a CPU."
+)
+_DRY_RUN = flags.DEFINE_boolean(
+  "dry_run", False, "List the arms with their pairs and tokens; train nothing."
+)
+_SHARED = flags.DEFINE_boolean(
+  "shared_device",
+  False,
+  "Other programs use the device too: leave seconds out of the report.",
+)
+_TIME_LIMIT = flags.DEFINE_float(
+  "time_limit",
+  None,
+  "Seconds after which no other arm is begun; the report has what is done.",
+)
+
+
+def _read_settings() -> AblationConfig:
+  found = from_config_dict(AblationConfig, cli.read_config(_CONFIG))
+  if _QUICK.value:
+    found = found.quickened()
+  if _ARMS.value:
+    names = [arm.name for arm in found.arms]
+    for name in _ARMS.value:
+      if name not in names:
+        raise ValueError(
+          f"there is no arm {name!r}: the arms are {', '.join(names)}."
+        )
+  return found
+
+
+def _print_arms(settings: AblationConfig) -> None:
+  print(f"{'arm':<28}{'pairs':>8}{'tokens':>12}  runs  pattern")
+  for arm in settings.arms:
+    print(
+      f"{arm.name:<28}{study.pairs_share(settings, arm):>8.3f}"
+      f"{study.num_tokens(settings, arm):>12,}"
+      f"{len(settings.rates(arm)) * len(settings.seeds):>6}  {arm.pattern}"
+    )
+
+
+def main() -> None:
+  """Runs the command.
+
+  Raises:
+    ValueError: A setting is out of range, or a text is too short.
+    OSError: A file is missing or cannot be written.
+  """
+  begin = time.perf_counter()
+  settings = _read_settings()
+  dispatch.check_implementation(settings.run.training.implementation)
+  study.check(settings)
+  if _DRY_RUN.value:
+    _print_arms(settings)
+    return
+  saved = to_json(settings)
+  # Arms may be added to a study that has begun.
+  fixed = {
+    name: x for name, x in saved.items() if name not in ("arms", "quick")
+  }
+  folder = loop.open_output_dir(_OUTPUT_DIR.value, fixed)
+  texts = study.Texts.open(settings, folder / "tokens")
+  file = folder / "config.json"
+  if not file.exists():
+    atomic_file.write_json(file, fixed)
+  store = Store(folder)
+  runner = study.Runner(settings, store, texts, timed=not _SHARED.value)
+  by_name = {arm.name: arm for arm in settings.arms}
+  done = []
+  # The baseline comes first: everything is compared with it.
+  for name in dict.fromkeys((settings.baseline, *(_ARMS.value or by_name))):
+    arm = by_name[name]
+    limit = _TIME_LIMIT.value
+    if limit is not None and time.perf_counter() - begin > limit:
+      print(f"{arm.name}: not begun, the time is up", flush=True)
+      continue
+    runner.run(arm)
+    done.append(arm)
+  settings = dataclasses.replace(
+    settings,
+    arms=tuple(done),
+    quick=dataclasses.replace(settings.quick, arms=()),
+  )
+  report.write(settings, store, texts, pathlib.Path(folder))
+  print(f"{folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+  cli.run(main)
