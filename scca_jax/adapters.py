@@ -61,6 +61,8 @@ _WITHOUT_EFFECT = (
   "inference_mode",
   "layers_pattern",
   "runtime_config",
+  # PEFT itself sets it to false for a linear layer.
+  "fan_in_fan_out",
   "megatron_core",
   "loftq_config",
   "eva_config",
@@ -265,30 +267,60 @@ def stored_dtype(folder: str | os.PathLike[str]) -> np.dtype:
   raise ValueError(f"{folder} has no matrix of an adapter.")
 
 
-def _matching_targets(path: pathlib.Path, expression: str) -> list[str]:
-  """Returns the projections whose full names match, as PEFT finds them."""
-  if expression == "all-linear":
-    return list(TARGETS)
+def _targets(
+  path: pathlib.Path, wanted: str | list[str], num_layers: int
+) -> tuple[str, ...]:
+  """Returns the projections that PEFT finds, in one order.
+
+  A string is a regular expression of full names; in a list are full names or
+  their ends.
+
+  Raises:
+    ValueError: One is unknown, or adapted in some of the layers only.
+  """
+  if wanted == "all-linear":
+    return TARGETS
+  unknown = set() if isinstance(wanted, str) else set(wanted)
+  found = []
+  for name, projection in PROJECTIONS.items():
+    in_layers = 0
+    for i in range(num_layers):
+      full = f"model.layers.{i}.{projection.module}.{name}"
+      if isinstance(wanted, str):
+        in_layers += bool(_fullmatch(path, wanted, full))
+        continue
+      matching = {x for x in wanted if f".{full}".endswith(f".{x}")}
+      unknown -= matching
+      in_layers += bool(matching)
+    if in_layers == num_layers:
+      found.append(name)
+    elif in_layers:
+      raise ValueError(
+        f"{path}: target_modules adapts {name} in {in_layers} of"
+        f" {num_layers} layers, which is not supported."
+      )
+  for name in sorted(unknown):
+    raise ValueError(
+      f"{path}: unknown LoRA target {name!r}: use any of {', '.join(TARGETS)}."
+    )
+  if not found:
+    raise ValueError(
+      f"{path}: target_modules={wanted!r} matches none of {', '.join(TARGETS)}."
+    )
+  return tuple(found)
+
+
+def _fullmatch(path: pathlib.Path, expression: str, text: str) -> Any:
   try:
-    found = [
-      name
-      for name, projection in PROJECTIONS.items()
-      if re.fullmatch(expression, f"model.layers.0.{projection.module}.{name}")
-    ]
+    return re.fullmatch(expression, text)
   except re.error as error:
     raise ValueError(
       f"{path}: target_modules={expression!r} is not a regular expression"
       f" ({error})."
     ) from error
-  if not found:
-    raise ValueError(
-      f"{path}: target_modules={expression!r} matches none of"
-      f" {', '.join(TARGETS)}."
-    )
-  return found
 
 
-def _adapter_config(path: pathlib.Path) -> LoraConfig:
+def _adapter_config(path: pathlib.Path, num_layers: int) -> LoraConfig:
   content = json_file.read(path)
   if content.get("peft_type") != "LORA":
     raise ValueError(
@@ -312,22 +344,21 @@ def _adapter_config(path: pathlib.Path) -> LoraConfig:
     raise ValueError(f"{path}: bias={content['bias']!r} is not supported.")
   # What PEFT takes for a Llama.
   targets = content.get("target_modules", ["q_proj", "v_proj"])
-  if isinstance(targets, str):
-    targets = _matching_targets(path, targets)
   try:
-    targets = json_file.strings("target_modules", targets)
+    if not isinstance(targets, str):
+      targets = json_file.strings("target_modules", targets)
     whole = json_file.strings(
       "modules_to_save", content.get("modules_to_save", [])
     )
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+  targets = _targets(path, targets, num_layers)
+  try:
     return LoraConfig(
       rank=json_file.integer("r", content["r"]),
       alpha=json_file.number("lora_alpha", content["lora_alpha"]),
       dropout=json_file.number("lora_dropout", content.get("lora_dropout", 0)),
-      # PEFT writes a set: in one order, equal adapters are equal.
-      targets=(
-        *(name for name in TARGETS if name in targets),
-        *(name for name in targets if name not in TARGETS),
-      ),
+      targets=targets,
       rslora=json_file.boolean("use_rslora", content.get("use_rslora", False)),
       train_embeddings=any(
         module.endswith(name.removeprefix("model."))
@@ -493,9 +524,9 @@ def load_adapter(
       names the tensor.
   """
   folder = pathlib.Path(folder)
-  lora = _adapter_config(folder / _CONFIG)
   if config is None:
     config = convert.load_config(base_folder)
+  lora = _adapter_config(folder / _CONFIG, config.num_layers)
   config = _adapted_config(folder, config)
   tensors = SafetensorsFiles([folder / _WEIGHTS])
   tied = config.tie_embeddings and _stays_tied(folder, tensors)

@@ -1,6 +1,8 @@
 """Adapters, their gradients and their training against PEFT and PyTorch."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -267,3 +269,69 @@ def test_trained_copies_on_a_tied_base_are_what_they_are_to_peft(
   convert.save_model(ours, tmp_path / "fused", dtype=jnp.float32)
   fused = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
   np.testing.assert_allclose(in_torch(fused), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"},
+    {"lora_alpha": 0.5, "lora_dropout": 0.3, "fan_in_fan_out": True},
+    {"target_modules": "all-linear", "layers_to_transform": None},
+    {"target_modules": r".*\.(q|k)_proj"},
+    {"target_modules": ["q_proj"], "layers_to_transform": []},
+    {"modules_to_save": ["model.norm", "lm_head", "tokens"]},
+  ],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
+def test_settings_that_are_let_through_mean_what_they_mean_to_peft(
+  tmp_path, random_llama, settings
+):
+  base = random_llama()
+  base.save_pretrained(tmp_path / "base")
+  theirs = peft.get_peft_model(
+    base, peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+  )
+  generator = torch.Generator().manual_seed(1)
+  with torch.no_grad():
+    for parameter in _trained(theirs).values():
+      parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+  theirs.save_pretrained(tmp_path / "adapter")
+  tokens = _batch(0)["tokens"]
+  again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+  again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
+  with torch.no_grad():
+    wanted = again(torch.tensor(tokens).long()).logits.numpy()
+  ours = adapters.load_adapter(tmp_path / "base", tmp_path / "adapter")
+  np.testing.assert_allclose(
+    ours(jnp.asarray(tokens), patterns=DENSE), wanted, rtol=0, atol=1e-5
+  )
+
+
+def test_every_setting_of_peft_is_known_or_refused(tmp_path):
+  """Fields that PEFT adds are refused until somebody looks at them."""
+  harmless = {
+    *("task_type", "auto_mapping", "peft_version", "revision"),
+    *("base_model_name_or_path", "inference_mode", "runtime_config"),
+    # Says where the layers are that another setting, which is refused, picks.
+    "layers_pattern",
+    # Read, or of a method whose own setting is read or refused.
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules"),
+    *("use_rslora", "bias", "modules_to_save", "init_lora_weights"),
+    *("ensure_weight_tying", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    # PEFT itself sets it to false for a linear layer.
+    "fan_in_fan_out",
+  }
+  sizes = transformers.LlamaConfig(num_hidden_layers=1)
+  sizes.save_pretrained(tmp_path)
+  path = tmp_path / "adapter_config.json"
+  plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+  for field in dataclasses.fields(peft.LoraConfig):
+    if field.name in harmless:
+      continue
+    for value in (True, 1, [0], {"a": 1}, "x"):
+      path.write_text(json.dumps(plain | {field.name: value}))
+      with pytest.raises(ValueError, match=f"{field.name}=.* not supported"):
+        adapters.load_adapter(tmp_path, tmp_path)
