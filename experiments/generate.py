@@ -19,6 +19,7 @@ from experiments.shared import flags as shared_flags
 from scca_jax import (
   assets,
   atomic_file,
+  convert,
   dispatch,
   documents,
   generation,
@@ -150,6 +151,13 @@ def main() -> None:
     dtype=dtype,
     param_dtype=dtype,
   )
+  for name, value in convert.unapplied_generation(source).items():
+    logging.warning(
+      "generation_config.json has %s=%r, which is not applied here:"
+      " transformers gives other text.",
+      name,
+      value,
+    )
   total = max(map(len, prompts)) + _MAX_NEW_TOKENS.value
   if total > model.config.context_len:
     logging.warning(

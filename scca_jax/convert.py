@@ -103,6 +103,26 @@ _IGNORED = frozenset(
   assistant_confidence_threshold assistant_lookbehind target_lookbehind
   """.split()
 )
+# Settings of generation_config.json that change even which token is taken for
+# the likeliest, and where they do not; null and empty never do.
+_STEERING = {
+  "repetition_penalty": 1,
+  "encoder_repetition_penalty": 1,
+  "no_repeat_ngram_size": 0,
+  "encoder_no_repeat_ngram_size": 0,
+  "num_beams": 1,
+  "guidance_scale": 1,
+  "min_length": 0,
+  "min_new_tokens": 0,
+  "bad_words_ids": None,
+  "sequence_bias": None,
+  "suppress_tokens": None,
+  "begin_suppress_tokens": None,
+  "forced_bos_token_id": None,
+  "forced_eos_token_id": None,
+  "exponential_decay_length_penalty": None,
+  "stop_strings": None,
+}
 # Kinds of rope scaling that config.json can name; "ntk" is not one of them.
 _HF_ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
 _ORIGINAL = "original_max_position_embeddings"
@@ -288,6 +308,27 @@ def _ends(folder: pathlib.Path) -> dict[str, Any]:
   ends = json_file.read(path).get("eos_token_id")
   _token_ids(f"{path}: eos_token_id", ends)
   return {"eos_token_id": ends}
+
+
+def unapplied_generation(source: str | os.PathLike[str]) -> dict[str, Any]:
+  """Returns the settings by which transformers generates other text.
+
+  They are those of generation_config.json that change even the likeliest
+  tokens: `generation` has none of them.
+
+  Args:
+    source: A model's folder, or a GGUF file, which has none.
+
+  Raises:
+    ValueError: The file is damaged.
+  """
+  path = pathlib.Path(source) / _GENERATION
+  settings = json_file.read(path) if path.is_file() else {}
+  return {
+    name: settings[name]
+    for name, without in _STEERING.items()
+    if settings.get(name, without) not in (without, [], {}, "")
+  }
 
 
 def _token_ids(name: str, value: Any) -> int | tuple[int, ...] | None:

@@ -471,6 +471,22 @@ def test_damaged_shards_are_named(sharded, damage, kind, said):
   assert "\n" not in str(error.value)
 
 
+def test_settings_that_steer_generation_are_told(folder):
+  assert convert.unapplied_generation(folder) == {}
+  harmless = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "repetition_penalty": 1.0,
+    "num_beams": 1,
+    "bad_words_ids": None,
+    "suppress_tokens": [],
+  }
+  steering = {"no_repeat_ngram_size": 3, "forced_eos_token_id": 2}
+  path = folder / "generation_config.json"
+  path.write_text(json.dumps(harmless | steering))
+  assert convert.unapplied_generation(folder) == steering
+
+
 def test_a_wrong_end_is_named_with_its_file(folder):
   (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
   with pytest.raises(ValueError, match="generation_config.json: eos_token_id"):
