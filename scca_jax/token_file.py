@@ -53,6 +53,12 @@ _ENCODINGS = {
   "big-endian uint16": np.dtype(">u2"),
   "uint8": np.dtype("u1"),
 }
+# Whole numbers that were kept as these by mistake.
+_FLOATS = {
+  "float64": np.dtype("<f8"),
+  "float32": np.dtype("<f4"),
+  "float16": np.dtype("<f2"),
+}
 # Other kinds of file by their first bytes: name and remedy.
 _IDS_ALONE = "write its ids alone"
 _CONTAINERS = {
@@ -550,6 +556,11 @@ def _remedy(path: pathlib.Path, encoding: str) -> str:
     return (
       f'say so in {_json_path(path).name} beside it, {{"dtype": "{encoding}"}}'
     )
+  if encoding in _FLOATS:
+    return (
+      f"write whole numbers, numpy.fromfile(FILE, '{encoding}')"
+      ".astype('<u4').tofile('corpus.bin')"
+    )
   code = _ENCODINGS[encoding].str
   return (
     f"swap its bytes, numpy.fromfile(FILE, '{code}')"
@@ -560,22 +571,30 @@ def _remedy(path: pathlib.Path, encoding: str) -> str:
 def _refuse_wider(
   path: pathlib.Path, tokens: np.ndarray, vocab_size: int
 ) -> None:
-  """Refuses ids that are read in halves or quarters.
+  """Refuses ids that are read in halves or quarters, or were kept as floats.
 
   Halves of ids hold little but zeros in every second place; narrow ids taken
-  together make numbers beyond any vocabulary. Bytes may be anything.
+  together make numbers beyond any vocabulary, or fractions. Two bytes may be
+  anything.
   """
-  if tokens.dtype.itemsize == 1:
-    return
-  size = path.stat().st_size
+  size, width = path.stat().st_size, tokens.dtype.itemsize
   bound = max(vocab_size, 1 << 16)
-  for encoding, dtype in _ENCODINGS.items():
-    if dtype.itemsize <= tokens.dtype.itemsize or size % dtype.itemsize:
+  for encoding, dtype in (_ENCODINGS | _FLOATS).items():
+    is_float = dtype.kind == "f"
+    narrowest = width if is_float else width + 1
+    if width == 1:
+      narrowest = 4
+    if size % dtype.itemsize or dtype.itemsize < narrowest:
       continue
     values = _samples(path, dtype)
+    # Ids may be any float, NaN among them.
+    with np.errstate(all="ignore"):
+      fits = np.all((values >= 0) & (values < bound)) and not (
+        is_float and np.any(values != np.floor(values))
+      )
     if (
-      values.nbytes >= _MIN_SAMPLE
-      and np.all((values >= 0) & (values < bound))
+      fits
+      and values.nbytes >= _MIN_SAMPLE
       and np.count_nonzero(values) > len(values) // 2
     ):
       raise ValueError(

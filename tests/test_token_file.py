@@ -482,6 +482,23 @@ def test_what_is_not_bare_ids_is_named(tmp_path, content, said):
     TokenFile.open(tmp_path / "test.bin", vocab_size=65_536)
 
 
+@pytest.mark.parametrize("said", ["uint8", "uint16", "uint32", "int64"])
+@pytest.mark.parametrize("stored", ["float16", "float32", "float64"])
+def test_ids_that_were_kept_as_floats_are_named(tmp_path, stored, said):
+  ids = _text_like(32_000, 2000).astype(stored)
+  ids.tofile(tmp_path / "test.bin")
+  (tmp_path / "test.json").write_text(json.dumps({"dtype": said}))
+  wide = np.dtype(stored).itemsize >= np.dtype(said).itemsize
+  if (stored, said) == ("float16", "uint8"):
+    # Two bytes may be anything.
+    TokenFile.open(tmp_path / "test.bin", vocab_size=32_000)
+    return
+  with pytest.raises(
+    ValueError, match=f"looks like {stored}" if wide else "outside"
+  ):
+    TokenFile.open(tmp_path / "test.bin", vocab_size=32_000)
+
+
 def test_ids_beyond_any_vocabulary_are_named_without_one(tmp_path):
   np.array([300, 301, 302, 303], "<u2").tofile(tmp_path / "test.bin")
   (tmp_path / "test.json").write_text('{"dtype": "uint32"}')
