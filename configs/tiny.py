@@ -4,14 +4,17 @@ Hardware: 2 CPU cores, under 4 minutes. Command:
 `python -m experiments.finetune`.
 Expected: experiments/results/tiny/README.md.
 
-A model this small needs a larger adapter than the paper's rank of 8, with the
-same factor alpha / rank, and a higher learning rate to be done in minutes. Its
-embeddings stay as they are: so few tokens would only make them worse.
+Pattern, rope scaling and learning rate are the best of a study of this model
+(experiments/results/ablation_tiny). A model this small needs a larger adapter
+than the paper's rank of 8, with the same factor alpha / rank, and a higher
+learning rate to be done in minutes. Its embeddings stay as they are: so few
+tokens would only make them worse.
 """
 
 from experiments.shared.config import (
   EvaluationConfig,
   FinetuneConfig,
+  RopeConfig,
   TrainingConfig,
   to_config_dict,
 )
@@ -23,7 +26,9 @@ def get_config():
   """Returns the settings of the run."""
   return to_config_dict(
     FinetuneConfig(
+      rope=RopeConfig(kind="yarn"),
       lora=LoraConfig(rank=64, alpha=128.0, train_embeddings=False),
+      pattern="s2",
       optimizer=OptimizerConfig(
         learning_rate=1e-3,
         schedule="cosine",

@@ -151,7 +151,7 @@ def test_a_run_leaves_all_that_was_promised(finished):
   adapter = json.loads((output / "adapter/adapter_config.json").read_text())
   assert adapter["peft_type"] == "LORA"
   summary = json.loads((output / "summary.json").read_text())
-  assert summary["pattern"] == "scca_fixed"
+  assert summary["pattern"] == "s2"
   assert (summary["pretrained_len"], summary["target_len"]) == (16, 64)
   assert summary["steps"] == 12
   assert summary["tokens_per_second"] > 0
@@ -168,7 +168,7 @@ def test_a_run_leaves_all_that_was_promised(finished):
   # The adapter's card has what it takes to load and to repeat it.
   card = (output / "adapter" / "README.md").read_text(encoding="utf8")
   assert "peft.PeftModel.from_pretrained" in card
-  assert "'rope_type': 'linear', 'factor': 4.0" in card
+  assert "'rope_type': 'yarn', 'factor': 4.0" in card
   assert "| `training.steps` | 12 |" in card
   tuned = " | ".join(f"{perplexity['tuned'][n]:.2f}" for n in ("16", "64"))
   assert f"| tuned | {tuned} |" in card
