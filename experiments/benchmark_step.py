@@ -259,6 +259,11 @@ def main() -> None:
     NotImplementedError: The device lacks the implementation asked for.
   """
   run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
+  if run.adapter is None:
+    raise ValueError(
+      f"tuning={run.tuning!r} is not timed, only the steps of LoRA: leave it"
+      " out."
+    )
   if _MODEL.value is not None:
     run = dataclasses.replace(run, model=_MODEL.value)
   if _WARMUP.value < 1 or _REPEATS.value < 1:

@@ -82,7 +82,7 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
     lambda: quantize.quantize_model(
       Llama(
         resolved.target,
-        lora=run.lora,
+        lora=run.adapter,
         dtype=jnp.dtype(train.dtype),
         param_dtype=jnp.dtype(train.param_dtype),
         rngs=nnx.Rngs(0),

@@ -89,6 +89,7 @@ def main() -> None:
   output_dir = loop.open_output_dir(_OUTPUT_DIR.value, to_json(run))
   cache = output_dir / "tokens"
   tokens = resolve.open_tokens(run.data.train or "", vocabulary, cache)
+  tokens, _ = resolve.hold_out(tokens, run.data.held_out)
   batches = resolve.make_batches(run, tokens, resolved.mesh)
   evaluator = None
   if run.data.test is not None:

@@ -199,6 +199,7 @@ def test_a_mesh_is_timed_beside_one_device(
     ("--mesh=data=16", "data=8"),
     ("--config.training.remat=all", "'all'"),
     ("--config.training.implementation=cuda", "cuda"),
+    ("--config.tuning=full", "tuning='full'"),
     ("--norandom_weights", "model.safetensors"),
   ],
 )

@@ -256,7 +256,7 @@ def resolve(run: FinetuneConfig, *, find_devices: bool = True) -> Resolved:
   if run.rope.kind is None and target_len > base.context_len:
     logging.warning(
       "The target length %d exceeds the pretrained length %d and no rope"
-      " scaling is set: set config.rope.kind=linear unless this is meant.",
+      " scaling is set: set config.rope.kind=yarn unless this is meant.",
       target_len,
       base.context_len,
     )
