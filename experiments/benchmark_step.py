@@ -52,7 +52,7 @@ from experiments.timing import (
   step_timing,
 )
 from experiments.timing.step_timing import Case
-from scca_jax import atomic_file, sharding
+from scca_jax import atomic_file, llama, sharding
 
 _CONFIG = cli.define_config("tiny")
 _MODEL = flags.DEFINE_string(
@@ -136,7 +136,11 @@ def _add_rates(row: dict[str, Any], case: Case, matmul: float | None) -> None:
   if matmul is not None:
     # The rate of all devices of the row together.
     rate = matmul * row.get("num_devices", 1)
-    roofline = 1e12 * rate * num_tokens / work["with_remat"]
+    # Peers have one kind of checkpointing.
+    remat = case.run.training.remat
+    once = ("none",) if row["is_peer"] else llama.RUN_ONCE
+    operations = work["model" if remat in once else "with_remat"]
+    roofline = 1e12 * rate * num_tokens / operations
     row["mfu"] = row["model_tflops"] / rate
     row["roofline_tokens_per_second"] = roofline
     row["roofline_share"] = row["tokens_per_second"] / roofline

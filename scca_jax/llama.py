@@ -14,6 +14,7 @@ In order:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import ad_checkpoint
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.sharding import Mesh
 
@@ -37,8 +38,19 @@ from scca_jax.patterns import AttentionPattern, Mixture, dense, members
 LayerPattern = AttentionPattern | Mixture
 # One for all layers or a tuple with one per layer; None is dense.
 Patterns = LayerPattern | tuple[LayerPattern, ...] | None
-REMAT = ("none", "attention", "layer", "offload")
-_LAYER_INPUT = "layer_input"
+REMAT = (
+  "none",
+  "projections",
+  "offload_projections",
+  "attention",
+  "layer",
+  "offload",
+)
+# Those that recompute no product with a matrix.
+RUN_ONCE = ("none", "projections", "offload_projections")
+# Names by which `jax.checkpoint` keeps what enters a layer, or half of one, and
+# what its projections give.
+_INPUT, _PROJECTED = "scca_input", "scca_projected"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +63,12 @@ class Execution:
     remat: What is saved of each layer for the backward pass. "none": all
       activations. "attention": the layer's input and what the attention kernels
       for GPUs save, so that these run forward only once (the same as "layer"
-      with other back ends). "layer": its input, from which the rest is
+      with other back ends). "projections": besides, rotated queries and keys,
+      values, the residual stream after attention, and what enters SwiGLU, so
+      that no product with a frozen matrix runs forward twice; norms, SwiGLU and
+      LoRA's small products do. "layer": its input, from which the rest is
       recomputed. "offload": the inputs of attention and MLP, kept in the host's
-      memory.
+      memory. "offload_projections": what "projections" saves, kept there.
     mlp_chunk: Tokens of each sequence whose MLP is computed at a time, and
       recomputed in the backward pass; None takes all. Where a sequence is cut
       over devices, this counts the tokens of each shard.
@@ -75,6 +90,18 @@ class Execution:
       )
     if self.mlp_chunk is not None and self.mlp_chunk < 1:
       raise ValueError(f"mlp_chunk must be at least 1, got {self.mlp_chunk}.")
+
+  def save_projected(self, projected: Any) -> Any:
+    """Returns its argument, which the backward pass finds if `remat` says so.
+
+    Args:
+      projected: Arrays that projections gave.
+    """
+    if self.remat not in ("projections", "offload_projections"):
+      return projected
+    # Without the barrier XLA runs the product twice: once into the stack of all
+    # layers, once for the layer.
+    return checkpoint_name(jax.lax.optimization_barrier(projected), _PROJECTED)
 
 
 DEFAULT_EXECUTION = Execution()
@@ -182,6 +209,7 @@ class SelfAttention(nnx.Module):
     value = self.v_proj(x, dropout_rngs["v_proj"]).reshape(heads)
     query = rope.apply(query, *call.rotation)
     key = rope.apply(key, *call.rotation)
+    query, key, value = call.execution.save_projected((query, key, value))
     if cache is None or call.starts is None:
       output = attention(
         query,
@@ -210,22 +238,26 @@ class MLP(nnx.Module):
     self.down_proj = making.projection("down_proj", rngs)
 
   def __call__(
-    self, x: jax.Array, dropout_rngs: Any, chunk_len: int | None = None
+    self,
+    x: jax.Array,
+    dropout_rngs: Any,
+    execution: Execution = DEFAULT_EXECUTION,
   ) -> jax.Array:
     """Returns what the MLP adds to the residual stream, like `x`.
 
     Args:
       x: `[batch, seq, hidden]`.
       dropout_rngs: Randomness of the dropout by projection, or None.
-      chunk_len: Tokens of each sequence whose inner activations are held at
-        once, in the backward pass too; None takes all.
+      execution: Says how many tokens are computed at once, and what is saved.
     """
 
     def of_chunk(x, dropout_rngs):
-      gate = jax.nn.silu(self.gate_proj(x, dropout_rngs["gate_proj"]))
-      inner = gate * self.up_proj(x, dropout_rngs["up_proj"])
-      return self.down_proj(inner, dropout_rngs["down_proj"])
+      gate = self.gate_proj(x, dropout_rngs["gate_proj"])
+      up = self.up_proj(x, dropout_rngs["up_proj"])
+      gate, up = execution.save_projected((gate, up))
+      return self.down_proj(jax.nn.silu(gate) * up, dropout_rngs["down_proj"])
 
+    chunk_len = execution.mlp_chunk
     batch, seq_len, hidden = x.shape
     if chunk_len is None or seq_len <= chunk_len:
       return of_chunk(x, dropout_rngs)
@@ -370,7 +402,7 @@ class Layer(nnx.Module):
     attended, cache = self.self_attn(
       self.input_layernorm(x), pattern, call, _by_projection(dropout_rng), cache
     )
-    return x + attended, cache
+    return call.execution.save_projected(x + attended), cache
 
   def feed_forward(
     self, x: jax.Array, call: _Call, dropout_rng: jax.Array | None
@@ -378,9 +410,7 @@ class Layer(nnx.Module):
     """Returns the residual stream after the MLP."""
     normalised = self.post_attention_layernorm(x)
     shards = sharding.by_shard(normalised, call.execution.mesh)
-    result = self.mlp(
-      shards, _by_projection(dropout_rng), call.execution.mlp_chunk
-    )
+    result = self.mlp(shards, _by_projection(dropout_rng), call.execution)
     return x + result.reshape(x.shape)
 
 
@@ -700,8 +730,8 @@ class Llama(nnx.Module):
       return layer(x, pattern, call, rng)[0]
 
     def run_part(part, x, of_cycle, i):
-      if remat == "offload":
-        x = ad_checkpoint.checkpoint_name(x, _LAYER_INPUT)
+      if remat in ("offload", "offload_projections"):
+        x = checkpoint_name(x, _INPUT)
       state, rng = jax.tree.map(lambda leaf: leaf[i], of_cycle)
       layer = nnx.merge(graphdef, sharding.gathered(state, mesh))
       x = part(layer, x, cycle[i], rng)
@@ -717,15 +747,21 @@ class Llama(nnx.Module):
       # weights itself: a slice made outside would be saved with each layer's
       # input, a second copy of the model.
       policies = jax.checkpoint_policies
+      save = policies.save_only_these_names
+      offload = functools.partial(
+        policies.save_and_offload_only_these_names,
+        names_which_can_be_saved=[],
+        offload_src="device",
+        offload_dst="pinned_host",
+      )
       policy = {
-        "attention": policies.save_only_these_names(SAVED),
-        "layer": None,
-        "offload": policies.save_and_offload_only_these_names(
-          names_which_can_be_saved=[],
-          names_which_can_be_offloaded=[_LAYER_INPUT],
-          offload_src="device",
-          offload_dst="pinned_host",
+        "projections": save(_PROJECTED, SAVED),
+        "offload_projections": offload(
+          names_which_can_be_offloaded=[_INPUT, _PROJECTED, SAVED]
         ),
+        "attention": save(SAVED),
+        "layer": None,
+        "offload": offload(names_which_can_be_offloaded=[_INPUT]),
       }[remat]
       run_part = jax.checkpoint(
         run_part,

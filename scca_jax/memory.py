@@ -28,6 +28,7 @@ from scca_jax import (
   training,
 )
 from scca_jax.llama import DEFAULT_EXECUTION, Cache, Execution, Llama
+from scca_jax.llama_config import LlamaConfig
 from scca_jax.sharding import MeshConfig
 from scca_jax.training import OptimizerConfig, StepConfig
 
@@ -52,9 +53,10 @@ class Plan:
     moved_bytes: Floats that a GPU receives from others, in bytes, by kind of
       collective; see `traffic.moved_bytes`.
     host_bytes: Bytes in the host's memory beside them.
-    parts: Parts of `peak_bytes`, in bytes, by name. `residuals` are the inputs
-      of the layers where remat saves them on the device; without remat they
-      cannot be told from the workspace, which is the rest.
+    parts: Parts of `peak_bytes`, in bytes, by name. `residuals` are what remat
+      saves on the device, of layers and their projections (what attention
+      kernels save is not counted); without remat they cannot be told from the
+      workspace, which is the rest.
   """
 
   task: str
@@ -224,6 +226,24 @@ def _check_sizes(batch_size: int, seq_len: int) -> None:
     )
 
 
+def _saved_of_token(
+  config: LlamaConfig, remat: str, mesh_config: MeshConfig
+) -> int:
+  """Returns how many numbers of a token all layers save on a device."""
+  if remat not in ("projections", "layer", "attention"):
+    return 0
+  saved = config.hidden_size
+  if remat == "projections":
+    # The residual stream after attention; then what `tensor` cuts.
+    saved += config.hidden_size
+    outputs = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    saved += (
+      sum(config.projection_shape(name)[1] for name in outputs)
+      // mesh_config.tensor
+    )
+  return config.num_layers * saved
+
+
 def plan_step(
   card: Card,
   model: Llama,
@@ -304,18 +324,17 @@ def plan_step(
     donate_argnums=(0,),
     compiler_options=training.compiler_options(),
   )
-  of_micro_batch = batch_size // step.num_micro_batches
-  layer_inputs = (
-    model.config.num_layers
-    * of_micro_batch
-    * seq_len
-    * model.config.hidden_size
-    * model.dtype.itemsize
+  num_tokens = batch_size // step.num_micro_batches * seq_len
+  residuals = (
+    model.dtype.itemsize
+    * num_tokens
+    * _saved_of_token(
+      model.config, step.execution.remat, mesh_config or MeshConfig()
+    )
   )
   if mesh_config is not None:
-    # Every axis but this one cuts them.
-    layer_inputs //= mesh_config.num_devices // mesh_config.tensor
-  saves_inputs = step.execution.remat in ("layer", "attention")
+    # Every axis but this one cuts the tokens.
+    residuals //= mesh_config.num_devices // mesh_config.tensor
   return _make_plan(
     card,
     compiled,
@@ -334,7 +353,7 @@ def plan_step(
     },
     temporary={
       "gradients": _size(params),
-      "residuals": layer_inputs if saves_inputs else 0,
+      "residuals": residuals,
     },
   )
 

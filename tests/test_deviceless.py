@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 
 import jax
@@ -9,7 +10,16 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from scca_jax import attention, deviceless, patterns, sharding, target, training
+from experiments.results.llama2_7b import products
+from scca_jax import (
+  attention,
+  deviceless,
+  patterns,
+  quantize,
+  sharding,
+  target,
+  training,
+)
 from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 
@@ -140,7 +150,60 @@ def test_attention_that_is_kept_is_not_computed_anew(gpu, implementation):
 
   # Forward, again, and the two of the backward pass.
   assert num_calls("layer") == 4
-  assert num_calls("attention") == 3
+  assert num_calls("attention") == num_calls("projections") == 3
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  ("mlp_chunk", "quantised"), [(None, None), (256, None), (None, "int8")]
+)
+def test_no_product_runs_forward_twice(mlp_chunk, quantised):
+  config = LlamaConfig(
+    vocab_size=128,
+    hidden_size=256,
+    intermediate_size=384,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=128,
+    context_len=512,
+  )
+  model = nnx.eval_shape(
+    lambda: quantize.quantize_model(
+      Llama(config, dtype=BF16, param_dtype=BF16, rngs=nnx.Rngs(0)), quantised
+    )
+  )
+  # The gradients of the embedding go through all layers; none of a matrix.
+  graphdef, trained, frozen = nnx.split(
+    model, nnx.PathContains("embed_tokens"), ...
+  )
+
+  def operations(remat):
+    def loss(trained, frozen, tokens):
+      hidden = nnx.merge(graphdef, trained, frozen).hidden_states(
+        tokens,
+        patterns.scca_fixed(2, 128),
+        Execution(remat=remat, mlp_chunk=mlp_chunk),
+      )
+      return jnp.sum(hidden.astype(jnp.float32) ** 2)
+
+    compiled = deviceless.compile_for(
+      "h100-80gb",
+      jax.value_and_grad(loss),
+      trained,
+      frozen,
+      jax.ShapeDtypeStruct((1, 512), jnp.int32),
+      compiler_options=training.compiler_options(),
+    )
+    found = products.products(compiled.as_text())
+    return sum(2 * math.prod(key) * times for key, times in found.items())
+
+  # Forward and backward; then all but down_proj once more.
+  down = 2 * 512 * 3 * 256 * 384
+  forward = 2 * 512 * 3 * 4 * 256**2 + 3 * down
+  assert operations("projections") == 2 * forward
+  if mlp_chunk is None and quantised is None:
+    assert operations("layer") == 3 * forward - down
 
 
 @needs_compiler

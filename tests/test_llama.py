@@ -232,9 +232,12 @@ def _gradient(schedule, execution):
     {"remat": "layer"},
     {"remat": "attention"},
     {"remat": "offload"},
+    {"remat": "projections"},
+    {"remat": "offload_projections"},
+    {"remat": "projections", "mlp_chunk": 4},
     {"mlp_chunk": 4},
   ],
-  ids=lambda lever: "".join(lever.values()) if "remat" in lever else "chunk",
+  ids=lambda lever: " ".join(map(str, lever.values())),
 )
 def test_levers_of_memory_change_no_gradient(schedule, lever):
   plain = _gradient(schedule, REFERENCE)
@@ -273,6 +276,13 @@ def test_remat_keeps_of_each_layer_its_input_only():
     }
 
   assert kept("layer") == {(4, 3, 13, 16)}
+  # Besides, queries of four heads, keys and values of two; gate and up.
+  assert kept("projections") == {
+    (4, 3, 13, 16),
+    (4, 3, 13, 4, 6),
+    (4, 3, 13, 2, 6),
+    (4, 3, 13, 29),
+  }
   assert (4, 3, 13, 29) in kept("none")
 
 

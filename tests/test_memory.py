@@ -192,6 +192,24 @@ def test_offloaded_residuals_leave_the_card():
   assert offloaded.host_bytes == 2 * kept.parts["residuals"]
 
 
+@needs_compiler
+def test_what_projections_gave_takes_what_arithmetic_says():
+  layer, kept, offloaded = (
+    _plan(),
+    _plan("projections"),
+    _plan("offload_projections"),
+  )
+  # The residual stream twice, queries, keys and values, gate and up.
+  of_token = 2 * (2 * 256 + 256 + 2 * 128 + 2 * 512)
+  assert kept.parts["residuals"] == 8 * 2048 * of_token
+  added = kept.parts["residuals"] - layer.parts["residuals"]
+  # How the rest is packed moves the peak by less than one layer's.
+  one_layer = 2048 * of_token
+  assert abs(kept.peak_bytes - layer.peak_bytes - added) <= one_layer
+  assert offloaded.host_bytes == kept.parts["residuals"]
+  assert offloaded.peak_bytes <= layer.peak_bytes + one_layer
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 63, 64, 65])
 def test_the_search_finds_the_largest_that_fits(limit):
   tried = []

@@ -95,8 +95,10 @@ class TrainingConfig:
       them in `param_dtype`.
     remat: What is saved of each layer for the backward pass: "none", all
       activations; "layer", its input alone, from which the rest is recomputed;
-      "attention", also what the attention kernels save; "offload", the inputs
-      of attention and MLP, in the host's memory.
+      "attention", also what the attention kernels save; "projections", also
+      what the projections give, so that no large product runs forward twice;
+      "offload", the inputs of attention and MLP, in the host's memory;
+      "offload_projections", what "projections" saves, there.
     offload_optimizer: Whether the optimiser's moments stay in the host's
       memory between updates.
     mlp_chunk: Tokens of each sequence whose MLP is computed at once; None
