@@ -5,6 +5,9 @@ llama.cpp changes when it writes a LLaMA: query and key rows are permuted to
 rotate neighbouring channels, and the rope scaling of Llama 3.1 is a tensor.
 What the metadata means is what llama.cpp takes it for; keys of which that is
 not known are refused. `gguf_tokenizer` makes a tokenizer of the vocabulary.
+
+The parts are: keys and tokens as llama.cpp knows them, names and channels of
+weights, and `GgufFile`.
 """
 
 import functools

@@ -20,6 +20,9 @@ predictions count, so do not compare their numbers with each other:
 
 A lower perplexity at a greater length may come from adaptation to the text
 alone: `context_gain` says what the longer context is worth on the same tokens.
+
+The parts are: results, windows of the three protocols, their losses,
+`perplexity`, and `context_gain`.
 """
 
 import dataclasses

@@ -13,6 +13,9 @@ document, the offset just after its last token. Without the JSON the ids are
 uint16; a JSON written by hand needs only `dtype`, which may be any of `DTYPES`.
 A file that looks like another width or byte order, or holds more than ids, is
 refused with the name of what it looks like.
+
+The parts are: writing, `TokenFile` and its JSON, what a file holds, and which
+ids are in it.
 """
 
 import codecs

@@ -5,6 +5,10 @@ Two kinds of file are read, SentencePiece's `tokenizer.model` and the
 GGUF file holds one of them. What stands beside them in a folder, added tokens
 above all, counts as it does for transformers. `train` makes a SentencePiece
 model of the kind LLaMA uses.
+
+The parts are: the interface and its two kinds, loading from a folder or a GGUF
+file, what stands beside SentencePiece's file and beside `tokenizer.json`,
+training.
 """
 
 import abc

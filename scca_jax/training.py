@@ -3,6 +3,9 @@
 The state holds what training changes: the trainable parameters, their optimiser
 state and the loss scale. Frozen weights are an argument beside it: they have no
 gradient, no optimiser state and no place in a checkpoint.
+
+The parts are: optimiser and schedule, loss scale, state and its layout, the
+step, and its compilation.
 """
 
 import dataclasses

@@ -145,7 +145,8 @@ def test_numbers_and_texts_are_those_of_hf(exported, settings):
     if text.split()
   ]
   greedy = _assert_same_likelihoods(ours, theirs, [*PAIRS, *own])
-  assert True in greedy and False in greedy, own
+  # Both answers occur: agreeing on one of them alone would show little.
+  assert set(greedy) == {True, False}, own
   lengths = [1, 30, WINDOW - 1, WINDOW, WINDOW + 1, 150]
   ids = theirs.tok_encode(BOOK, add_special_tokens=False)
   _assert_same_rolling(
