@@ -15,6 +15,7 @@ quality_by_pairs.png, quality_by_seconds.png and retrieval_by_length.png.
 import dataclasses
 import pathlib
 import time
+from typing import Any
 
 from absl import flags
 
@@ -95,7 +96,17 @@ def main() -> None:
   fixed = {
     name: x for name, x in saved.items() if name not in ("arms", "quick")
   }
-  folder = loop.open_output_dir(_OUTPUT_DIR.value, fixed)
+  with loop.output_dir(_OUTPUT_DIR.value, fixed) as folder:
+    _run(settings, fixed, folder, begin)
+
+
+def _run(
+  settings: AblationConfig,
+  fixed: dict[str, Any],
+  folder: pathlib.Path,
+  begin: float,
+) -> None:
+  """Runs the arms and reports, all in the folder of the study."""
   texts = study.Texts.open(settings, folder / "tokens")
   file = folder / "config.json"
   if not file.exists():
@@ -118,7 +129,7 @@ def main() -> None:
     arms=tuple(done),
     quick=dataclasses.replace(settings.quick, arms=()),
   )
-  report.write(settings, store, texts, pathlib.Path(folder))
+  report.write(settings, store, texts, folder)
   print(f"{folder / 'results.json'}")
 
 

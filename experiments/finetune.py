@@ -10,6 +10,7 @@ writes a report with the loss by position.
 
 import dataclasses
 import math
+import pathlib
 import re
 from typing import Any
 
@@ -149,16 +150,26 @@ def main() -> None:
   """Runs the command."""
   cluster.start()
   run = _read_settings()
-  train = run.training
-  dispatch.check_implementation(train.implementation)
+  dispatch.check_implementation(run.training.implementation)
   model_folder = resolve.model_path(run.model)
   resolved = resolve.resolve(run)
-  base, target, mesh = resolved.base, resolved.target, resolved.mesh
   vocabulary = tokenizer.load(run.data.tokenizer or model_folder)
   folder_name = re.sub(r"[^\w.-]+", "-", run.pattern).strip("-")
-  output_dir = loop.open_output_dir(
-    _OUTPUT_DIR.value or f"runs/{folder_name}", to_json(run)
-  )
+  path = _OUTPUT_DIR.value or f"runs/{folder_name}"
+  with loop.output_dir(path, to_json(run)) as output_dir:
+    _finetune(run, resolved, vocabulary, output_dir)
+
+
+def _finetune(
+  run: FinetuneConfig,
+  resolved: resolve.Resolved,
+  vocabulary: tokenizer.Tokenizer,
+  output_dir: pathlib.Path,
+) -> None:
+  """Trains, measures and reports, all in the folder of the run."""
+  train = run.training
+  base, target, mesh = resolved.base, resolved.target, resolved.mesh
+  model_folder = resolve.model_path(run.model)
   cache = output_dir / "tokens"
   train_tokens = resolve.open_tokens(
     run.data.train or assets.BOOKS_TUNE,

@@ -8,6 +8,7 @@ perplexity. The embedded model was made so (scca_jax/assets/README.md):
 """
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -81,12 +82,22 @@ def main() -> None:
   """Runs the command."""
   cluster.start()
   run = _read_settings()
-  train = run.training
-  dispatch.check_implementation(train.implementation)
+  dispatch.check_implementation(run.training.implementation)
   vocabulary = tokenizer.load(run.data.tokenizer or "")
   config = _model_config(run, vocabulary)
   resolved = resolve.lay_out(run, config, config)
-  output_dir = loop.open_output_dir(_OUTPUT_DIR.value, to_json(run))
+  with loop.output_dir(_OUTPUT_DIR.value, to_json(run)) as output_dir:
+    _pretrain(run, resolved, vocabulary, output_dir)
+
+
+def _pretrain(
+  run: PretrainConfig,
+  resolved: resolve.Resolved,
+  vocabulary: tokenizer.Tokenizer,
+  output_dir: pathlib.Path,
+) -> None:
+  """Trains and measures, all in the folder of the run."""
+  train, config = run.training, resolved.base
   cache = output_dir / "tokens"
   tokens = resolve.open_tokens(run.data.train or "", vocabulary, cache)
   tokens, _ = resolve.hold_out(tokens, run.data.held_out)

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments.shared import loop, resolve
-from scca_jax import assets, tokenizer, training
+from scca_jax import assets, file_lock, tokenizer, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Small enough that a step is a few milliseconds.
@@ -283,6 +283,41 @@ def test_a_loss_that_is_not_finite_stops_a_run_and_metrics_stay_json(tmp_path):
 
   rows = [json.loads(x, parse_constant=refuse) for x in text.splitlines()]
   assert rows[0]["loss"] is None and rows[1]["evaluation"] == {"64": None}
+
+
+def test_foreign_metrics_are_refused_and_half_a_line_is_dropped(
+  tmp_path,
+):
+  path = tmp_path / "metrics.jsonl"
+  lines = ['{"step": 1, "loss": 2.5}', '{"step": 2, "loss": null}']
+  path.write_text("\n".join([*lines, '{"step": 3, "lo']))
+  assert loop.read_metrics(tmp_path) == list(map(json.loads, lines))
+  metrics = loop.Metrics(tmp_path, 1)
+  metrics.close()
+  assert path.read_text() == lines[0] + "\n"
+  for foreign in (
+    '{"loss": 1}',
+    "[1]",
+    "3",
+    '{"step": "1"}',
+    '{"step": 1, "loss": "1"}',
+    "\udcff",
+    "[" * 100_000,
+    "",
+  ):
+    text = "\n".join([*lines, foreign, *lines, ""])
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match="jsonl, line 3 is not of a run"):
+      loop.read_metrics(tmp_path)
+
+
+def test_second_run_in_a_folder_ends_in_one_line(finished, arguments):
+  output, _ = finished
+  with file_lock.only_process(output):
+    done = _run("finetune", f"--output_dir={output}", *arguments)
+  assert done.returncode == 2
+  assert f"{output} is in use by process {os.getpid()} on " in done.stderr
+  assert not list(output.glob(".*"))
 
 
 @pytest.mark.slow

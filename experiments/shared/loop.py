@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import signal
 import statistics
@@ -34,23 +35,47 @@ from experiments.shared.config import (
   TrainingConfig,
   to_json,
 )
-from scca_jax import atomic_file, checkpoint, sharding, training
+from scca_jax import (
+  atomic_file,
+  checkpoint,
+  file_lock,
+  json_file,
+  sharding,
+  training,
+)
 
 # Steps at the start that say nothing about speed: the first one compiles.
 _UNTIMED_STEPS = 2
 
 
-def open_output_dir(path: str, settings: dict[str, Any]) -> pathlib.Path:
-  """Returns the run's folder, if no other run is in it; writes nothing.
+@contextlib.contextmanager
+def output_dir(path: str, settings: dict[str, Any]) -> Iterator[pathlib.Path]:
+  """Gives the run's folder, in which no other process trains meanwhile.
+
+  All processes of a run must enter it together. If the `with` block writes
+  nothing, a new folder is removed.
 
   Args:
     path: The folder; it need not exist.
     settings: The run's settings, as JSON types.
 
   Raises:
-    ValueError: It holds a run with other settings.
+    ValueError: It holds a run with other settings, one that another process is
+      at, or metrics that no run wrote.
+    OSError: The folder cannot be written to.
   """
   folder = pathlib.Path(path)
+  with contextlib.ExitStack() as stack:
+    with cluster.primary_first():
+      if cluster.is_primary():
+        stack.enter_context(file_lock.only_process(folder))
+        _check_settings(folder, settings)
+        read_metrics(folder)
+    yield folder
+
+
+def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Refuses a folder that holds a run with other settings."""
   file = folder / "config.json"
   # As JSON has it: tuples are lists there.
   settings = json.loads(json.dumps(settings))
@@ -72,7 +97,6 @@ def open_output_dir(path: str, settings: dict[str, Any]) -> pathlib.Path:
         f"{folder} holds a run with other settings ({', '.join(differing)}):"
         " name another --output_dir, or remove it."
       )
-  return folder
 
 
 def _differing(a: Any, b: Any, name: str = "") -> list[str]:
@@ -88,6 +112,37 @@ def _differing(a: Any, b: Any, name: str = "") -> list[str]:
   return [] if a == b else [name]
 
 
+def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the lines of a run's `metrics.jsonl`, without a last half line.
+
+  A killed run may leave one.
+
+  Args:
+    folder: The run's folder; it need not have the file.
+
+  Raises:
+    ValueError: No run wrote them; the message names the first such line.
+  """
+  path = folder / "metrics.jsonl"
+  if not path.exists():
+    return []
+  lines = path.read_bytes().split(b"\n")
+  found = []
+  for number, line in enumerate(lines[:-1], start=1):
+    try:
+      found.append(json.loads(line))
+      json_file.integer("step", found[-1]["step"], 0)
+      for value in found[-1].values():
+        if not isinstance(value, int | float | dict | None):
+          raise TypeError(f"{value} is not a number")
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+      raise ValueError(
+        f"{path}, line {number} is not of a run, which writes a step and"
+        " numbers: remove the line, or name another --output_dir."
+      ) from error
+  return found
+
+
 class Metrics:
   """`metrics.jsonl` and TensorBoard: one line a step, one an evaluation."""
 
@@ -97,31 +152,30 @@ class Metrics:
     An interrupted run wrote them after its last checkpoint; their steps will be
     done again.
     """
-    self._path = folder / "metrics.jsonl"
+    self._folder = folder
     self._board = None
     if not cluster.is_primary():  # Of several processes one writes.
       return
-    kept = []
-    if self._path.exists():
-      for line in self._path.read_text(encoding="utf8").splitlines():
-        # A killed run may leave half a line; it is later than `step`.
-        with contextlib.suppress(ValueError):
-          if json.loads(line)["step"] <= step:
-            kept.append(line + "\n")
-    temporary = self._path.with_name(".metrics.jsonl.partial")
-    temporary.write_text("".join(kept), encoding="utf8")
-    temporary.replace(self._path)
+    kept = [line for line in read_metrics(folder) if line["step"] <= step]
+    lines = "".join(json.dumps(line) + "\n" for line in kept)
+    atomic_file.write(folder / "metrics.jsonl", lines.encode())
     self._board = tensorboardX.SummaryWriter(
       str(folder / "tensorboard"), purge_step=step + 1
     )
 
   def write(self, lines: list[dict[str, Any]]) -> None:
-    """Appends lines; each has `step` and numbers, or dicts of numbers."""
+    """Appends lines; each has `step` and numbers, or dicts of numbers.
+
+    They are on the disk when this returns: a checkpoint that is saved later
+    counts on them.
+    """
     if self._board is None:
       return
-    with self._path.open("a", encoding="utf8") as file:
+    with (self._folder / "metrics.jsonl").open("a", encoding="utf8") as file:
       for line in lines:
         file.write(json.dumps(atomic_file.without_nan(line)) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
     for line in lines:
       for name, value in line.items():
         values = value if isinstance(value, dict) else {"": value}
@@ -134,8 +188,7 @@ class Metrics:
   def read(self) -> list[dict[str, Any]]:
     """Returns all lines so far; all processes must call it."""
     cluster.barrier("metrics")
-    text = self._path.read_text(encoding="utf8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_metrics(self._folder)
 
   def close(self) -> None:
     """Closes the files."""
@@ -351,7 +404,8 @@ class _Run:
     return Result(
       self.model,
       statistics.median(speeds) if speeds else None,
-      lines[-1]["loss"],
+      # Someone may have removed the metrics of a run that is done.
+      lines[-1]["loss"] if lines else math.nan,
     )
 
   def close(self) -> None:

@@ -6,7 +6,6 @@ and the command. The picture shows the loss by position in the window, before
 and after, and the loss of training.
 """
 
-import json
 import math
 import pathlib
 import platform
@@ -18,7 +17,7 @@ from typing import Any
 import flax
 import jax
 
-from experiments.shared import position_plot
+from experiments.shared import loop, position_plot
 from experiments.shared.config import FinetuneConfig, to_json
 from scca_jax import __version__, atomic_file, bootstrap
 from scca_jax.perplexity import Perplexity
@@ -189,9 +188,7 @@ def _draw(folder: pathlib.Path, results: Mapping[str, Perplexity]) -> None:
       title=f"loss in {num_windows:,} windows of {context_len:,} tokens",
     ),
   )
-  text = (folder / "metrics.jsonl").read_text(encoding="utf8")
-  metrics = [json.loads(line) for line in text.splitlines()]
-  steps = [line for line in metrics if line.get("loss") is not None]
+  steps = [s for s in loop.read_metrics(folder) if s.get("loss") is not None]
   axis = axes[0, 1]
   axis.plot([s["step"] for s in steps], [s["loss"] for s in steps])
   axis.set(xlabel="step", ylabel="nats per token", title="loss of training")

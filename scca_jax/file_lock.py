@@ -1,0 +1,93 @@
+"""Locks on files, which are free again once their process is gone.
+
+The kernel holds them (flock), so nothing is left of a lock after a crash. They
+work between hosts where the file system has locks: NFS does with its usual
+lock service. A file system without them grants every lock.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import platform
+from collections.abc import Iterator
+
+_LOCK = ".lock"
+# What a file system without locks answers.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+def try_lock(descriptor: int) -> bool:
+  """Locks an open file, unless it is locked already.
+
+  Args:
+    descriptor: The file, open for writing. To close it frees the lock.
+
+  Returns:
+    Whether the lock is ours.
+  """
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      raise
+  return True
+
+
+def _open(path: pathlib.Path) -> int:
+  """Returns the locked file at `path`; see `only_process`."""
+  while True:
+    descriptor = os.open(
+      path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+    )
+    try:
+      if not try_lock(descriptor):
+        holder = os.read(descriptor, 300).decode("utf8", "replace").strip()
+        raise ValueError(
+          f"{path.parent} is in use by {holder or 'another process'}: wait"
+          " until that ends, or name another folder."
+        )
+      with contextlib.suppress(FileNotFoundError):
+        # The process before may have removed it since we opened it.
+        if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+          os.ftruncate(descriptor, 0)
+          name = f"process {os.getpid()} on {platform.node()}\n"
+          os.write(descriptor, name.encode())
+          return descriptor
+    except BaseException:
+      os.close(descriptor)
+      raise
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def only_process(folder: str | os.PathLike[str]) -> Iterator[None]:
+  """Keeps other processes that call this out of a folder, in a `with` block.
+
+  The folder is made if it is missing, and removed again if the block leaves it
+  empty.
+
+  Raises:
+    ValueError: Another process is in it; the message names host and process.
+    OSError: The folder cannot be made or written to; the message names it.
+  """
+  folder = pathlib.Path(folder)
+  is_new = not folder.exists()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = _open(folder / _LOCK)
+  except OSError as error:
+    raise OSError(
+      error.errno, f"cannot write to {folder}: {error.strerror}"
+    ) from error
+  try:
+    yield
+  finally:
+    with contextlib.suppress(OSError):  # Someone may have removed the folder.
+      (folder / _LOCK).unlink()
+      if is_new:
+        folder.rmdir()
+    os.close(descriptor)
