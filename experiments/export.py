@@ -66,9 +66,7 @@ def _check_flags() -> pathlib.Path:
   if not _OUTPUT_DIR.value:
     raise ValueError("say where to write: --output_dir=FOLDER.")
   output_dir = pathlib.Path(_OUTPUT_DIR.value)
-  if output_dir.exists() and (
-    not output_dir.is_dir() or any(output_dir.iterdir())
-  ):
+  if not atomic_file.is_free(output_dir):
     raise ValueError(
       f"--output_dir={output_dir} is not empty: name a new folder."
     )
@@ -86,9 +84,10 @@ def _check_flags() -> pathlib.Path:
       f"--gguf_type={_GGUF_TYPE.value} needs --format=gguf, not"
       f" {_FORMAT.value}."
     )
-  if not _MAX_SHARD_GB.value > 0:
+  if not 0 < _MAX_SHARD_GB.value < 1e9:
     raise ValueError(
-      f"--max_shard_gb must be above 0, got {_MAX_SHARD_GB.value}."
+      "--max_shard_gb must be above 0 and below 10^9, got"
+      f" {_MAX_SHARD_GB.value}."
     )
   shared_flags.check_exist(_MODEL, _ADAPTER)
   shared_flags.check_rope(_ROPE_SCALING, _ROPE_FACTOR, _ADAPTER)

@@ -6,7 +6,6 @@ python -m experiments.show_pattern --pattern='scca_flow(rotate="layer")'
 
 import functools
 import math
-import os
 import pathlib
 
 import numpy as np
@@ -14,27 +13,36 @@ from absl import flags
 
 from experiments.shared import cli
 from experiments.shared import flags as shared_flags
-from scca_jax import patterns, receptive_field
+from scca_jax import atomic_file, patterns, receptive_field
+
+# A picture with more pixels than a screen shows nothing more, and the masks
+# would take gigabytes.
+_MAX_SEQ_LEN, _MAX_PAIRS = 2048, 1 << 28
+_MAX_HEADS = _MAX_LAYERS = 128
+_COLUMNS = 4
 
 _PATTERN = flags.DEFINE_string(
   "pattern", "scca_fixed", f"A pattern: {shared_flags.PATTERN_HELP}."
 )
-_SEQ_LEN = flags.DEFINE_integer("seq_len", 64, "Length, in tokens.")
-_NUM_HEADS = flags.DEFINE_integer("num_heads", 8, "Query heads.")
+_SEQ_LEN = flags.DEFINE_integer(
+  "seq_len", 64, "Length, in tokens.", lower_bound=1, upper_bound=_MAX_SEQ_LEN
+)
+_NUM_HEADS = flags.DEFINE_integer(
+  "num_heads", 8, "Query heads.", lower_bound=1, upper_bound=_MAX_HEADS
+)
 _NUM_KV_HEADS = flags.DEFINE_integer(
   "num_kv_heads",
   None,
   "Key and value heads, for interleaved=True; by default as query heads.",
 )
 _NUM_LAYERS = flags.DEFINE_integer(
-  "num_layers", 3, "Layers to show the receptive field after."
+  "num_layers",
+  3,
+  "Layers to show the receptive field after.",
+  lower_bound=1,
+  upper_bound=_MAX_LAYERS,
 )
 _OUTPUT = flags.DEFINE_string("output", "pattern.png", "The picture.")
-
-# A picture with more pixels than a screen shows nothing more, and the masks
-# would take gigabytes.
-_MAX_SEQ_LEN = 2048
-_COLUMNS = 4
 
 
 def _draw(
@@ -63,12 +71,10 @@ def _draw(
     axis.set_title(name, fontsize=9)
     axis.tick_params(labelsize=7)
   figure.suptitle(title)
-  temporary = path.with_name(f".{path.name}.partial")
   try:
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    with atomic_file.replacing(path) as temporary:
+      figure.savefig(temporary, format="png", dpi=120)
   finally:
-    temporary.unlink(missing_ok=True)
     pyplot.close(figure)
 
 
@@ -79,10 +85,10 @@ def main() -> None:
     ValueError: A flag is out of range.
   """
   seq_len = _SEQ_LEN.value
-  if not 1 <= seq_len <= _MAX_SEQ_LEN:
+  if _NUM_HEADS.value * seq_len**2 > _MAX_PAIRS:
     raise ValueError(
-      f"--seq_len must be 1 to {_MAX_SEQ_LEN}, got {seq_len}: the masks of"
-      " longer sequences cannot be drawn."
+      f"--num_heads={_NUM_HEADS.value} masks of {seq_len:,} tokens are too many"
+      f" to draw: take at most {_MAX_PAIRS // seq_len**2} heads."
     )
   output = pathlib.Path(_OUTPUT.value)
   if output.suffix != ".png":
@@ -94,7 +100,6 @@ def main() -> None:
     num_layers=_NUM_LAYERS.value,
     seq_len=seq_len,
   )
-  output.parent.mkdir(parents=True, exist_ok=True)
   first = layers[0]
   causal_pairs = seq_len * (seq_len + 1) // 2
   pairs = first.num_pairs(seq_len)

@@ -1,22 +1,112 @@
-"""Files and folders that are complete or absent."""
+"""Files and folders that are complete or absent.
+
+What is being written lies in a private hidden folder beside its place, whose
+name ends in .partial. A process that is killed leaves it; the next one that
+writes the same file or folder removes it.
+"""
 
 import contextlib
+import glob
 import json
 import math
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
+
+from scca_jax import file_lock
+
+_PARTIAL = ".partial"
+# Locked as long as the process that writes is alive.
+_LOCK = ".lock"
+# File systems take names of 255 bytes.
+_NAME_LETTERS = 50
+
+
+def _prefix(path: pathlib.Path) -> str:
+  return f".{path.name[:_NAME_LETTERS]}."
+
+
+def _remove_dead(path: pathlib.Path) -> None:
+  """Removes what killed processes left when they wrote `path`."""
+  pattern = glob.escape(_prefix(path)) + "*" + glob.escape(_PARTIAL)
+  for partial in path.parent.glob(pattern):
+    with contextlib.suppress(OSError):
+      try:
+        lock = os.open(partial / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+      except FileNotFoundError:
+        partial.rmdir()
+        continue
+      try:
+        if file_lock.try_lock(lock):
+          shutil.rmtree(partial)
+      finally:
+        os.close(lock)
+
+
+def _new_workplace(path: pathlib.Path) -> tuple[pathlib.Path, int]:
+  """Returns a new hidden folder beside `path` and its lock."""
+  while True:
+    name = tempfile.mkdtemp(_PARTIAL, _prefix(path), path.parent)
+    folder = pathlib.Path(name)
+    # Another process may take the folder for that of a dead one until it is
+    # locked.
+    with contextlib.suppress(FileNotFoundError):
+      lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+      try:
+        if file_lock.try_lock(lock) and (folder / _LOCK).exists():
+          return folder, lock
+      except BaseException:
+        os.close(lock)
+        raise
+      os.close(lock)
+
+
+@contextlib.contextmanager
+def _workplace(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a hidden folder beside `path`, in which to prepare it.
+
+  Folders that are missing are made.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _remove_dead(path)
+  folder, lock = _new_workplace(path)
+  try:
+    yield folder
+  finally:
+    os.close(lock)  # NFS cannot remove what is open.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put(temporary: pathlib.Path, path: pathlib.Path) -> None:
+  """Gives a file or folder its place; on the disk when this returns."""
+  os.replace(temporary, path)
+  folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    with contextlib.suppress(OSError):  # Not all file systems can.
+      os.fsync(folder)
+  finally:
+    os.close(folder)
+
+
+def _failure(path: pathlib.Path, error: OSError) -> OSError:
+  return OSError(error.errno, f"cannot write {path}: {error.strerror}")
+
+
+def _refuse_folder(path: pathlib.Path) -> None:
+  if path.is_dir():
+    raise IsADirectoryError(f"cannot write {path}: it is a folder")
 
 
 class AtomicFile:
   """A binary file that gets its name only when it is complete.
 
-  It is written under a temporary name in the same folder, flushed to the disk
-  and renamed at the end of the `with` block. An error in the block, or a full
-  disk, leaves an earlier file as it was.
+  It is written beside its place, flushed to the disk and renamed at the end of
+  the `with` block. An error in the block, or a full disk, leaves an earlier
+  file as it was.
 
   Every failure to write raises an OSError that names the file.
   """
@@ -24,18 +114,18 @@ class AtomicFile:
   def __init__(self, path: str | os.PathLike[str]):
     """Starts the file; folders that are missing are made."""
     self.path = pathlib.Path(path)
-    self._temporary = self.path.with_name(
-      f".{self.path.name}.{os.getpid()}.partial"
-    )
+    _refuse_folder(self.path)
+    self._resources = contextlib.ExitStack()
     try:
-      self.path.parent.mkdir(parents=True, exist_ok=True)
+      folder = self._resources.enter_context(_workplace(self.path))
+      self._temporary = folder / self.path.name
       # Unbuffered: an error belongs to the write that met it.
-      self._file = open(self._temporary, "wb", buffering=0)
+      self._file = self._resources.enter_context(
+        open(self._temporary, "xb", buffering=0)
+      )
     except OSError as error:
-      raise self._failure(error) from error
-
-  def _failure(self, error: OSError) -> OSError:
-    return OSError(error.errno, f"cannot write {self.path}: {error.strerror}")
+      self._resources.close()
+      raise _failure(self.path, error) from error
 
   def write(self, content: bytes | memoryview) -> None:
     """Appends `content`."""
@@ -44,14 +134,14 @@ class AtomicFile:
       while rest:
         rest = rest[self._file.write(rest) :]
     except OSError as error:
-      raise self._failure(error) from error
+      raise _failure(self.path, error) from error
 
   def sync(self) -> None:
     """Waits until the disk has what was written so far."""
     try:
       os.fsync(self._file.fileno())
     except OSError as error:
-      raise self._failure(error) from error
+      raise _failure(self.path, error) from error
 
   def __enter__(self) -> "AtomicFile":
     return self
@@ -63,17 +153,13 @@ class AtomicFile:
     traceback: TracebackType | None,
   ) -> None:
     """Names the file, or removes what was written if the block failed."""
-    try:
+    with self._resources:
       if kind is None:
         self.sync()
-        self._file.close()
         try:
-          os.replace(self._temporary, self.path)
+          _put(self._temporary, self.path)
         except OSError as failure:
-          raise self._failure(failure) from failure
-    finally:
-      self._file.close()
-      self._temporary.unlink(missing_ok=True)
+          raise _failure(self.path, failure) from failure
 
 
 @contextlib.contextmanager
@@ -81,54 +167,63 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """Gives a temporary file's path to those who open it themselves.
 
   At the end of the `with` block it is named `path`; an error in the block
-  removes it. Its suffix is that of `path`.
+  removes it. Its name is that of `path`, in another folder.
 
   Raises:
     OSError: It cannot be written; the message names `path`.
   """
   path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+  _refuse_folder(path)
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield temporary
-    with temporary.open("rb") as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with _workplace(path) as folder:
+      temporary = folder / path.name
+      yield temporary
+      with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+      _put(temporary, path)
   except OSError as error:
-    raise OSError(
-      error.errno, f"cannot write {path}: {error.strerror}"
-    ) from error
-  finally:
-    if temporary.exists():
-      temporary.unlink()
+    raise _failure(path, error) from error
+
+
+def is_free(path: str | os.PathLike[str]) -> bool:
+  """Returns whether there is nothing at `path`, or an empty folder.
+
+  What a killed process left of its attempt to write it is removed.
+  """
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    return not os.path.lexists(path)
+  _remove_dead(path / path.name)
+  return not any(path.iterdir())
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """Gives a temporary folder whose content gets its place at the end.
+  """Gives a temporary folder that gets its place at the end.
 
-  It lies in `path`, which is new or empty. An error in the `with` block removes
-  it, and `path` if that was new.
+  It lies beside `path` and is renamed. If `path` is an empty folder already,
+  which may be where a disk is mounted, it lies in there, and what it holds is
+  moved up. An error in the `with` block removes it.
 
   Raises:
     OSError: It cannot be written; the message names `path`.
   """
   path = pathlib.Path(path)
   was_there = path.is_dir()
-  partial = path / f".{os.getpid()}.partial"
   try:
-    partial.mkdir(parents=True)
-    yield partial
-    for entry in sorted(partial.iterdir()):
-      entry.rename(path / entry.name)
-    partial.rmdir()
-  except BaseException as error:
-    shutil.rmtree(partial if was_there else path, ignore_errors=True)
-    if isinstance(error, OSError) and error.filename is not None:
-      raise OSError(
-        error.errno, f"cannot write {path}: {error.strerror}"
-      ) from error
-    raise
+    with _workplace(path / path.name if was_there else path) as folder:
+      content = folder / path.name
+      content.mkdir()
+      yield content
+      if was_there:
+        for entry in sorted(content.iterdir()):
+          _put(entry, path / entry.name)
+      else:
+        _put(content, path)
+  except OSError as error:
+    if error.filename is None:
+      raise
+    raise _failure(path, error) from error
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:

@@ -212,8 +212,11 @@ def write_token_file(
       "sources": [pathlib.PurePath(source).name for source in sources],
       "document_ends": document_ends,
     }
-    file.sync()
-    atomic_file.write(_json_path(output), json.dumps(about).encode() + b"\n")
+    with atomic_file.AtomicFile(_json_path(output)) as description:
+      description.write(json.dumps(about).encode() + b"\n")
+      description.sync()
+      # Both are on the disk: as little as possible lies between their names.
+      file.sync()
   return about
 
 

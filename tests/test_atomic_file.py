@@ -1,6 +1,11 @@
 """Files are there whole or not at all, and failures name them."""
 
 import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -61,6 +66,74 @@ def test_a_folder_is_filled_at_the_end_or_not_at_all(tmp_path, was_there):
     atomic_file.new_folder(tmp_path / "file" / "folder"),
   ):
     pass
+
+
+_WRITE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+sys.modules["scca_jax"] = type(sys)("scca_jax")
+sys.modules["scca_jax"].__path__ = [sys.argv[1]]
+from scca_jax import atomic_file
+with atomic_file.AtomicFile(sys.argv[2] + "/file") as file, \\
+     atomic_file.new_folder(sys.argv[2] + "/folder") as folder:
+  (folder / "one").write_text("1")
+  print("begun", flush=True)
+  time.sleep(60)
+"""
+
+
+def test_partial_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
+  package = pathlib.Path(atomic_file.__file__).parent
+  with subprocess.Popen(
+    [sys.executable, "-c", _WRITE, package, tmp_path],
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout.readline() == "begun\n"
+    partial = sorted(tmp_path.iterdir())
+    assert len(partial) == 2
+    for name in ("file", "folder"):
+      atomic_file.write(tmp_path / name, b"mine")
+      (tmp_path / name).unlink()
+    assert sorted(tmp_path.iterdir()) == partial
+    process.kill()
+  # What other files left is not ours to judge.
+  (tmp_path / ".other.x.partial").mkdir()
+  atomic_file.write(tmp_path / "file", b"mine")
+  with atomic_file.new_folder(tmp_path / "folder"):
+    pass
+  names = sorted(p.name for p in tmp_path.iterdir())
+  assert names == [".other.x.partial", "file", "folder"]
+
+
+def test_nobody_else_can_put_a_link_where_a_file_is_written(tmp_path):
+  with atomic_file.AtomicFile(tmp_path / "file") as file:
+    file.write(b"1")
+    (partial,) = tmp_path.iterdir()
+    assert partial.stat().st_mode & 0o777 == 0o700
+    name = partial.name
+  with atomic_file.AtomicFile(tmp_path / "file"):
+    assert name not in [p.name for p in tmp_path.iterdir()]
+  mask = os.umask(0o022)
+  os.umask(mask)
+  assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_folder_with_the_rest_of_a_killed_attempt_is_free(tmp_path):
+  path = tmp_path / "folder"
+  assert atomic_file.is_free(path)
+  path.mkdir()
+  with pytest.raises(KeyboardInterrupt), atomic_file.new_folder(path):
+    (rest,) = path.iterdir()
+    kept = tmp_path / "kept"
+    shutil.copytree(rest, kept)
+    raise KeyboardInterrupt
+  kept.rename(rest)
+  assert atomic_file.is_free(path)
+  assert not list(path.iterdir())
+  (path / "mine").touch()
+  assert not atomic_file.is_free(path)
+  assert not atomic_file.is_free(path / "mine")
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path):

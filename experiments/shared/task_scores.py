@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from scca_jax import tasks
+from scca_jax import atomic_file, tasks
 from scca_jax.llama import Execution, Llama
 from scca_jax.tasks import Sample, Task
 from scca_jax.tokenizer import Tokenizer
@@ -258,6 +258,6 @@ def draw(path: str | os.PathLike[str], title: str, scores: Scores) -> None:
     axis.set_ylabel("distance in tokens" if by_loss else "depth")
     axis.tick_params(labelsize=7)
   figure.suptitle(title, fontsize=11)
-  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120)
+  with atomic_file.replacing(path) as temporary:
+    figure.savefig(temporary, dpi=120)
   plt.close(figure)

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from scca_jax import atomic_file
+
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
@@ -46,5 +48,6 @@ def draw(path: str, title: str, panels: Sequence[Panel]) -> None:
     axis.grid(alpha=0.3)
   axes[0][0].legend(fontsize="small")
   figure.suptitle(title)
-  figure.savefig(path, dpi=120)
+  with atomic_file.replacing(path) as temporary:
+    figure.savefig(temporary, dpi=120)
   plt.close(figure)
