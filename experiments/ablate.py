@@ -23,10 +23,11 @@ from experiments.ablation import report, study
 from experiments.ablation.settings import AblationConfig
 from experiments.ablation.store import Store
 from experiments.shared import cli, loop
-from experiments.shared.config import from_config_dict, to_json
+from experiments.shared.config import to_json
+from experiments.shared.config_flag import ConfigFlag
 from scca_jax import atomic_file, dispatch
 
-_CONFIG = cli.define_config("ablation_tiny")
+_CONFIG = ConfigFlag(AblationConfig, "ablation_tiny")
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir",
   "runs/ablation",
@@ -54,7 +55,7 @@ _TIME_LIMIT = flags.DEFINE_float(
 
 
 def _read_settings() -> AblationConfig:
-  found = from_config_dict(AblationConfig, cli.read_config(_CONFIG))
+  found = _CONFIG.read()
   if _QUICK.value:
     found = found.quickened()
   if _ARMS.value:
@@ -134,4 +135,4 @@ def _run(
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, config=_CONFIG)

@@ -42,7 +42,8 @@ from absl import flags
 
 from experiments.shared import cli
 from experiments.shared import flags as shared_flags
-from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
+from experiments.shared.config import FinetuneConfig, to_json
+from experiments.shared.config_flag import ConfigFlag
 from experiments.timing import (
   flops,
   peers,
@@ -54,7 +55,7 @@ from experiments.timing import (
 from experiments.timing.step_timing import Case
 from scca_jax import atomic_file, llama, sharding
 
-_CONFIG = cli.define_config("tiny")
+_CONFIG = ConfigFlag(FinetuneConfig, "tiny")
 _MODEL = flags.DEFINE_string(
   "model", None, "Model or folder with its config; overrides config.model."
 )
@@ -262,7 +263,7 @@ def main() -> None:
     ValueError: A flag or setting is out of range, or a loss is not finite.
     NotImplementedError: The device lacks the implementation asked for.
   """
-  run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
+  run = _CONFIG.read()
   if run.adapter is None:
     raise ValueError(
       f"tuning={run.tuning!r} is not timed, only the steps of LoRA: leave it"
@@ -343,4 +344,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, config=_CONFIG)

@@ -22,12 +22,14 @@ from flax import nnx
 from experiments.shared import (
   cli,
   cluster,
+  dry_run,
   loop,
   model_card,
   report,
   resolve,
 )
-from experiments.shared.config import FinetuneConfig, from_config_dict, to_json
+from experiments.shared.config import FinetuneConfig, to_json
+from experiments.shared.config_flag import ConfigFlag
 from scca_jax import (
   adapters,
   assets,
@@ -41,7 +43,7 @@ from scca_jax import (
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.perplexity import Perplexity
 
-_CONFIG = cli.define_config("tiny")
+_CONFIG = ConfigFlag(FinetuneConfig, "tiny")
 _MODEL = flags.DEFINE_string(
   "model",
   None,
@@ -58,10 +60,15 @@ _OUTPUT_DIR = flags.DEFINE_string(
   "Folder of the run, from which an interrupted run resumes; by default runs/"
   " and the pattern.",
 )
+_DRY_RUN = flags.DEFINE_boolean(
+  "dry_run",
+  False,
+  "Print what the run would do: settings, shapes, pairs, tokens, memory.",
+)
 
 
 def _read_settings() -> FinetuneConfig:
-  run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
+  run = _CONFIG.read()
   if _MODEL.value is not None:
     run = dataclasses.replace(run, model=_MODEL.value)
   if _DATA.value is not None:
@@ -153,6 +160,10 @@ def main() -> None:
   dispatch.check_implementation(run.training.implementation)
   model_folder = resolve.model_path(run.model)
   resolved = resolve.resolve(run)
+  if _DRY_RUN.value:
+    text = run.data.train or assets.BOOKS_TUNE
+    dry_run.show(run, resolved, text, run.adapter)
+    return
   vocabulary = tokenizer.load(run.data.tokenizer or model_folder)
   folder_name = re.sub(r"[^\w.-]+", "-", run.pattern).strip("-")
   path = _OUTPUT_DIR.value or f"runs/{folder_name}"
@@ -275,4 +286,4 @@ def _finetune(
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, config=_CONFIG)

@@ -16,19 +16,18 @@ is enough.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from absl import flags
-from flax import nnx
 
 from experiments.shared import cli, resolve
-from experiments.shared.config import FinetuneConfig, from_config_dict
-from scca_jax import atomic_file, deviceless, memory, quantize, sharding
-from scca_jax.llama import Execution, Llama
+from experiments.shared.config import FinetuneConfig
+from experiments.shared.config_flag import ConfigFlag
+from scca_jax import atomic_file, deviceless, memory, sharding
+from scca_jax.llama import Execution
 
 # Contexts that --search tries are multiples of it, in tokens.
 _SEARCH_MULTIPLE = 1024
 
-_CONFIG = cli.define_config("tiny")
+_CONFIG = ConfigFlag(FinetuneConfig, "tiny")
 _MODEL = flags.DEFINE_string(
   "model", None, "Folder with a config.json; overrides config.model."
 )
@@ -78,18 +77,7 @@ def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
   train = run.training
   resolved = resolve.resolve(run, find_devices=False)
   card = memory.Card(_GPU.value, _FRACTION.value)
-  model = nnx.eval_shape(
-    lambda: quantize.quantize_model(
-      Llama(
-        resolved.target,
-        lora=run.adapter,
-        dtype=jnp.dtype(train.dtype),
-        param_dtype=jnp.dtype(train.param_dtype),
-        rngs=nnx.Rngs(0),
-      ),
-      train.quantize,
-    )
-  )
+  model = resolve.shapes(run, resolved.target, run.adapter)
   if _TASK.value == "train":
     return memory.plan_step(
       card,
@@ -147,7 +135,7 @@ def main() -> None:
   """
   # Nothing runs, so a GPU of this machine should keep its memory.
   jax.config.update("jax_platforms", "cpu")
-  run = from_config_dict(FinetuneConfig, cli.read_config(_CONFIG))
+  run = _CONFIG.read()
   if _MODEL.value is not None:
     run = dataclasses.replace(run, model=_MODEL.value)
   if _MESH.value is not None:
@@ -196,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, config=_CONFIG)

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from experiments.shared import cli, cluster, loop, resolve
-from experiments.shared.config import PretrainConfig, from_config_dict, to_json
+from experiments.shared import cli, cluster, dry_run, loop, resolve
+from experiments.shared.config import PretrainConfig, to_json
+from experiments.shared.config_flag import ConfigFlag
 from scca_jax import atomic_file, convert, dispatch, lora, tokenizer
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 
-_CONFIG = cli.define_config("tiny_pretrain")
+_CONFIG = ConfigFlag(PretrainConfig, "tiny_pretrain")
 _DATA = flags.DEFINE_string(
   "data",
   None,
@@ -33,10 +34,15 @@ _OUTPUT_DIR = flags.DEFINE_string(
   "runs/pretrain",
   "Folder of the run, from which an interrupted run resumes.",
 )
+_DRY_RUN = flags.DEFINE_boolean(
+  "dry_run",
+  False,
+  "Print what the run would do: settings, shapes, pairs, tokens, memory.",
+)
 
 
 def _read_settings() -> PretrainConfig:
-  run = from_config_dict(PretrainConfig, cli.read_config(_CONFIG))
+  run = _CONFIG.read()
   if _DATA.value is not None:
     run = dataclasses.replace(
       run, data=dataclasses.replace(run.data, train=_DATA.value)
@@ -86,6 +92,9 @@ def main() -> None:
   vocabulary = tokenizer.load(run.data.tokenizer or "")
   config = _model_config(run, vocabulary)
   resolved = resolve.lay_out(run, config, config)
+  if _DRY_RUN.value:
+    dry_run.show(run, resolved, run.data.train or "", None)
+    return
   with loop.output_dir(_OUTPUT_DIR.value, to_json(run)) as output_dir:
     _pretrain(run, resolved, vocabulary, output_dir)
 
@@ -169,4 +178,4 @@ def _pretrain(
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, config=_CONFIG)

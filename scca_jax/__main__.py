@@ -12,7 +12,6 @@ configs import `experiments.shared` as they do in a checkout.
 import ast
 import difflib
 import pathlib
-import re
 import runpy
 import sys
 
@@ -38,19 +37,6 @@ def _list_commands(root: pathlib.Path) -> dict[str, str]:
   return commands
 
 
-def _find_config(argument: str, root: pathlib.Path) -> str:
-  """Returns `--config=FILE` with the file of the package, if there is no other.
-
-  So `--config=configs/tiny.py` works in any folder.
-  """
-  found = re.fullmatch(r"--?config=(.+)", argument)
-  if found and not pathlib.Path(found[1]).exists():
-    shipped = root / found[1]
-    if shipped.is_file():
-      return f"--config={shipped}"
-  return argument
-
-
 def main() -> None:
   """Runs a subcommand; does not return."""
   root = _find_root()
@@ -72,7 +58,7 @@ def main() -> None:
     print(f"error: unknown command {name!r}: {hint}", file=sys.stderr)
     sys.exit(_EXIT_BAD_INPUT)
   sys.path.insert(0, str(root))
-  sys.argv[1:] = [_find_config(argument, root) for argument in arguments]
+  sys.argv[1:] = arguments
   runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
 
 

@@ -38,14 +38,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def _forget_commands():
   """Takes back the flags that commands define: each has its own `--data`."""
   for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
-    # A command run as a script is known by its file; `--config` and
-    # `--config.name` count as others'. Other flags of libraries and of
-    # experiments.shared.cli stay: those modules are not imported again.
+    # A command run as a script is known by its file; `--config` counts as
+    # another's. Other flags of libraries and of experiments.shared.cli stay:
+    # those modules are not imported again.
     for flag in list(its_flags):
       if flag.name in flags.FLAGS and (
-        module.endswith(".py")
-        or module.startswith("ml_collections")
-        or flag.name.split(".")[0] == "config"
+        module.endswith(".py") or flag.name == "config"
       ):
         delattr(flags.FLAGS, flag.name)
   flags.FLAGS.unparse_flags()

@@ -477,10 +477,10 @@ def test_bad_input_is_one_line(
   (tmp_path / "latin1.txt").write_bytes("caf\xe9 ".encode("latin1") * 500)
   change = [c.format(tmp=tmp_path) for c in change]
   output = tmp_path / "run"
-  # The last of a flag counts; the config file comes before what changes it.
-  given = [f"--output_dir={output}", *arguments, *change]
-  given.sort(key=lambda flag: not flag.startswith("--config="))
-  status = run_command("finetune", *given)
+  # The last of a flag counts.
+  status = run_command(
+    "finetune", f"--output_dir={output}", *arguments, *change
+  )
   errors = [
     line
     for line in capsys.readouterr().err.splitlines()
@@ -491,6 +491,36 @@ def test_bad_input_is_one_line(
   assert re.search(said, errors[0])
   # Nothing that the command, put right, would take for another run.
   assert not (output / "config.json").exists()
+
+
+def test_a_dry_run_tells_what_it_would_do_and_writes_nothing(
+  run_command, capsys, base, tmp_path
+):
+  np.zeros(1000, np.uint16).tofile(tmp_path / "a.bin")
+  status = run_command(
+    "finetune",
+    "--dry_run",
+    f"--model={base}",
+    f"--data={tmp_path / 'a.bin'}",
+    f"--output_dir={tmp_path / 'run'}",
+    "--config.training.steps=50",
+    "--config.training.seq_len=64",
+    "--config.training.batch_size=2",
+    "--config.pattern=layers(local(chunk_size=16), dense=(1,))",
+    "--config.training.dense_fraction=0.2",
+  )
+  printed = capsys.readouterr().out
+  assert status == 0
+  assert not (tmp_path / "run").exists()
+  assert "  config.training.steps = 50\n" in printed
+  # In 4 heads: 4 chunks of 16 tokens, and all pairs up to the diagonal.
+  local, dense = 4 * 4 * 16 * 17 // 2, 4 * 64 * 65 // 2
+  lines = [line.split() for line in printed.splitlines()]
+  assert ["0", f"{local:,}", f"{local / dense:.3f}"] in [x[:3] for x in lines]
+  assert ["1", f"{dense:,}", "1.000", "dense"] in [x[:4] for x in lines]
+  assert "128 tokens a step, 6,400 in 50 steps, the last 10 dense" in printed
+  assert "1,000 tokens, 6.40 times" in printed
+  assert re.search(r"compiles to 0\.\d\d GiB", printed)
 
 
 def test_a_run_with_other_settings_is_not_mixed_in(

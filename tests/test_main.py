@@ -62,15 +62,6 @@ def test_a_command_runs_from_any_folder(tmp_path):
   assert "error: " in ended.stderr and "rows" in ended.stderr
 
 
-def test_a_config_of_the_user_comes_first(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  flag = "--config=configs/tiny.py"
-  assert scca._find_config(flag, ROOT) == f"--config={ROOT / 'configs/tiny.py'}"
-  (tmp_path / "configs").mkdir()
-  (tmp_path / "configs" / "tiny.py").touch()
-  assert scca._find_config(flag, ROOT) == flag
-
-
 def test_a_wheel_has_every_package():
   settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))
   listed = set(settings["tool"]["setuptools"]["packages"])

@@ -10,28 +10,28 @@ another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
 import functools
+import inspect
 import os
 import pathlib
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from logging import CRITICAL, getLogger
 from typing import Any, NoReturn
 
 import jax
-import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
+
+from experiments.shared import config_flag
+from scca_jax import __version__
 
 _TRACEBACK = flags.DEFINE_boolean(
   "traceback", False, "Show the Python traceback of an error in the input."
 )
 EXIT_BAD_INPUT = 2
-
-_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-
-# `--config` belongs to the command that asks for it.
-flags.disclaim_key_flags()
+_HELP = ("--help", "-help", "-h", "-?", "--helpfull", "--helpshort")
 
 
 def _one_line(error: BaseException) -> str:
@@ -58,9 +58,13 @@ def _fail(error: BaseException) -> NoReturn:
   sys.exit(EXIT_BAD_INPUT)
 
 
-def _parse_flags(argv: list[str], files: Sequence[str]) -> list[str]:
+def _parse_flags(
+  argv: list[str],
+  files: Sequence[str],
+  config: config_flag.ConfigFlag[Any] | None,
+) -> list[str]:
   try:
-    rest = flags.FLAGS(argv)
+    rest = flags.FLAGS(config.take(argv) if config else argv)
     if len(rest) > 1 + len(files):
       raise flags.Error(
         f"unexpected argument {rest[1 + len(files)]!r}: settings are given as"
@@ -70,57 +74,49 @@ def _parse_flags(argv: list[str], files: Sequence[str]) -> list[str]:
       raise flags.Error(
         f"give the files {' '.join(files)}, got {' '.join(rest[1:]) or 'none'}."
       )
-  except Exception as error:  # A config file may fail in any way of its own.
+  except flags.UnrecognizedFlagError as error:
+    names = [*(f.name for f in _own_flags()), *(config.names if config else ())]
+    _fail(ValueError(config_flag.unknown(error.flagname, names)))
+  except (flags.Error, ValueError) as error:
     _fail(error)
   return rest
 
 
-def define_config(default: str) -> flags.FlagHolder:
-  """Returns the flag `--config`, with `--config.name` for each setting.
+def _own_flags() -> list[flags.Flag]:
+  """Returns the flags of the command, by name."""
+  own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+  own = {flag.name: flag for flag in [*own, flags.FLAGS["traceback"]]}
+  return [own[name] for name in sorted(own)]
 
-  Defining the flag reads the settings, so a wrong one ends the command here.
 
-  Args:
-    default: Name in `configs/` of the config if no other is given.
-  """
-  try:
-    return config_flags.DEFINE_config_file(
-      "config",
-      str(_CONFIGS / f"{default}.py"),
-      "Settings of the run (configs/*.py).",
+def _help(
+  main: Callable[..., None],
+  files: Sequence[str],
+  config: config_flag.ConfigFlag[Any] | None,
+) -> str:
+  """Returns what `--help` prints: the command, its flags, its settings."""
+  width = min(100, shutil.get_terminal_size().columns)
+  text = inspect.cleandoc(main.__globals__["__doc__"] or "")
+  spec = main.__globals__["__spec__"]
+  command = spec.name if spec else pathlib.Path(sys.argv[0]).stem
+  usage = ["usage: scca", command.rpartition(".")[2], *files, "[--FLAG=VALUE"]
+  usage[-1] += " ...] [--config.NAME=VALUE ...]" if config else " ...]"
+  lines = [" ".join(usage), "", text, "", "Flags:"]
+  for flag in _own_flags():
+    kind = flag.flag_type()
+    choices = getattr(flag, "enum_values", None)
+    if choices:
+      kind = ", ".join(choices)
+    default = "" if flag.default is None else f" (default {flag.default!r})"
+    lines.append(f"  --{flag.name}: {kind}{default}")
+    lines += textwrap.wrap(
+      flag.help or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6
     )
-  except (AttributeError, KeyError) as error:
-    text = str(error.args[0])
-    near = re.search(r'(\w+)\W+n?Did you mean "(\w+)"', text)
-    if near:
-      text = f"{near[1]}: did you mean {near[2]}?"
-    text = text.strip(" '\"")
-    _fail(ValueError(f"unknown setting {text}"))
-  except TypeError:
-    # One of them has a dot behind a setting that is not a group.
-    given = [a.split("=")[0] for a in sys.argv if a.startswith("--config.")]
-    _fail(ValueError(f"unknown setting among {', '.join(given)}."))
-  except Exception as error:  # A config file may fail in any way of its own.
-    _fail(error)
-
-
-def read_config(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
-  """Returns the settings behind `--config`.
-
-  Raises:
-    ValueError: The file is missing or fails.
-  """
-  settings = flag.value
-  if not isinstance(settings, ml_collections.ConfigDict):
-    # ml_collections keeps the failure and raises it on the first access.
-    try:
-      _ = settings.settings
-    except Exception as error:
-      raise ValueError(f"the config file cannot be read: {error}") from error
-    raise ValueError(
-      "get_config() of the config file must return a ConfigDict."
-    )
-  return settings
+  if config:
+    flags.FLAGS(config.take([a for a in sys.argv if a not in _HELP]))
+    lines += ["", f"Settings (here: what {config.path()} and flags make them):"]
+    lines.append(config.help(width))
+  return "\n".join(lines)
 
 
 def _keep_compiled() -> None:
@@ -170,15 +166,20 @@ def _quieten_orbax() -> None:
 def run(
   main: Callable[..., None],
   *,
+  config: config_flag.ConfigFlag[Any] | None = None,
   files: Sequence[str] = (),
   has_flags: bool = True,
 ) -> None:
   """Runs `main(*files)` with the flags parsed; does not return.
 
+  `--help` lists flags and settings, `--version` names the version; both end
+  with status 0.
+
   Args:
     main: The command. Its ValueError, OSError and NotImplementedError are about
       its input: their message is printed as one line and the exit status is 2.
       The same holds for a device that is out of memory.
+    config: The settings of the command, if it has any.
     files: What messages call the files that the command takes beside flags.
     has_flags: Whether the command line is ours to parse; otherwise `main` does.
   """
@@ -202,6 +203,17 @@ def run(
       _fail(exhausted)
 
   def parse(argv: list[str]) -> list[str]:
-    return _parse_flags(argv, files) if has_flags else flags.FLAGS(argv[:1])
+    if not has_flags:
+      return flags.FLAGS(argv[:1])
+    if "--version" in argv:
+      print(f"scca_jax {__version__}")
+      sys.exit()
+    if any(word in _HELP for word in argv):
+      try:
+        print(_help(main, files, config))
+      except (flags.Error, ValueError) as error:
+        _fail(error)
+      sys.exit()
+    return _parse_flags(argv, files, config)
 
   app.run(guarded, flags_parser=parse)

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import ml_collections
@@ -316,7 +317,7 @@ class PretrainConfig:
       )
 
 
-def _without_none(kind: Any) -> Any:
+def without_none(kind: Any) -> Any:
   """Returns `T` for `T | None`, and any other annotation as it is."""
   if isinstance(kind, types.UnionType) or typing.get_origin(kind) is (
     typing.Union
@@ -338,7 +339,7 @@ def to_config_dict(settings: Any) -> ml_collections.ConfigDict:
       value = to_config_dict(value)
     elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
       value = tuple(map(to_config_dict, value))
-    elif (kind := _without_none(hints[field.name])) is not hints[field.name]:
+    elif (kind := without_none(hints[field.name])) is not hints[field.name]:
       value = config_dict.FieldReference(value, typing.get_origin(kind) or kind)
     result[field.name] = value
   return result
@@ -346,7 +347,7 @@ def to_config_dict(settings: Any) -> ml_collections.ConfigDict:
 
 def _checked(value: Any, kind: Any, name: str) -> Any:
   """Returns the value if it has the annotated type."""
-  allowed = _without_none(kind)
+  allowed = without_none(kind)
   # A flag cannot say None otherwise.
   if allowed is not kind and (value is None or value in ("None", "none")):
     return None
@@ -408,3 +409,14 @@ def from_config_dict(
 def to_json(settings: Any) -> dict[str, Any]:
   """Returns the settings as JSON types, to be saved with a result."""
   return dataclasses.asdict(settings)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns settings from `to_json` by dotted name."""
+  found = {}
+  for name, value in settings.items():
+    if isinstance(value, dict):
+      found |= flat(value, f"{prefix}{name}.")
+    else:
+      found[prefix + name] = value
+  return found

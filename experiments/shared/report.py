@@ -18,7 +18,7 @@ import flax
 import jax
 
 from experiments.shared import loop, position_plot
-from experiments.shared.config import FinetuneConfig, to_json
+from experiments.shared.config import FinetuneConfig, flat, to_json
 from scca_jax import __version__, atomic_file, bootstrap
 from scca_jax.perplexity import Perplexity
 
@@ -146,25 +146,15 @@ def _facts(summary: Mapping[str, Any]) -> str:
 
 def _settings(run: FinetuneConfig) -> str:
   """Returns the settings that are not the defaults of `FinetuneConfig`."""
-  defaults = _flat(to_json(FinetuneConfig()))
+  defaults = flat(to_json(FinetuneConfig()))
   lines = [
     [f"`config.{name}`", f"`{value}`", f"`{defaults.get(name)}`"]
-    for name, value in _flat(to_json(run)).items()
+    for name, value in flat(to_json(run)).items()
     if value != defaults.get(name)
   ]
   if not lines:
     return "All settings are the defaults.\n"
   return _table(["setting", "value", "default"], lines)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  found = {}
-  for name, value in settings.items():
-    if isinstance(value, dict):
-      found |= _flat(value, f"{prefix}{name}.")
-    else:
-      found[prefix + name] = value
-  return found
 
 
 def _draw(folder: pathlib.Path, results: Mapping[str, Perplexity]) -> None:

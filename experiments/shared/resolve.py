@@ -10,7 +10,9 @@ import hashlib
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 from absl import logging
+from flax import nnx
 from jax.sharding import Mesh
 
 from experiments.shared import cluster
@@ -23,12 +25,14 @@ from scca_jax import (
   convert,
   patterns,
   perplexity,
+  quantize,
   sharding,
   training,
 )
 from scca_jax.documents import read_documents
 from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
+from scca_jax.lora import LoraConfig
 from scca_jax.patterns import AttentionPattern, Mixture
 from scca_jax.perplexity import Perplexity
 from scca_jax.rope import RopeScaling
@@ -173,6 +177,33 @@ def trained_or_made(
       f" one in place of {shared_flags.TRAINING}."
     )
   return layers
+
+
+def shapes(
+  run: FinetuneConfig | PretrainConfig,
+  config: LlamaConfig,
+  adapter: LoraConfig | None,
+) -> Llama:
+  """Returns the model of a run with shapes in place of arrays.
+
+  Args:
+    run: Its settings.
+    config: Sizes of the model.
+    adapter: The adapter that is trained, or None.
+  """
+  train = run.training
+  return nnx.eval_shape(
+    lambda: quantize.quantize_model(
+      Llama(
+        config,
+        lora=adapter,
+        dtype=jnp.dtype(train.dtype),
+        param_dtype=jnp.dtype(train.param_dtype),
+        rngs=nnx.Rngs(0),
+      ),
+      train.quantize,
+    )
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
