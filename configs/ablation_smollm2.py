@@ -1,17 +1,14 @@
-r"""Which pattern and which recipe take SmolLM2-135M from 8k to 32k?
+"""Which pattern and which recipe take SmolLM2-135M from 8k to 32k?
 
 Hardware: one H100, in stages that fit a call of ten minutes each; the same
-command resumes. Command, with the user's own weights and text: `python -m
-experiments.ablate --config=configs/ablation_smollm2.py
---output_dir=runs/ablation_smollm2 --config.run.model=smollm2/
---config.run.data.train=train.bin --config.run.data.test=verdict.bin`, first
-with `--arms=` the names of RECIPES, then of PATTERNS.
-Expected: not run yet. `--dry_run` lists the arms with their pairs.
+command resumes. Commands, with the user's own weights and text, and what came
+of them: experiments/results/ablation_smollm2. `--dry_run` lists the arms with
+their pairs.
 
-`train.bin` ends with the documents that validate; none of `verdict.bin` may be
-among them. The recipe is sought one factor at a time around ntk x8, rank 32 and
-a learning rate of 3e-3, which a pilot of eleven runs ended with (one seed); the
-patterns have a third of dense attention's pairs, or as near as they get.
+`train.bin` ends with the ten books that validate; `verdict.bin` is ten others.
+The recipe is sought one factor at a time: rope scaling with two patterns, then
+the rest with the best scaling. The patterns have a third of dense attention's
+pairs, or as near as they get.
 """
 
 import dataclasses
@@ -33,51 +30,72 @@ from experiments.shared.config import (
 from scca_jax.lora import LoraConfig
 from scca_jax.training import OptimizerConfig
 
-NTK8 = RopeConfig(kind="ntk", factor=8.0)
-FIXED = ArmConfig(name="fixed", pattern="scca_fixed", rope=NTK8)
+# What the other factors, and then the patterns, are tried with.
+ROPE = RopeConfig(kind="ntk", factor=8.0)
+RATE = 3e-3
 
-# One factor at a time; 4 million tokens each, half of the study's.
+# Nothing tuned: the model as it is, and the rope scalings alone.
+UNTUNED = (
+  ArmConfig(name="untuned", tuning="none"),
+  ArmConfig(name="untuned-scaled", tuning="none", rope=ROPE),
+)
+# 4 million tokens each, half of what the patterns get.
+ROPES = tuple(
+  ArmConfig(
+    name=f"{pattern.removeprefix('scca_')}-{kind}{factor}",
+    pattern=pattern,
+    rope=RopeConfig(kind=kind, factor=float(factor)),
+    steps_fraction=0.5,
+    learning_rates=(RATE,),
+  )
+  for pattern in ("scca_fixed", "s2")
+  for kind, factor in (
+    ("linear", 4),
+    ("yarn", 4),
+    ("yarn", 8),
+    ("ntk", 4),
+    ("ntk", 8),
+    ("ntk", 16),
+  )
+)
+_S2 = ArmConfig(
+  name="s2", pattern="s2", rope=ROPE, steps_fraction=0.5, learning_rates=(RATE,)
+)
 RECIPES = tuple(
-  dataclasses.replace(FIXED, name=name, steps_fraction=0.5, **changes)
+  dataclasses.replace(_S2, name=f"s2-{name}", **changes)
   for name, changes in {
-    "rope-linear4": {"rope": RopeConfig(kind="linear", factor=4.0)},
-    "rope-yarn4": {"rope": RopeConfig(kind="yarn", factor=4.0)},
-    "rope-ntk4": {"rope": RopeConfig(kind="ntk", factor=4.0)},
-    "rope-ntk8": {},
-    "rope-ntk16": {"rope": RopeConfig(kind="ntk", factor=16.0)},
+    "rates": {"learning_rates": (1e-3, RATE, 1e-2)},
+    "rank8": {"rank": 8},
+    "rank128": {"rank": 128},
+    "adapters-alone": {"train_norms": False},
     "embeddings": {"train_embeddings": True, "embedding_ratio": 0.1},
-    "lora-plus": {
-      "lora_b_ratio": 16.0,
-      "learning_rates": (2e-4, 5e-4),
-    },
+    "lora-plus": {"lora_b_ratio": 16.0, "learning_rates": (3e-4, 1e-3)},
     "full": {"tuning": "full", "learning_rates": (1e-4, 3e-4)},
   }.items()
 )
-# At a third of the pairs, 8 million tokens each.
-PATTERNS = (
-  FIXED,
-  *(
-    ArmConfig(name=name, pattern=pattern, rope=NTK8)
-    for name, pattern in {
-      "s2": "s2(chunk_size=12288)",
-      "sliding": "sliding(window=6016)",
-      "flow": "scca_flow(boundary='local')",
-      "longmixed": "longmixed(chunk_size=6144)",
-      "near": "scca_near(chunk_size=5461)",
-      "near-sinks": "scca_near(chunk_size=5461, sinks=4)",
-    }.items()
-  ),
-  ArmConfig(
-    name="s2-dense-eighth", pattern="s2", rope=NTK8, dense_fraction=0.125
-  ),
-  ArmConfig(
-    name="s2-dense-layers",
-    pattern="layers(s2(chunk_size=8192), dense=(3, 11, 19, 27))",
-    rope=NTK8,
-  ),
-  ArmConfig(name="pose", rope=NTK8, skip_window=8192),
-  # As many dense steps as take the seconds of `fixed` (measured: about half).
-  ArmConfig(name="dense-same-seconds", rope=NTK8, steps_fraction=0.5),
+# 8 million tokens each, at a third of the pairs.
+PATTERNS = tuple(
+  ArmConfig(name=name, pattern=pattern, rope=ROPE, **changes)
+  for name, pattern, changes in (
+    ("fixed", "scca_fixed", {}),
+    ("s2", "s2(chunk_size=12288)", {}),
+    ("sliding", "sliding(window=6016)", {}),
+    ("flow", "scca_flow(boundary='local')", {}),
+    ("longmixed", "longmixed(chunk_size=6144)", {}),
+    ("near", "scca_near(chunk_size=5461)", {}),
+    ("near-sinks", "scca_near(chunk_size=5461, sinks=4)", {}),
+    ("s2-dense-eighth", "s2", {"dense_fraction": 0.125}),
+    (
+      "s2-dense-layers",
+      "layers(s2(chunk_size=8192), dense=(3, 11, 19, 27))",
+      {},
+    ),
+    ("pose", "dense", {"skip_window": 8192}),
+    # As many dense steps as take the seconds of `fixed`, about half.
+    ("dense-same-seconds", "dense", {"steps_fraction": 0.5}),
+    # Each token is given 8k, the length of pretraining.
+    ("dense-8k", "local(chunk_size=8192)", {}),
+  )
 )
 
 
@@ -88,7 +106,7 @@ def get_config():
       run=FinetuneConfig(
         model="smollm2-135m",
         lora=LoraConfig(rank=32, alpha=64.0, train_embeddings=False),
-        data=DataConfig(held_out=2),
+        data=DataConfig(held_out=10),
         optimizer=OptimizerConfig(
           schedule="cosine", warmup_steps=10, final_fraction=0.1
         ),
@@ -98,16 +116,22 @@ def get_config():
           num_micro_batches=4,
           steps=60,
           dtype="bfloat16",
-          remat="layer",
+          remat="projections",
         ),
         evaluation=EvaluationConfig(
           context_lens=(8192, 32768), num_windows=32, batch_tokens=32768
         ),
       ),
-      arms=(ArmConfig(name="dense", rope=NTK8), *PATTERNS, *RECIPES),
-      learning_rates=(3e-3, 6e-3),
+      arms=(
+        ArmConfig(name="dense", rope=ROPE),
+        *UNTUNED,
+        *PATTERNS,
+        *ROPES,
+        *RECIPES,
+      ),
+      learning_rates=(RATE,),
       seeds=(0,),
-      validation_windows=16,
+      validation_windows=32,
       looks=4,
       look_windows=8,
       tasks=TasksConfig(

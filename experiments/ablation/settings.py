@@ -1,6 +1,7 @@
 """Settings of a study: what its arms share, and how each one differs."""
 
 import dataclasses
+import math
 
 from experiments.shared.config import FinetuneConfig, RopeConfig
 from scca_jax import tasks
@@ -22,8 +23,10 @@ class ArmConfig:
     steps_fraction: Share of the study's steps that are made, for arms that get
       fewer tokens.
     tuning: "lora", "full" (every parameter) or "none" (the model as it is).
-    train_embeddings: Whether LoRA trains embeddings too; None does what the
-      study does.
+    rank: Rank of LoRA, with the study's `alpha / rank`; None takes the study's.
+    train_norms: Whether LoRA trains the norms too; None does what the study
+      does.
+    train_embeddings: The same for the embeddings.
     embedding_ratio: See `OptimizerConfig`.
     lora_b_ratio: See `OptimizerConfig`.
     skip_window: Length of PoSE's short windows, whose positions skip up to the
@@ -37,6 +40,8 @@ class ArmConfig:
   dense_fraction: float = 0.0
   steps_fraction: float = 1.0
   tuning: str = "lora"
+  rank: int | None = None
+  train_norms: bool | None = None
   train_embeddings: bool | None = None
   embedding_ratio: float = 1.0
   lora_b_ratio: float = 1.0
@@ -212,13 +217,17 @@ class AblationConfig:
         train,
         seq_len=arm.skip_window,
         batch_size=batch_size,
-        num_micro_batches=1,
+        num_micro_batches=math.gcd(batch_size, train.num_micro_batches),
       )
     adapter = run.lora
-    if arm.train_embeddings is not None:
-      adapter = dataclasses.replace(
-        adapter, train_embeddings=arm.train_embeddings
-      )
+    changes = {
+      name: getattr(arm, name)
+      for name in ("rank", "train_norms", "train_embeddings")
+      if getattr(arm, name) is not None
+    }
+    if "rank" in changes:
+      changes["alpha"] = adapter.alpha * changes["rank"] / adapter.rank
+    adapter = dataclasses.replace(adapter, **changes)
     return dataclasses.replace(
       run,
       pattern=arm.pattern,
