@@ -283,6 +283,11 @@ def _plan(context_lens: tuple[int, ...]) -> task_scores.Plan:
   )
 
 
+def _bar(total: int, unit: str) -> tqdm:
+  """Returns a progress bar, which a log does not get: it is one long line."""
+  return tqdm(total=total, unit=unit, mininterval=0.5, disable=None)
+
+
 def _measure(
   model: Llama,
   tokens: TokenFile,
@@ -299,7 +304,7 @@ def _measure(
     bos_id: Token that starts a document, or None.
     num_windows: Windows of all lengths together.
   """
-  with tqdm(total=num_windows, unit="window", mininterval=0.5) as bar:
+  with _bar(num_windows, "window") as bar:
     return {
       context_len: perplexity.perplexity(
         model,
@@ -334,9 +339,7 @@ def _measure_gains(
     starts, size = perplexity.gain_windows(
       context_len, short_len, _GAIN_STRIDE.value
     )
-    with tqdm(
-      total=len(starts) * len(windows.starts), unit="window", mininterval=0.5
-    ) as bar:
+    with _bar(len(starts) * len(windows.starts), "window") as bar:
       gain = perplexity.context_gain(
         model,
         tokens,
@@ -473,7 +476,7 @@ def main() -> None:
         _write_positions(_POSITIONS.value, results, tokens, about)
   scores: task_scores.Scores = {}
   if vocabulary is not None and plan is not None:
-    with tqdm(total=plan.total, unit="sample", mininterval=0.5) as bar:
+    with _bar(plan.total, "sample") as bar:
       scores = task_scores.measure(
         model,
         vocabulary,

@@ -27,7 +27,9 @@ from experiments.shared import (
   model_card,
   report,
   resolve,
+  task_scores,
 )
+from experiments.shared import flags as shared_flags
 from experiments.shared.config import FinetuneConfig, to_json
 from experiments.shared.config_flag import ConfigFlag
 from scca_jax import (
@@ -60,6 +62,7 @@ _OUTPUT_DIR = flags.DEFINE_string(
   "Folder of the run, from which an interrupted run resumes; by default runs/"
   " and the pattern.",
 )
+_WANDB = shared_flags.define_wandb()
 _DRY_RUN = flags.DEFINE_boolean(
   "dry_run",
   False,
@@ -204,6 +207,14 @@ def _finetune(
     bos_id=vocabulary.bos_id,
     context_lens=tuple(sorted({base.context_len, train.seq_len})),
   )
+  plan = task_scores.of_run(run.evaluation, evaluator.context_lens, vocabulary)
+  scores: dict[str, task_scores.Scores] = {}
+
+  def measure(name: str, model: Any) -> dict[int, Perplexity]:
+    if plan is not None:
+      scores[name] = evaluator.score(model, vocabulary, plan)
+    return evaluator.at_end(model)
+
   print(
     f"{model_folder.name}: {base.context_len:,} -> {train.seq_len:,} tokens,"
     f" {run.pattern},"
@@ -220,6 +231,7 @@ def _finetune(
     batches=batches,
     output_dir=output_dir,
     evaluate=evaluator.on_the_way,
+    wandb_project=_WANDB.value,
   )
   tuned_to = output_dir / ("adapter" if run.adapter else "model")
   trained = loop.to_host(result.model, trainable)
@@ -238,17 +250,21 @@ def _finetune(
       )
       convert.save_model(trained, tuned_to, dtype=jnp.dtype(train.param_dtype))
   final_loss, speed = result.final_loss, result.tokens_per_second
-  tuned = evaluator.at_end(result.model)
+  tuned = measure("tuned", result.model)
   # Free one model before the next is read: the device may not hold two.
   del result, trained
   rows = {
-    "untuned": evaluator.at_end(_load(run, base, None, mesh)),
-    "interpolated": evaluator.at_end(_load(run, target, None, mesh)),
+    "untuned": measure("untuned", _load(run, base, None, mesh)),
+    "interpolated": measure("interpolated", _load(run, target, None, mesh)),
     "tuned": tuned,
   }
   if not cluster.is_primary():
     return
   summary = _summary(run, base.context_len, final_loss, speed, rows)
+  if scores:
+    summary["tasks"] = {
+      name: task_scores.as_json(scores[name]) for name in rows
+    }
   atomic_file.write_json(output_dir / "summary.json", summary)
   record = {
     "recipe": model_card.recipe(run),
@@ -270,7 +286,11 @@ def _finetune(
     adapter=run.adapter,
     run=record,
   )
-  report_path = report.write(output_dir, run, rows, summary)
+  title = (
+    f"{run.model or 'The embedded model'}: {base.context_len:,} to"
+    f" {train.seq_len:,} tokens"
+  )
+  report_path = report.write(output_dir, title, run, rows, summary)
   windows = tuned[max(tuned)].num_windows
   print(
     f"\n{run.evaluation.protocol} protocol, {windows} windows per length,"

@@ -3,6 +3,7 @@
 python -m experiments.generate --prompt="It was the best of times"
 python -m experiments.generate --model=llama/ --adapter=runs/a/adapter \
   --prompts=prompts.jsonl --output=answers.jsonl --temperature=0.8 --top_p=0.95
+python -m experiments.generate --model=llama-chat/ --chat --prompt="Who?"
 
 One prompt is answered on the terminal as it is made; the prompts of a file go
 through the model together.
@@ -19,6 +20,7 @@ from experiments.shared import flags as shared_flags
 from scca_jax import (
   assets,
   atomic_file,
+  chat,
   convert,
   dispatch,
   documents,
@@ -42,6 +44,15 @@ _PROMPTS = flags.DEFINE_string(
   "prompts",
   None,
   "Texts to continue: .jsonl with a field prompt, or .txt, a line each.",
+)
+_CHAT = flags.DEFINE_boolean(
+  "chat",
+  False,
+  "Ask each prompt as a user does, by the model's chat template, and show the"
+  " answer alone.",
+)
+_SYSTEM = flags.DEFINE_string(
+  "system", None, "System message in front of each question; with --chat."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 128, "Most tokens that a prompt gets."
@@ -76,6 +87,9 @@ def _check_flags() -> None:
   """Checks what can be checked before a file is read."""
   if (_PROMPT.value is None) == (_PROMPTS.value is None):
     raise ValueError("give either --prompt=TEXT or --prompts=FILE.")
+  if _SYSTEM.value is not None and not _CHAT.value:
+    raise ValueError("--system is a message of a chat: give --chat, too.")
+  documents.check_text("--system", _SYSTEM.value or "")
   for pattern in (_PREFILL_PATTERN, _DECODE_PATTERN):
     shared_flags.check_trained(pattern, _ADAPTER)
   dispatch.check_implementation(_IMPLEMENTATION.value)
@@ -98,6 +112,19 @@ def read_prompts(path: pathlib.Path) -> list[str]:
   if not prompts:
     raise ValueError(f"{path} has no prompt.")
   return prompts
+
+
+def _ask(
+  template: chat.ChatTemplate, vocabulary: tokenizer.Tokenizer, texts: list[str]
+) -> list[list[int]]:
+  """Returns the ids of each text as a user's question."""
+  first = (
+    [{"role": "system", "content": _SYSTEM.value}] if _SYSTEM.value else []
+  )
+  return [
+    template.encode(vocabulary, [*first, {"role": "user", "content": text}])
+    for text in texts
+  ]
 
 
 class _Printer:
@@ -142,7 +169,10 @@ def main() -> None:
   )
   source = pathlib.Path(_MODEL.value or assets.MODEL)
   vocabulary = tokenizer.load(_TOKENIZER.value or source)
-  prompts = vocabulary.encode_prompts(texts)
+  if _CHAT.value:
+    prompts = _ask(chat.load(_TOKENIZER.value or source), vocabulary, texts)
+  else:
+    prompts = vocabulary.encode_prompts(texts)
   dtype = jnp.dtype(_DTYPE.value)
   model = resolve.load_model(
     source,
@@ -172,7 +202,8 @@ def main() -> None:
   )
   printer = None
   if _PROMPT.value is not None:
-    print(_PROMPT.value, end="", flush=True)
+    if not _CHAT.value:
+      print(_PROMPT.value, end="", flush=True)
     printer = _Printer(vocabulary, prompts[0])
   answers: list[list[int]] = [[] for _ in prompts]
   for tokens in generation.stream(
@@ -207,7 +238,8 @@ def main() -> None:
     print(flush=True)
   else:
     for row in rows:
-      print(f"{row['prompt']}{row['continuation']}\n", flush=True)
+      asked = f"{row['prompt']}\n\n" if _CHAT.value else row["prompt"]
+      print(f"{asked}{row['continuation']}\n", flush=True)
   if _OUTPUT.value is not None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     atomic_file.write(_OUTPUT.value, "".join(lines).encode())

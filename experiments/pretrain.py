@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from absl import flags
 from flax import nnx
 
-from experiments.shared import cli, cluster, dry_run, loop, resolve
+from experiments.shared import cli, cluster, dry_run, loop, report, resolve
+from experiments.shared import flags as shared_flags
 from experiments.shared.config import PretrainConfig, to_json
 from experiments.shared.config_flag import ConfigFlag
-from scca_jax import atomic_file, convert, dispatch, lora, tokenizer
+from scca_jax import atomic_file, convert, dispatch, lora, memory, tokenizer
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 
@@ -34,6 +35,7 @@ _OUTPUT_DIR = flags.DEFINE_string(
   "runs/pretrain",
   "Folder of the run, from which an interrupted run resumes.",
 )
+_WANDB = shared_flags.define_wandb()
 _DRY_RUN = flags.DEFINE_boolean(
   "dry_run",
   False,
@@ -146,6 +148,7 @@ def _pretrain(
     batches=batches,
     output_dir=output_dir,
     evaluate=evaluator.on_the_way if evaluator else None,
+    wandb_project=_WANDB.value,
   )
   folder = output_dir / "model"
   trained = loop.to_host(result.model, lora.trainable(None))
@@ -163,9 +166,12 @@ def _pretrain(
     "steps": train.steps,
     "final_loss": result.final_loss,
     "tokens_per_second": result.tokens_per_second,
+    "peak_bytes": memory.measured_bytes(jax.local_devices()),
   }
+  rows = {}
   if evaluator is not None:
     protocol, found = run.evaluation.protocol, evaluator.at_end(result.model)
+    rows["pretrained"] = found
     summary["perplexity"] = {"protocol": protocol} | {
       str(n): measured.perplexity for n, measured in found.items()
     }
@@ -174,7 +180,10 @@ def _pretrain(
   if not cluster.is_primary():
     return
   atomic_file.write_json(output_dir / "summary.json", summary)
+  title = f"A model of {num_params:,} parameters, {train.seq_len:,} tokens"
+  path = report.write(output_dir, title, run, rows, summary)
   print(f"model: {folder}\nsummary: {output_dir / 'summary.json'}")
+  print(f"report: {path}")
 
 
 if __name__ == "__main__":

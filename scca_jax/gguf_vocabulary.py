@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from scca_jax import gguf_file, gguf_tokenizer, json_file, tokenizer
+from scca_jax import chat, gguf_file, gguf_tokenizer, tokenizer
 from scca_jax.llama_config import LlamaConfig
 
 # Types of tokens.
@@ -66,19 +66,6 @@ class _Vocabulary(gguf_file.GgufFile):
     self.path = path
     self._reader = _Metadata(fields)
     self._fields = {}
-
-
-def _chat_template(folder: pathlib.Path) -> str | None:
-  """Returns the chat template of a folder, the default one of several."""
-  path = folder / "chat_template.jinja"
-  if path.is_file():
-    return path.read_text(encoding="utf-8")
-  path = folder / "tokenizer_config.json"
-  template = json_file.read(path).get("chat_template") if path.is_file() else ""
-  if isinstance(template, list):
-    by_name = {t.get("name"): t.get("template") for t in template}
-    template = by_name.get("default")
-  return template
 
 
 def _of_pieces(words: tokenizer.SentencePieceTokenizer) -> dict[str, Any]:
@@ -278,7 +265,7 @@ def fields(
       read = tokenizer.from_gguf(_Vocabulary(path, found))
       difference = _difference(words, read, words.vocab_size)
       if difference is None:
-        template = _chat_template(source)
+        template = chat.template_text(source)
         return found | ({_TEMPLATE: template} if template else {})
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error

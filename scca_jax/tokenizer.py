@@ -89,6 +89,14 @@ class Tokenizer(abc.ABC):
     An id beyond the vocabulary stands for nothing, as for transformers.
     """
 
+  @abc.abstractmethod
+  def with_special_tokens(self) -> "Tokenizer":
+    """Returns a tokenizer for which names of special tokens are these tokens.
+
+    Chat templates write conversations so; text from elsewhere should not be
+    read like that.
+    """
+
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text` alone: no token is added before or after.
 
@@ -182,6 +190,19 @@ class SentencePieceTokenizer(Tokenizer):
         yield processor, line
         processor = self._behind_lines
 
+  def with_special_tokens(self) -> "SentencePieceTokenizer":
+    """Returns the tokenizer with all control tokens among the added ones."""
+    tokens = dict(self.added.tokens) if self.added else {}
+    for i in range(self.processor.get_piece_size()):
+      if self.processor.is_control(i):
+        tokens[i] = tokenizers.AddedToken(
+          self.processor.id_to_piece(i), normalized=False
+        )
+    # A special one would be left in the text.
+    for token in tokens.values():
+      token.special = False
+    return dataclasses.replace(self, added=_AddedTokens(tokens))
+
   @functools.cached_property
   def _behind_lines(self) -> sentencepiece.SentencePieceProcessor | None:
     """Encodes what stands behind a line end, None if what is before matters.
@@ -273,6 +294,12 @@ class HuggingFaceTokenizer(Tokenizer):
       list(texts), add_special_tokens=False
     )
     return [encoding.ids for encoding in encodings]
+
+  def with_special_tokens(self) -> "HuggingFaceTokenizer":
+    """Returns the tokenizer with special tokens cut out of the text."""
+    processor = tokenizers.Tokenizer.from_str(self.processor.to_str())
+    processor.encode_special_tokens = False
+    return dataclasses.replace(self, processor=processor)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`, special tokens by their names."""

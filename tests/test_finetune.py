@@ -206,6 +206,107 @@ def test_a_run_ends_with_a_report(finished, arguments):
   assert "`config.training.seed`" not in report
 
 
+def test_pretraining_ends_with_a_report_too(base):
+  output = base.parent
+  report = (output / "report.md").read_text(encoding="utf8")
+  assert (output / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+  summary = json.loads((output / "summary.json").read_text())
+  found = summary["perplexity"]["16"]
+  assert f"| pretrained | {found:.2f} |" in report
+  assert f"A model of {summary['num_params']:,} parameters" in report
+  assert "| `config.architecture.hidden_size` | `16` | `256` |" in report
+
+
+def test_a_log_gets_lines_and_no_bar(finished):
+  output, printed = finished
+  lines = re.findall(r"^step (\d+)/12: loss ([\d.]+)(.*)$", printed, re.M)
+  assert [int(step) for step, _, _ in lines] == list(range(1, 13))
+  losses = _losses(output)
+  for step, loss, rest in lines:
+    assert float(loss) == pytest.approx(losses[int(step)], abs=6e-4)
+    if int(step) > 3:
+      assert re.fullmatch(r", [\d,]+ tokens/s, \d+:\d\d:\d\d left", rest), rest
+  assert lines[-1][2].endswith(" 0:00:00 left")
+
+
+@pytest.mark.slow
+def test_tasks_that_are_asked_for_are_in_the_report(
+  run_command, base, arguments, tmp_path
+):
+  asked = (
+    "--config.training.steps=1",
+    "--config.evaluation.context_lens=(512,)",
+    "--config.data.test=none",
+    "--config.evaluation.tasks=passkey,copy",
+    "--config.evaluation.num_samples=2",
+  )
+  output = tmp_path / "run"
+  assert not run_command(
+    "finetune", f"--output_dir={output}", *arguments, *asked
+  )
+  scores = json.loads((output / "summary.json").read_text())["tasks"]
+  assert set(scores) == {"untuned", "interpolated", "tuned"}
+  report = (output / "report.md").read_text(encoding="utf8")
+  for task, field in (("passkey", "accuracy"), ("copy", "answer_loss")):
+    cells = r" \| ".join(
+      f"{scores[model][task]['512'][field]:.3f}"
+      for model in ("untuned", "interpolated", "tuned")
+    )
+    assert re.search(
+      rf"^\| {task}[\w ()]* \| 512 \| {cells} \|$",
+      report,
+      re.MULTILINE,
+    ), report
+
+
+def _records(content):
+  """Yields the records of a file in LevelDB's log format."""
+  place, parts = 7, b""
+  while place < len(content):
+    left = 32768 - place % 32768
+    if left < 7:
+      place += left
+      continue
+    length = int.from_bytes(content[place + 4 : place + 6], "little")
+    kind = content[place + 6]
+    parts += content[place + 7 : place + 7 + length]
+    place += 7 + length
+    if kind in (1, 4):  # A whole record, or the last part of one.
+      yield parts
+      parts = b""
+
+
+@pytest.mark.slow
+def test_weights_and_biases_gets_the_metrics_offline(arguments, tmp_path):
+  pytest.importorskip("wandb")
+  from wandb.proto import wandb_internal_pb2
+
+  output = tmp_path / "run"
+  done = _run(
+    "finetune",
+    f"--output_dir={output}",
+    "--wandb=tests",
+    *arguments,
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+  )
+  assert done.returncode == 0, done.stderr
+  (file,) = output.glob("wandb/offline-run-*/run-*.wandb")
+  assert (output / "wandb_id").read_text() in file.name
+  losses = {}
+  for data in _records(file.read_bytes()):
+    record = wandb_internal_pb2.Record()
+    record.ParseFromString(data)
+    if record.WhichOneof("record_type") == "history":
+      items = {
+        item.key or item.nested_key[0]: json.loads(item.value_json)
+        for item in record.history.item
+      }
+      if "loss" in items:
+        losses[items.get("_step", record.history.step.num)] = items["loss"]
+  assert losses == _losses(output)
+
+
 def test_a_run_may_tune_all_parameters_and_end_with_dense_steps(
   corpus, arguments
 ):
@@ -456,6 +557,11 @@ def test_a_full_disk_keeps_earlier_checkpoints(finished, arguments, tmp_path):
     (["--config.lora.targets=('z_proj',)"], "z_proj"),
     (["--config.rope.kind=cubic"], "cubic"),
     (["--config.evaluation.protocol=mean"], "mean"),
+    (["--config.evaluation.tasks=paskey"], "did you mean passkey"),
+    (
+      ["--config.evaluation.tasks=passkey"],
+      "passkey needs a context_len",
+    ),
     (["--config.training.implementation=fast"], "fast"),
     (["--config.evaluation.context_lens=(16,99999)"], "99,?999"),
   ],

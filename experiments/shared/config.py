@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import ml_collections
 from ml_collections import config_dict
 
-from scca_jax import batches, llama, perplexity, quantize
+from scca_jax import batches, llama, perplexity, quantize, tasks
 from scca_jax.lora import LoraConfig
 from scca_jax.sharding import MeshConfig
 from scca_jax.training import OptimizerConfig
@@ -182,6 +182,9 @@ class EvaluationConfig:
     batch_tokens: Tokens per batch of windows.
     every: Steps between evaluations during training; 0 means none.
     windows_on_the_way: Number of windows of those, at the target length.
+    tasks: Tasks to score at the end, such as "passkey", at the same lengths;
+      see `scca_jax.tasks`.
+    num_samples: Samples of each task at each length.
   """
 
   context_lens: tuple[int, ...] | None = None
@@ -191,9 +194,14 @@ class EvaluationConfig:
   batch_tokens: int = 8192
   every: int = 0
   windows_on_the_way: int = 16
+  tasks: tuple[str, ...] = ()
+  num_samples: int = 50
 
   def __post_init__(self):
+    for name in self.tasks:
+      tasks.get(name)
     for name, least in (
+      ("num_samples", 1),
       ("batch_tokens", 1),
       ("every", 0),
       ("windows_on_the_way", 1),

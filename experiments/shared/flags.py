@@ -152,6 +152,17 @@ def define_implementation() -> Holder:
   )
 
 
+def define_wandb() -> Holder:
+  """Returns the flag `--wandb`."""
+  return flags.DEFINE_string(
+    "wandb",
+    None,
+    "Project of Weights & Biases that gets the metrics too, beside"
+    " metrics.jsonl and TensorBoard (pip install 'scca_jax[wandb]');"
+    " WANDB_MODE=offline keeps them here.",
+  )
+
+
 def define_rope(text: str) -> tuple[Holder, Holder]:
   """Defines `--rope_scaling` and `--rope_factor`.
 

@@ -5,16 +5,18 @@ What a run leaves in its output folder:
     config.json      the settings; a run that resumes must have the same, but
                      may use another mesh
     metrics.jsonl    one line a step, and one an evaluation
-    tensorboard/     the same, for TensorBoard
+    tensorboard/     the same, for TensorBoard; wandb/ with --wandb
     checkpoints/     the newest few, through Orbax
 """
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
 import pathlib
+import secrets
 import signal
 import statistics
 import time
@@ -24,7 +26,6 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 import tensorboardX
-import tqdm
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -35,6 +36,7 @@ from experiments.shared.config import (
   TrainingConfig,
   to_json,
 )
+from experiments.shared.progress import Progress
 from scca_jax import (
   atomic_file,
   checkpoint,
@@ -144,16 +146,34 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-  """`metrics.jsonl` and TensorBoard: one line a step, one an evaluation."""
+  """`metrics.jsonl`, TensorBoard and, if asked for, Weights & Biases.
 
-  def __init__(self, folder: pathlib.Path, step: int):
+  One line a step, one an evaluation.
+  """
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    step: int,
+    wandb_project: str | None = None,
+    settings: Any = None,
+  ):
     """Opens the files to continue after `step`; later lines are dropped.
 
     An interrupted run wrote them after its last checkpoint; their steps will be
     done again.
+
+    Args:
+      folder: The run's.
+      step: Steps that are done.
+      wandb_project: Project of Weights & Biases, or None.
+      settings: Of the run, which Weights & Biases shows.
+
+    Raises:
+      ValueError: Weights & Biases is not installed, or refuses the run.
     """
     self._folder = folder
-    self._board = None
+    self._board = self._wandb = None
     if not cluster.is_primary():  # Of several processes one writes.
       return
     kept = [line for line in read_metrics(folder) if line["step"] <= step]
@@ -162,6 +182,8 @@ class Metrics:
     self._board = tensorboardX.SummaryWriter(
       str(folder / "tensorboard"), purge_step=step + 1
     )
+    if wandb_project is not None:
+      self._wandb = _open_wandb(folder, wandb_project, settings)
 
   def write(self, lines: list[dict[str, Any]]) -> None:
     """Appends lines; each has `step` and numbers, or dicts of numbers.
@@ -177,12 +199,16 @@ class Metrics:
       file.flush()
       os.fsync(file.fileno())
     for line in lines:
+      numbers = {}
       for name, value in line.items():
         values = value if isinstance(value, dict) else {"": value}
         for key, number in values.items():
           if name != "step" and isinstance(number, int | float):
-            tag = f"{name}/{key}" if key else name
-            self._board.add_scalar(tag, number, line["step"])
+            numbers[f"{name}/{key}" if key else name] = number
+      for tag, number in numbers.items():
+        self._board.add_scalar(tag, number, line["step"])
+      if self._wandb is not None:
+        self._wandb.log(numbers, step=line["step"])
     self._board.flush()
 
   def read(self) -> list[dict[str, Any]]:
@@ -194,6 +220,32 @@ class Metrics:
     """Closes the files."""
     if self._board is not None:
       self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+def _open_wandb(folder: pathlib.Path, project: str, settings: Any) -> Any:
+  """Returns the run of Weights & Biases; a run that resumes keeps its own."""
+  try:
+    wandb: Any = importlib.import_module("wandb")
+  except ImportError:
+    raise ValueError(
+      "--wandb needs Weights & Biases: pip install 'scca_jax[wandb]'."
+    ) from None
+  file = folder / "wandb_id"
+  if not file.exists():
+    atomic_file.write(file, secrets.token_hex(4).encode())
+  try:
+    return wandb.init(
+      project=project,
+      dir=folder,
+      id=file.read_text(encoding="utf8"),
+      name=folder.resolve().name,
+      resume="allow",
+      config=settings,
+    )
+  except wandb.Error as error:
+    raise ValueError(f"Weights & Biases refuses the run: {error}") from error
 
 
 @contextlib.contextmanager
@@ -275,14 +327,6 @@ def to_host(model: Any, trainable: Any) -> Any:
   """
   graphdef, params, frozen = nnx.split(model, trainable, ...)
   return nnx.merge(graphdef, sharding.to_host(params), frozen)
-
-
-def _show(progress: tqdm.tqdm, line: dict[str, Any]) -> None:
-  """Puts the loss and the speed of a step beside the progress bar."""
-  shown = {"loss": f"{line['loss']:.3f}"}
-  if "tokens_per_second" in line:
-    shown["tok/s"] = f"{line['tokens_per_second']:,.0f}"
-  progress.set_postfix(shown, refresh=False)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -423,6 +467,7 @@ def fit(
   batches: Any,
   output_dir: pathlib.Path,
   evaluate: Callable[[Any], dict[str, Any]] | None = None,
+  wandb_project: str | None = None,
 ) -> Result:
   """Trains a model, from the newest checkpoint in `output_dir` if there is one.
 
@@ -440,6 +485,7 @@ def fit(
     output_dir: Where checkpoints and metrics go.
     evaluate: Gives numbers for the log from a model, every
       `run.evaluation.every` steps.
+    wandb_project: Project of Weights & Biases, or None.
 
   Raises:
     ValueError: A checkpoint cannot be read, or training diverged.
@@ -489,7 +535,7 @@ def fit(
     dense_from=dense_from,
     batches=batches,
     checkpoints=checkpoints,
-    metrics=Metrics(output_dir, done),
+    metrics=Metrics(output_dir, done, wandb_project, to_json(run)),
     rates=training.learning_rate_schedule(
       run.optimizer, config.steps, rewarm_at=dense_from
     ),
@@ -498,15 +544,11 @@ def fit(
     done=done,
   )
   del state
-  progress = tqdm.tqdm(
-    total=config.steps,
-    initial=done,
-    unit="step",
-    dynamic_ncols=True,
-    disable=not cluster.is_primary(),
+  progress = Progress(
+    config.steps, done, every=config.log_every, shown=cluster.is_primary()
   )
   with contextlib.closing(current):
-    with _stop_requests() as received, progress:
+    with _stop_requests() as received, contextlib.closing(progress):
       while current.done < config.steps:
         current.step()
         done, last = current.done, current.done == config.steps
@@ -517,9 +559,11 @@ def fit(
           # All stop after the same step: one at which all of them ask.
           stopping = logging and cluster.agree(stopping)
         saving = done % config.checkpoint_every == 0 or last or stopping
+        progress.advance()
         if logging or saving or evaluating or done == current.timed_from:
-          _show(progress, current.flush())
-        progress.update()
+          progress.show(current.flush())
+        if done == current.timed_from:
+          progress.start_clock()
         if evaluating and evaluate is not None:
           current.evaluate(evaluate)
         if saving:

@@ -1,4 +1,4 @@
-"""What a run of `finetune` ends with: `report.md` and `report.png`.
+"""What a run ends with: `report.md` and `report.png`.
 
 The report says what was run and how well it went: the perplexities with paired
 intervals, the settings that differ from their defaults, speed, memory, versions
@@ -18,8 +18,13 @@ import flax
 import jax
 
 from experiments.shared import loop, position_plot
-from experiments.shared.config import FinetuneConfig, flat, to_json
-from scca_jax import __version__, atomic_file, bootstrap
+from experiments.shared.config import (
+  FinetuneConfig,
+  PretrainConfig,
+  flat,
+  to_json,
+)
+from scca_jax import __version__, atomic_file, bootstrap, tasks
 from scca_jax.perplexity import Perplexity
 
 # For a band in a picture fewer resamples do than for a number.
@@ -28,7 +33,8 @@ _RESAMPLES = 1000
 
 def write(
   folder: pathlib.Path,
-  run: FinetuneConfig,
+  title: str,
+  run: FinetuneConfig | PretrainConfig,
   rows: Mapping[str, Mapping[int, Perplexity]],
   summary: Mapping[str, Any],
 ) -> pathlib.Path:
@@ -36,21 +42,23 @@ def write(
 
   Args:
     folder: The run's, with its `metrics.jsonl`.
+    title: What the run does.
     run: Its settings.
     rows: What was measured, by model and length, losses included; the last
-      model is compared with the others.
+      model is compared with the others. There may be none.
     summary: What `summary.json` holds.
 
   Raises:
     OSError: A file cannot be written.
   """
-  longest = max(next(iter(rows.values())))
-  _draw(folder, {name: results[longest] for name, results in rows.items()})
-  parts = [
-    f"# {run.model or 'The embedded model'}:"
-    f" {summary['pretrained_len']:,} to {summary['target_len']:,} tokens\n",
-    f"```sh\n{_command()}\n```\n",
-    _results(rows),
+  longest = {name: found[max(found)] for name, found in rows.items()}
+  _draw(folder, longest)
+  parts = [f"# {title}\n", f"```sh\n{_command()}\n```\n"]
+  if rows:
+    parts.append(_results(rows))
+  if "tasks" in summary:
+    parts.append(_tasks(summary["tasks"]))
+  parts += [
     "![Loss by position, and of training](report.png)\n",
     _facts(summary),
     _settings(run),
@@ -113,12 +121,35 @@ def _results(rows: Mapping[str, Mapping[int, Perplexity]]) -> str:
       low, high = difference.interval
       cells.append(f"{difference.mean:+.4f} ({low:+.4f} to {high:+.4f})")
     differences.append(cells)
+  if not differences:
+    return found
   found += (
     "\nDifferences in nats per token on the same windows, with 95 % bootstrap"
     " intervals over documents\nand windows:\n\n"
   )
   return found + _table(
     ["", f"{longest:,} tokens", "last quarter"], differences
+  )
+
+
+def _tasks(scores: Mapping[str, Any]) -> str:
+  """Returns the table of accuracies, or losses of answers where those count."""
+  lines = []
+  for task, lengths in next(iter(scores.values())).items():
+    by_loss = tasks.TASKS[task].scored_by_loss
+    field = "answer_loss" if by_loss else "accuracy"
+    for length in lengths:
+      cells = [found[task][length] for found in scores.values()]
+      lines.append(
+        [
+          task + (" (nats per token)" if by_loss else ""),
+          f"{int(length):,}",
+          *(f"{cell[field]:.3f}" for cell in cells),
+        ]
+      )
+  return (
+    "Share of answers that are right, by teacher forcing, with dense"
+    " attention:\n\n" + _table(["task", "tokens", *scores], lines)
   )
 
 
@@ -144,9 +175,9 @@ def _facts(summary: Mapping[str, Any]) -> str:
   return _table(["run", ""], lines)
 
 
-def _settings(run: FinetuneConfig) -> str:
-  """Returns the settings that are not the defaults of `FinetuneConfig`."""
-  defaults = flat(to_json(FinetuneConfig()))
+def _settings(run: FinetuneConfig | PretrainConfig) -> str:
+  """Returns the settings that are not the defaults of their class."""
+  defaults = flat(to_json(type(run)()))
   lines = [
     [f"`config.{name}`", f"`{value}`", f"`{defaults.get(name)}`"]
     for name, value in flat(to_json(run)).items()
@@ -170,16 +201,17 @@ def _draw(folder: pathlib.Path, results: Mapping[str, Perplexity]) -> None:
       edges=bootstrap.log_edges(context_len),
       num_resamples=_RESAMPLES,
     )
-  figure, axes = position_plot.make_figure(1, 2)
-  position_plot.draw_panel(
-    axes[0, 0],
-    position_plot.Panel(
-      curves=curves,
-      title=f"loss in {num_windows:,} windows of {context_len:,} tokens",
-    ),
-  )
+  figure, axes = position_plot.make_figure(1, 2 if curves else 1)
+  if curves:
+    position_plot.draw_panel(
+      axes[0, 0],
+      position_plot.Panel(
+        curves=curves,
+        title=f"loss in {num_windows:,} windows of {context_len:,} tokens",
+      ),
+    )
   steps = [s for s in loop.read_metrics(folder) if s.get("loss") is not None]
-  axis = axes[0, 1]
+  axis = axes[0, -1]
   axis.plot([s["step"] for s in steps], [s["loss"] for s in steps])
   axis.set(xlabel="step", ylabel="nats per token", title="loss of training")
   axis.grid(alpha=0.3)

@@ -15,7 +15,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments.shared import cluster
+from experiments.shared import cluster, task_scores
 from experiments.shared import flags as shared_flags
 from experiments.shared.config import FinetuneConfig, PretrainConfig
 from scca_jax import (
@@ -466,6 +466,19 @@ class Evaluator:
       )
       for n in self.context_lens
     }
+
+  def score(
+    self, model: Llama, vocabulary: Tokenizer, plan: task_scores.Plan
+  ) -> task_scores.Scores:
+    """Returns the model's scores on tasks, with dense attention."""
+    return task_scores.measure(
+      model,
+      vocabulary,
+      plan,
+      patterns=dict.fromkeys(plan.context_lens),
+      batch_size=lambda n: max(1, self._run.evaluation.batch_tokens // n),
+      execution=self._execution,
+    )
 
   def on_the_way(self, model: Llama) -> dict[str, float]:
     """Returns a quick measurement at the length of training, for the log."""

@@ -12,8 +12,11 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from experiments.shared import cli
+from experiments.shared.config import EvaluationConfig
 from scca_jax import atomic_file, tasks
 from scca_jax.llama import Execution, Llama
 from scca_jax.tasks import Sample, Task
@@ -81,6 +84,38 @@ class Plan:
       for cell in cells:
         made.extend(itertools.islice(submitted, 1))
         yield *cell, made.pop(0).result()
+
+
+def of_run(
+  settings: EvaluationConfig, context_lens: Sequence[int], vocabulary: Tokenizer
+) -> Plan | None:
+  """Returns what a run is scored on at its end, None if it asks for no tasks.
+
+  Args:
+    settings: Those of the run.
+    context_lens: Lengths in tokens.
+    vocabulary: Makes the prompts.
+
+  Raises:
+    ValueError: A task does not fit into a length, or the run has several
+      processes.
+  """
+  if not settings.tasks:
+    return None
+  if jax.process_count() > 1:
+    raise ValueError(
+      "evaluation.tasks are scored by one process: leave them out, and take"
+      " `scca evaluate --tasks` afterwards."
+    )
+  plan = Plan(
+    tasks=[tasks.get(name) for name in settings.tasks],
+    context_lens=context_lens,
+    num_samples=settings.num_samples,
+    seed=0,
+    cache=cli.cache_folder("samples"),
+  )
+  plan.first(vocabulary)
+  return plan
 
 
 def measure(
