@@ -1,6 +1,7 @@
 """The command `generate` on the embedded model."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -55,6 +56,25 @@ def test_a_file_of_prompts_is_answered(run_command, capsys, tmp_path, expected):
   assert PROMPT + rows[0]["continuation"] == expected
   assert rows[0]["tokens"] == 12 and not rows[0]["ended"]
   assert expected in capsys.readouterr().out
+
+
+def test_a_question_is_asked_by_the_template_and_answered(
+  run_command, capsys, tmp_path, expected
+):
+  folder = tmp_path / "m"
+  shutil.copytree(assets.MODEL, folder)
+  # The prompt of the other tests, half of it from the template.
+  first, question = PROMPT[:20], PROMPT[20:]
+  template = "{{ bos_token }}" + first + "{{ messages[0].content }}"
+  path = folder / "tokenizer_config.json"
+  settings = json.loads(path.read_text()) if path.exists() else {}
+  settings |= {"bos_token": "<s>", "chat_template": template}
+  path.write_text(json.dumps(settings))
+  args = ("--chat", f"--prompt={question}", "--max_new_tokens=12")
+  assert run_command("generate", f"--model={folder}", *args) == 0
+  assert PROMPT + capsys.readouterr().out == expected + "\n"
+  assert run_command("generate", *args) == 2
+  assert "no chat template" in capsys.readouterr().err
 
 
 def test_the_training_pattern_can_be_asked_for(run_command, capsys, tmp_path):

@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import (  # noqa: E402
 from scca_jax import (  # noqa: E402
   adapters,
   assets,
+  chat,
   convert,
   generation,
   lora,
@@ -704,6 +705,9 @@ def test_an_export_is_the_same_in_transformers_from_text_to_text(
     talk = [{"role": "user", "content": "the king"}]
     asked = theirs.apply_chat_template(talk, tokenize=False)
     assert asked == "the king"
+    wanted = theirs.apply_chat_template(talk, return_dict=False)
+    template = chat.load(source)
+    assert template.encode(words, talk, asks=False) == wanted
   network = _in_transformers(out)
   prompt = found[0]
   wanted = _their_logits(network, [prompt])
