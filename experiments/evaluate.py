@@ -402,7 +402,7 @@ def main() -> None:
     OSError: A file is missing or cannot be written.
   """
   _check_flags()
-  folder = pathlib.Path(_MODEL.value or assets.MODEL)
+  folder = resolve.model_path(_MODEL.value)
   config = convert.load_config(folder)
   if _ROPE_SCALING.value is not None:
     config = resolve.extended(

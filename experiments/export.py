@@ -24,7 +24,6 @@ from experiments.shared import cli, model_card, resolve
 from experiments.shared import flags as shared_flags
 from scca_jax import (
   adapters,
-  assets,
   atomic_file,
   convert,
   gguf_file,
@@ -198,7 +197,7 @@ def main() -> None:
     OSError: A file is missing or cannot be written.
   """
   output_dir = _check_flags()
-  source = pathlib.Path(_MODEL.value or assets.MODEL)
+  source = resolve.model_path(_MODEL.value)
   param_dtype = convert.stored_dtype(source)
   model: Any = resolve.load_model(
     source,

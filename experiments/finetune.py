@@ -49,7 +49,8 @@ _CONFIG = ConfigFlag(FinetuneConfig, "tiny")
 _MODEL = flags.DEFINE_string(
   "model",
   None,
-  "Hugging Face folder or .gguf file to start from; overrides config.model.",
+  "Hugging Face folder, .gguf file or name on Hugging Face to start from;"
+  " overrides config.model.",
 )
 _DATA = flags.DEFINE_string(
   "data",
@@ -240,7 +241,7 @@ def _finetune(
       adapters.save_adapter(
         trained,
         tuned_to,
-        base_model=str(model_folder),
+        base_model=resolve.base_name(run.model),
         patterns=resolved.patterns,
         run={"recipe": model_card.recipe(run)},
       )
@@ -275,12 +276,12 @@ def _finetune(
     adapters.record_run(tuned_to, record)
   model_card.write(
     tuned_to,
-    model_card.for_peft(tuned_to, str(model_folder), target)
+    model_card.for_peft(tuned_to, resolve.base_name(run.model), target)
     if run.adapter
     else model_card.for_transformers(tuned_to),
     title=output_dir.resolve().name,
     library="peft" if run.adapter else "transformers",
-    base=str(model_folder),
+    base=resolve.base_name(run.model),
     config=target,
     layers=resolved.patterns,
     adapter=run.adapter,

@@ -18,7 +18,6 @@ from absl import flags, logging
 from experiments.shared import cli, resolve
 from experiments.shared import flags as shared_flags
 from scca_jax import (
-  assets,
   atomic_file,
   chat,
   convert,
@@ -167,7 +166,7 @@ def main() -> None:
     if _PROMPT.value is not None
     else read_prompts(pathlib.Path(_PROMPTS.value or ""))
   )
-  source = pathlib.Path(_MODEL.value or assets.MODEL)
+  source = resolve.model_path(_MODEL.value)
   vocabulary = tokenizer.load(_TOKENIZER.value or source)
   if _CHAT.value:
     prompts = _ask(chat.load(_TOKENIZER.value or source), vocabulary, texts)

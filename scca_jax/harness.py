@@ -30,7 +30,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.models import utils as model_utils
 from tqdm import tqdm
 
-from scca_jax import adapters, assets, convert, generation, gguf_file, losses
+from scca_jax import (
+  adapters,
+  assets,
+  convert,
+  generation,
+  gguf_file,
+  hub,
+  losses,
+)
 from scca_jax import tokenizer as tokenizer_files
 from scca_jax.llama import Execution, Patterns
 from scca_jax.llama_config import LlamaConfig
@@ -251,9 +259,11 @@ class SccaLM(TemplateLM):
       ("adapter", adapter),
       ("tokenizer", tokenizer),
     ):
-      if path is not None and not pathlib.Path(str(path)).exists():
+      if path is None or (name == "model" and hub.is_name(str(path))):
+        continue
+      if not pathlib.Path(str(path)).exists():
         raise FileNotFoundError(f"{name}={path} does not exist.")
-    source = pathlib.Path(assets.MODEL if model is None else str(model))
+    source = assets.MODEL if model is None else hub.find(str(model))
     words = source if tokenizer is None else pathlib.Path(str(tokenizer))
     self.tokenizer = _load_tokenizer(words, add_bos_token)
     self._add_bos_token = add_bos_token

@@ -225,7 +225,8 @@ class FinetuneConfig:
   """A run of `experiments.finetune`.
 
   Attributes:
-    model: Hugging Face folder; None takes the embedded model.
+    model: Hugging Face folder, .gguf file, or a name on Hugging Face such as
+      "HuggingFaceTB/SmolLM2-135M"; None takes the embedded model.
     rope: Rope scaling.
     tuning: What is trained: "lora", an adapter and what `lora` says beside it;
       or "full", every parameter.

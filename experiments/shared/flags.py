@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from experiments.shared.config import DTYPES
-from scca_jax import adapters, patterns
+from scca_jax import adapters, hub, patterns
 
 Holder = flags.FlagHolder[Any]
 
@@ -120,7 +120,8 @@ def define_model() -> Holder:
   return flags.DEFINE_string(
     "model",
     None,
-    "Hugging Face folder or .gguf file; by default the embedded model.",
+    "Hugging Face folder, .gguf file, or a name on Hugging Face such as"
+    " HuggingFaceTB/SmolLM2-135M; by default the embedded model.",
   )
 
 
@@ -201,13 +202,15 @@ def check_rope(scaling: Holder, factor: Holder, adapter: Holder) -> None:
 
 
 def check_exist(*paths: Holder) -> None:
-  """Checks that what some flags name exists.
+  """Checks that what some flags name exists; a model may yet be downloaded.
 
   Raises:
     FileNotFoundError: It does not.
   """
   for flag in paths:
-    if flag.value is not None and not pathlib.Path(flag.value).exists():
+    if flag.value is None or (flag.name == "model" and hub.is_name(flag.value)):
+      continue
+    if not pathlib.Path(flag.value).exists():
       raise FileNotFoundError(f"--{flag.name}={flag.value} does not exist.")
 
 

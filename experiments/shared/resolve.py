@@ -23,6 +23,7 @@ from scca_jax import (
   assets,
   batches,
   convert,
+  hub,
   patterns,
   perplexity,
   quantize,
@@ -50,11 +51,30 @@ _BLOCK = 1 << 20
 
 
 def model_path(name: str | None) -> pathlib.Path:
-  """Returns where a model is: a path, a known shape, or the embedded one."""
+  """Returns where a model is, downloaded if need be.
+
+  Args:
+    name: A path, a name on Hugging Face, or a known shape; None is the embedded
+      model.
+
+  Raises:
+    ValueError: See `hub.find`.
+  """
   if name is None:
     return assets.MODEL
   path = pathlib.Path(name)
-  return path if path.exists() else assets.SHAPES.get(name, path)
+  if path.exists() or name not in assets.SHAPES:
+    return hub.find(name)
+  return assets.SHAPES[name]
+
+
+def base_name(name: str | None) -> str:
+  """Returns what an adapter calls its base: a path, or a name on Hugging Face.
+
+  Args:
+    name: See `model_path`.
+  """
+  return name if name and hub.is_name(name) else str(model_path(name))
 
 
 def load_model(
