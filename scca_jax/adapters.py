@@ -11,9 +11,8 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -280,14 +279,16 @@ def _targets(
   """
   if wanted == "all-linear":
     return TARGETS
-  unknown = set() if isinstance(wanted, str) else set(wanted)
+  is_expression = isinstance(wanted, str)
+  unknown = set() if is_expression else set(wanted)
+  matches = _matcher(path, wanted) if is_expression else None
   found = []
   for name, projection in PROJECTIONS.items():
     in_layers = 0
     for i in range(num_layers):
       full = f"model.layers.{i}.{projection.module}.{name}"
-      if isinstance(wanted, str):
-        in_layers += bool(_fullmatch(path, wanted, full))
+      if matches is not None:
+        in_layers += bool(matches(full))
         continue
       matching = {x for x in wanted if f".{full}".endswith(f".{x}")}
       unknown -= matching
@@ -301,22 +302,33 @@ def _targets(
       )
   for name in sorted(unknown):
     raise ValueError(
-      f"{path}: unknown LoRA target {name!r}: use any of {', '.join(TARGETS)}."
+      f"{path}: unknown LoRA target {reprlib.repr(name)}: use any of"
+      f" {', '.join(TARGETS)}."
     )
   if not found:
     raise ValueError(
-      f"{path}: target_modules={wanted!r} matches none of {', '.join(TARGETS)}."
+      f"{path}: target_modules={reprlib.repr(wanted)} matches none of"
+      f" {', '.join(TARGETS)}."
     )
   return tuple(found)
 
 
-def _fullmatch(path: pathlib.Path, expression: str, text: str) -> Any:
+def _matcher(path: pathlib.Path, expression: str) -> Callable[[str], Any]:
+  """Returns what matches a regular expression, in time linear in the text.
+
+  A file may come from anywhere: Python's own module can take for ever.
+  """
+  import re2  # Few adapters need it.
+
+  options = re2.Options()
+  options.log_errors = False
   try:
-    return re.fullmatch(expression, text)
-  except re.error as error:
+    return re2.compile(expression, options).fullmatch
+  except re2.error as error:
+    reason = reprlib.repr(str(error.args[0], errors="replace"))
     raise ValueError(
-      f"{path}: target_modules={expression!r} is not a regular expression"
-      f" ({error})."
+      f"{path}: target_modules={reprlib.repr(expression)} is not a regular"
+      f" expression that RE2 can match ({reason}): list the names instead."
     ) from error
 
 
@@ -531,17 +543,10 @@ def load_adapter(
   tensors = SafetensorsFiles([folder / _WEIGHTS])
   tied = config.tie_embeddings and _stays_tied(folder, tensors)
   config = dataclasses.replace(config, tie_embeddings=tied)
-  model = convert.load_model(
-    base_folder,
-    config=config,
-    lora=lora,
-    dtype=dtype,
-    param_dtype=param_dtype,
-    quantize_by=(_own_config(folder) or {}).get("quantize"),
-  )
   head, embedding = _PREFIX + _HEAD, _PREFIX + _EMBEDDING
   names, targets = {}, {}
-  for path, array in convert.parameters(model).items():
+  _, _, parameters = convert.abstract(config, lora, dtype, param_dtype)
+  for path, target in parameters.items():
     of_path = [
       _PREFIX + name for name in convert.file_names(path, config.num_layers)
     ]
@@ -551,9 +556,9 @@ def load_adapter(
     if convert.is_adapter(path) or (
       _is_saved_whole(path, lora) and of_path[0] in tensors
     ):
-      names[path] = of_path
-      targets[path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
-  read = convert.read_parameters(targets, names, tensors, folder)
+      names[path], targets[path] = of_path, target
+  # Before a model is made that has adapters of the rank that a file asks for.
+  convert.check_shapes(targets, names, tensors, folder)
   used = {name for of_path in names.values() for name in of_path}
   if tied:
     used.add(head)
@@ -562,6 +567,15 @@ def load_adapter(
       raise ValueError(
         f"{folder} has a tensor that the model does not: {name}."
       )
+  model = convert.load_model(
+    base_folder,
+    config=config,
+    lora=lora,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    quantize_by=(_own_config(folder) or {}).get("quantize"),
+  )
+  read = convert.read_parameters(targets, names, tensors, folder)
   state = nnx.state(model, nnx.Param)
   nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(read))
   nnx.update(model, state)

@@ -601,10 +601,7 @@ def _fill(
     quantize_by: How it is quantised, or None.
   """
   is_matrix = _is_matrix(path)
-  wanted = target.shape if room is None else target.shape[1:]
   device = _default_device()
-  if is_matrix:
-    wanted = wanted[::-1]
 
   def shown(name: str) -> str:
     if isinstance(tensors, gguf_file.GgufFile):
@@ -612,14 +609,7 @@ def _fill(
     return name
 
   def read(name: str) -> tuple[Any, jax.Array, jax.Array]:
-    if name not in tensors:
-      raise ValueError(f"{source} lacks the tensor {shown(name)}.")
     value = tensors[name]()
-    if value.shape != wanted:
-      raise ValueError(
-        f"{source}: the tensor {shown(name)} is {list(value.shape)}, the"
-        f" model's configuration asks for {list(wanted)}."
-      )
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise ValueError(
         f"{source}: the tensor {shown(name)} is {value.dtype}; float32,"
@@ -667,6 +657,62 @@ def _fill(
   )
 
 
+def check_num_layers(
+  config: LlamaConfig, tensors: SafetensorsFiles | gguf_file.GgufFile, source
+) -> None:
+  """Checks that a file has tensors for the layers that a model is said to have.
+
+  Work and memory grow with that number, so it is checked before all else.
+
+  Args:
+    config: Sizes of the model.
+    tensors: Its tensors.
+    source: What the message names.
+
+  Raises:
+    ValueError: It has not.
+  """
+  if config.num_layers > len(tensors):
+    raise ValueError(
+      f"{source} has {len(tensors)} tensors, which cannot be those of the"
+      f" {config.num_layers:,} layers that its configuration asks for: copy it"
+      " again."
+    )
+
+
+def check_shapes(
+  targets: dict[_Path, jax.ShapeDtypeStruct],
+  names: dict[_Path, list[str]],
+  tensors: SafetensorsFiles | gguf_file.GgufFile,
+  source: pathlib.Path,
+) -> None:
+  """Checks that all tensors are there in the right shape; reads none.
+
+  Args:
+    targets: See `read_parameters`.
+    names: See there.
+    tensors: See there.
+    source: See there.
+
+  Raises:
+    ValueError: A tensor is missing or of another shape; the message names it.
+  """
+  for path, target in targets.items():
+    shape = target.shape[1:] if path[0] == "layers" else target.shape
+    wanted = shape[::-1] if _is_matrix(path) else shape
+    for name in names[path]:
+      shown = name
+      if isinstance(tensors, gguf_file.GgufFile):
+        shown = tensors.name_in_file(name)
+      if name not in tensors:
+        raise ValueError(f"{source} lacks the tensor {shown}.")
+      if tensors.shape(name) != wanted:
+        raise ValueError(
+          f"{source}: the tensor {shown} is {list(tensors.shape(name))}, the"
+          f" model's configuration asks for {list(wanted)}."
+        )
+
+
 def read_parameters(
   targets: dict[_Path, jax.ShapeDtypeStruct],
   names: dict[_Path, list[str]],
@@ -675,6 +721,9 @@ def read_parameters(
   quantize_by: str | None = None,
 ) -> dict[_Path, Any]:
   """Returns parameters, read from their tensors and checked.
+
+  Nothing is allocated until all shapes are known to be right: what a
+  configuration asks for may be more than there is memory.
 
   Args:
     targets: Shape and dtype of each by path, before it is quantised.
@@ -687,6 +736,7 @@ def read_parameters(
     ValueError: A tensor is missing, of the wrong shape or not finite; the
       message names it.
   """
+  check_shapes(targets, names, tensors, source)
   platform = _default_device().platform
   in_layers, others = [], []
   for path in sorted(targets):
@@ -730,10 +780,17 @@ def _flatten(state: nnx.State) -> dict[_Path, Any]:
   return flat
 
 
-def _abstract(
+def abstract(
   config: LlamaConfig, lora: LoraConfig | None, dtype: Any, param_dtype: Any
 ) -> tuple[nnx.GraphDef, nnx.State, dict[_Path, jax.ShapeDtypeStruct]]:
-  """Returns a model's structure, and its parameters' shapes by path."""
+  """Returns a model's structure, and its parameters' shapes by path.
+
+  Args:
+    config: Sizes of the model.
+    lora: Its adapters.
+    dtype: Dtype of the computation.
+    param_dtype: Dtype that weights are held in.
+  """
   model = nnx.eval_shape(
     lambda: Llama(
       config,
@@ -803,7 +860,8 @@ def load_model(
     own = load_config(source)
     tensors = _open_folder(source)
   config = own if config is None else config
-  graphdef, state, targets = _abstract(config, lora, dtype, param_dtype)
+  check_num_layers(config, tensors, source)
+  graphdef, state, targets = abstract(config, lora, dtype, param_dtype)
   names = {
     path: file_names(path, config.num_layers)
     for path in targets
@@ -828,16 +886,16 @@ def load_model(
       raise ValueError(
         f"{source} has a tensor that the model does not: {name}."
       )
+  # This comes first, since it checks what the configuration asks for.
+  arrays = read_parameters(
+    {path: targets[path] for path in names}, names, tensors, source, quantize_by
+  )
   rngs = nnx.Rngs(0) if rngs is None else rngs
-  arrays = {}
   for path, target in sorted(targets.items()):
     if path[-1] == "lora_a":
       arrays[path] = init_lora_a(rngs.params(), target.shape)
     elif path[-1] == "lora_b":
       arrays[path] = jnp.zeros(target.shape, target.dtype)
-  arrays |= read_parameters(
-    {path: targets[path] for path in names}, names, tensors, source, quantize_by
-  )
   return _merge(graphdef, state, arrays)
 
 
@@ -872,15 +930,18 @@ def file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
     dtype: Dtype of the tensor.
 
   Raises:
-    ValueError: A value is beyond the range of float16.
+    ValueError: A value is not finite, or beyond the range of float16.
   """
   # safetensors writes memory as it lies: a transposed view in numpy would be
   # written untransposed.
   part = jnp.asarray(part)
   tensor = (part.T if _is_matrix(path) else part).astype(dtype)
-  if jnp.dtype(dtype) == jnp.float16 and not jnp.all(jnp.isfinite(tensor)):
+  if not jnp.all(jnp.isfinite(tensor)):
     raise ValueError(
       f"{'.'.join(path)} has values beyond float16: write bfloat16 or float32."
+      if jnp.all(jnp.isfinite(part))
+      else f"{'.'.join(path)} holds a NaN or an infinity, so it is not written:"
+      " if it was just trained, lower the learning rate."
     )
   return tensor
 

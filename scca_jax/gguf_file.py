@@ -319,6 +319,10 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     """Returns the name in the file of a tensor, given its Hugging Face name."""
     return self._names.get(name) or gguf_name(name)
 
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Returns the shape of a tensor, given its Hugging Face name."""
+    return tuple(int(n) for n in self._tensors[self._names[name]].shape[::-1])
+
   def _values(self, name: str) -> np.ndarray:
     tensor = self._tensors[name]
     try:

@@ -35,6 +35,12 @@ PROJECTIONS = {
   "down_proj": Projection("mlp", "inner", "hidden", "ffn_down"),
 }
 
+# Beyond these a configuration is damaged: work grows with layers and heads
+# before any tensor is looked at.
+_MAX_LAYERS = _MAX_HEADS = 4096
+_MAX_SIZE = 1 << 31
+_MAX_PARAMS = 10**13
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
@@ -75,19 +81,19 @@ class LlamaConfig:
   eos_token_id: int | tuple[int, ...] | None = None
 
   def __post_init__(self):
-    for name in (
-      "vocab_size",
-      "hidden_size",
-      "intermediate_size",
-      "num_layers",
-      "num_heads",
-      "num_kv_heads",
-      "head_dim",
-      "context_len",
+    for name, limit in (
+      ("vocab_size", _MAX_SIZE),
+      ("hidden_size", _MAX_SIZE),
+      ("intermediate_size", _MAX_SIZE),
+      ("num_layers", _MAX_LAYERS),
+      ("num_heads", _MAX_HEADS),
+      ("num_kv_heads", _MAX_HEADS),
+      ("head_dim", _MAX_SIZE),
+      ("context_len", _MAX_SIZE),
     ):
-      if getattr(self, name) < 1:
+      if not 1 <= getattr(self, name) <= limit:
         raise ValueError(
-          f"{name} must be at least 1, got {getattr(self, name)}."
+          f"{name} must be 1 to {limit:,}, got {getattr(self, name):,}."
         )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
@@ -107,6 +113,19 @@ class LlamaConfig:
           "bos_token_id and eos_token_id must be below"
           f" vocab_size={self.vocab_size}, got {token}."
         )
+
+    if self._num_params() > _MAX_PARAMS:
+      raise ValueError(
+        f"the sizes are those of a model of {self._num_params():,} parameters:"
+        f" more than {_MAX_PARAMS:,} are not supported."
+      )
+
+  def _num_params(self) -> int:
+    """Returns the number of weights of all matrices."""
+    shapes = [self.projection_shape(name) for name in PROJECTIONS]
+    return self.vocab_size * self.hidden_size + self.num_layers * sum(
+      inputs * outputs for inputs, outputs in shapes
+    )
 
   @property
   def eos_token_ids(self) -> tuple[int, ...]:

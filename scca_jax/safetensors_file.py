@@ -119,6 +119,10 @@ class SafetensorsFiles(Mapping[str, Callable[[], np.ndarray]]):
     """Returns the file that holds a tensor."""
     return self._stored[name].path
 
+  def shape(self, name: str) -> tuple[int, ...]:
+    """Returns the shape of a tensor, which is not read."""
+    return self._stored[name].shape
+
   def __getitem__(self, name: str) -> Callable[[], np.ndarray]:
     """Returns a function that returns the tensor."""
     return self._stored[name].view

@@ -231,6 +231,11 @@ def test_arrays_of_numpy_are_written_like_others(folder, tmp_path):
     ({"target_modules": {"q_proj": 1}}, "target_modules must be a list"),
     ({"modules_to_save": "norm"}, "modules_to_save must be a list.*'norm'"),
     ({"r": 3}, r"lora_A.weight is \[2, 8\]"),
+    ({"r": 2 * 10**9}, r"lora_A.weight is \[2, 8\].* asks for \[2000000000, 8"),
+    # Python's own module would take years.
+    ({"target_modules": "(([a-z_.0-9]+)+)+!"}, "matches none of"),
+    ({"target_modules": "(q_proj"}, r"not a regular .* \(.*missing \)"),
+    ({"target_modules": "(?!v)._proj"}, r"RE2 can match \(.*\(\?!"),
     ({"modules_to_save": None}, "lm_head.weight"),
   ],
 )

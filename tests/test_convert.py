@@ -297,6 +297,23 @@ def _unset(folder, name):
       "config.json: max_position_embeddings must be an integer.*'16'",
     ),
     (
+      lambda f: _set(f, num_hidden_layers=10**9),
+      "config.json: num_layers must be 1 to 4,096, got 1,000,000,000",
+    ),
+    (
+      lambda f: _set(f, num_hidden_layers=4000),
+      "has .* tensors, which cannot be those of the 4,000 layers",
+    ),
+    # As float32 these would be petabytes, then 48 gigabytes.
+    (
+      lambda f: _set(f, intermediate_size=10**9, hidden_size=10**6),
+      "sizes are those of a model of .* parameters",
+    ),
+    (
+      lambda f: _set(f, intermediate_size=2 * 10**9),
+      r"proj.weight is \[.*\], the model's configuration asks for \[",
+    ),
+    (
       lambda f: _set(f, num_hidden_layers=10**30),
       "config.json: num_hidden_layers is too large",
     ),
