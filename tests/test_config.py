@@ -71,6 +71,10 @@ def test_a_setting_that_is_none_keeps_its_type():
     ({"evaluation": {"context_lens": (8, 1)}}, "context_len must be.*2.*got 1"),
     ({"optimizer": {"learning_rate": "x"}}, "optimizer.learning_rate"),
     ({"optimizer": {"learning_rate": -1.0}}, "learning_rate must be above 0"),
+    ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate.* got inf"),
+    ({"optimizer": {"weight_decay": float("nan")}}, "weight_decay.* got nan"),
+    ({"training": {"seed": 1 << 64}}, "training.seed must be .*below 2.31"),
+    ({"rope": {"factor": -(10**400)}}, "rope.factor must be .*below 2.31"),
     ({"optimizer": {"schedule": "linear"}}, "unknown schedule 'linear'"),
     ({"lora": {"targets": ("q_proj", 3)}}, "lora.targets must be of type str"),
     (

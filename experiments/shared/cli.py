@@ -32,11 +32,16 @@ _TRACEBACK = flags.DEFINE_boolean(
 )
 EXIT_BAD_INPUT = 2
 _HELP = ("--help", "-help", "-h", "-?", "--helpfull", "--helpshort")
+# Longest message, in characters.
+_MAX_LETTERS = 480
 
 
 def _one_line(error: BaseException) -> str:
-  text = " ".join(str(error).split())
-  return text or type(error).__name__
+  text = " ".join(str(error).split()) or type(error).__name__
+  # A name may be anything, in any number; the remedy is at the end.
+  if len(text) > _MAX_LETTERS:
+    text = f"{text[:300]} ... {text[-150:]}"
+  return text.encode(errors="backslashreplace").decode()
 
 
 def _out_of_memory(error: Exception) -> ValueError | None:
@@ -196,6 +201,12 @@ def run(
       if _TRACEBACK.value:
         raise
       _fail(error)
+    except MemoryError as error:
+      if _TRACEBACK.value:
+        raise
+      _fail(
+        MemoryError(f"the input needs more memory than there is ({error}).")
+      )
     except jax.errors.JaxRuntimeError as error:
       exhausted = _out_of_memory(error)
       if exhausted is None or _TRACEBACK.value:

@@ -9,6 +9,7 @@ or one of the wrong type ends the command, naming it.
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from scca_jax.training import OptimizerConfig
 Settings = TypeVar("Settings")
 DTYPES = ("float32", "bfloat16", "float16")
 TUNINGS = ("lora", "full")
+# Numbers are below it: no size, seed or rate is larger.
+_LIMIT = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -365,6 +368,10 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
   if typing.get_origin(allowed) is tuple and isinstance(value, list | tuple):
     item_kind = typing.get_args(allowed)[0]
     return tuple(_checked(item, item_kind, name) for item in value)
+  if type(value) in (int, float) and not abs(value) < _LIMIT:
+    raise ValueError(
+      f"setting {name} must be a number below 2^31, got {reprlib.repr(value)}."
+    )
   if allowed is float and type(value) is int:
     return float(value)
   if isinstance(allowed, type) and type(value) is allowed:
@@ -374,7 +381,7 @@ def _checked(value: Any, kind: Any, name: str) -> Any:
     kind_name = str(allowed)
   raise ValueError(
     f"setting {name} must be of type {kind_name}, got"
-    f" {value!r} ({type(value).__name__})."
+    f" {reprlib.repr(value)} ({type(value).__name__})."
   )
 
 

@@ -159,7 +159,7 @@ def read_value(text: str, setting: Setting) -> Any:
     reader = _read_bool
   try:
     return reader(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
     raise ValueError(
       f"setting {setting.name} must be of type {setting.type_name}, got"
       f" {text!r}."
@@ -263,9 +263,12 @@ class ConfigFlag(Generic[Run]):
       ValueError: The file is missing or fails.
     """
     path = self.path()
+    if path.exists() and not path.is_file():
+      raise ValueError(f"the config file {path} is not a file.")
     try:
       settings = runpy.run_path(str(path))["get_config"]()
-    except Exception as error:  # A config file may fail in any way of its own.
+    # A config file may fail in any way of its own, and may not end the command.
+    except (Exception, SystemExit) as error:
       text = str(error) or type(error).__name__
       if isinstance(error, FileNotFoundError):
         text = "there is no such file"
