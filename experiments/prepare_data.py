@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from experiments.shared import cli
 from scca_jax import tokenizer
-from scca_jax.documents import document_files, read_documents
+from scca_jax.documents import Part, document_files, read_parts
 from scca_jax.token_file import write_token_file
 
 _INPUT = flags.DEFINE_string(
@@ -61,7 +61,7 @@ _APPEND_EOS = flags.DEFINE_boolean(
 )
 
 
-def _documents(source: str, action: str) -> Iterator[str]:
+def _documents(source: str, action: str) -> Iterator[Part]:
   """Yields the documents under a progress bar over the bytes of `source`."""
   size = sum(f.stat().st_size for f in document_files(source))
   with tqdm(
@@ -72,7 +72,7 @@ def _documents(source: str, action: str) -> Iterator[str]:
     mininterval=0.5,
     disable=None,  # In a log it would be a line every half second.
   ) as bar:
-    yield from read_documents(
+    yield from read_parts(
       source, text_field=_TEXT_FIELD.value, on_read=bar.update
     )
 

@@ -1,14 +1,16 @@
 """Documents from text files, plain or compressed."""
 
+import codecs
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
@@ -16,6 +18,22 @@ _COMPRESSIONS = (".gz", ".xz", ".zst")
 _TEXT_SUFFIXES = (".txt", ".jsonl")
 _KNOWN_SUFFIXES = ".txt or .jsonl, alone or with .gz, .xz or .zst"
 _BUFFER_BYTES = 1 << 20
+# A line of JSON is parsed as a whole, which may take 24 times as much memory.
+_MAX_LINE_BYTES = 96 << 20
+# Stored bytes that are decompressed at once: four may stand for 128 KiB.
+_STORED_BYTES = 1 << 10
+
+
+class Part(NamedTuple):
+  """A part of a document.
+
+  Attributes:
+    text: The text.
+    ends: Whether the document ends with it.
+  """
+
+  text: str
+  ends: bool
 
 
 class _ZstdReader(io.RawIOBase):
@@ -32,7 +50,7 @@ class _ZstdReader(io.RawIOBase):
 
   def readinto(self, buffer: Any) -> int:
     while not self._ready:
-      self._stored = self._stored or self._file.read(_BUFFER_BYTES)
+      self._stored = self._stored or self._file.read(_STORED_BYTES)
       if not self._stored:
         if self._decoder is not None:
           raise EOFError("the last frame is cut short")
@@ -81,6 +99,11 @@ def document_files(path: str | os.PathLike[str]) -> list[pathlib.Path]:
       raise ValueError(
         f"{path} is of no known kind: its name must end in {_KNOWN_SUFFIXES}."
       )
+    if not path.is_file():
+      raise ValueError(
+        f"{path} is a pipe or device: write the text to a file, as it is read"
+        " more than once."
+      )
     return [path]
   found = [
     file
@@ -120,10 +143,45 @@ def read_documents(
   Raises:
     FileNotFoundError: See `document_files`.
     ValueError: See `document_files`; or a file is not UTF-8, not JSON Lines,
-      lacks the field or is damaged. The message names file and line.
+      lacks the field, has a line of more than 96 MiB, or is damaged. The
+      message names file and line.
+  """
+  texts: list[str] = []
+  for file in document_files(path):
+    for part in _read_file(file, text_field, by_line, on_read):
+      texts.append(part.text)
+      if part.ends:
+        yield "".join(texts)
+        texts = []
+
+
+def read_parts(
+  path: str | os.PathLike[str],
+  *,
+  text_field: str = "text",
+  on_read: Callable[[int], object] | None = None,
+) -> Iterator[Part]:
+  """Yields the documents of `read_documents` in parts.
+
+  A `.txt` of any size is held a little at a time.
+
+  Args:
+    path: See `read_documents`.
+    text_field: See there.
+    on_read: See there.
+
+  Raises:
+    FileNotFoundError: See there.
+    ValueError: See there.
   """
   for file in document_files(path):
-    yield from _read_file(file, text_field, by_line, on_read)
+    yield from _read_file(file, text_field, False, on_read)
+
+
+def as_parts(documents: Iterable[str | Part]) -> Iterator[Part]:
+  """Yields documents, whole or in parts, as parts."""
+  for document in documents:
+    yield Part(document, True) if isinstance(document, str) else document
 
 
 def _read_file(
@@ -131,7 +189,7 @@ def _read_file(
   text_field: str,
   by_line: bool,
   on_read: Callable[[int], object] | None,
-) -> Iterator[str]:
+) -> Iterator[Part]:
   kind, compression = _suffixes(path)
   whole = kind == ".txt" and not by_line
   with open(path, "rb") as stored:
@@ -146,30 +204,65 @@ def _read_file(
     elif compression == ".zst":
       stream = io.BufferedReader(_ZstdReader(stored), _BUFFER_BYTES)
     read = 0
-    for where, content in _pieces(path, stream, whole=whole):
-      if on_read is not None:
-        on_read(stored.tell() - read)
-        read = stored.tell()
-      if whole:
-        yield _decode(where, content)
-      elif not content.strip():
-        continue
-      elif kind == ".txt":
-        yield _decode(where, content.removesuffix(b"\n").removesuffix(b"\r"))
-      else:
-        yield _json_text(where, content, text_field)
+
+    def pieces(by_line: bool) -> Iterator[tuple[str, bytes]]:
+      nonlocal read
+      for where, content in _pieces(path, stream, by_line=by_line):
+        if on_read is not None:
+          on_read(stored.tell() - read)
+          read = stored.tell()
+        yield where, content
+
+    if whole:
+      yield from _whole(path, pieces(False))
+    else:
+      for where, content in pieces(True):
+        if not content.strip():
+          continue
+        if kind == ".txt":
+          content = content.removesuffix(b"\n").removesuffix(b"\r")
+          yield Part(_decode(where, content), True)
+        else:
+          yield Part(_json_text(where, content, text_field), True)
     if on_read is not None:
       on_read(stored.tell() - read)
 
 
+def _whole(
+  path: pathlib.Path, pieces: Iterator[tuple[str, bytes]]
+) -> Iterator[Part]:
+  """Yields the parts of a file that is one document."""
+  decoder, line, last = codecs.getincrementaldecoder("utf-8")(), 1, None
+
+  def decode(content: bytes, final: bool = False) -> str:
+    try:
+      return decoder.decode(content, final)
+    except UnicodeDecodeError as error:
+      lines = error.object.count(b"\n", 0, error.start)
+      raise _not_utf8(f"{path}, line {line + lines}", error) from error
+
+  for _, content in pieces:
+    text = decode(content)
+    line += content.count(b"\n")
+    if last is not None:
+      yield Part(last, False)
+    last = text
+  if last is not None:
+    yield Part(last + decode(b"", final=True), True)
+
+
 def _pieces(
-  path: pathlib.Path, stream: BinaryIO, *, whole: bool
+  path: pathlib.Path, stream: BinaryIO, *, by_line: bool
 ) -> Iterator[tuple[str, bytes]]:
-  """Yields the stream whole or in lines, each with a name for messages."""
+  """Yields the stream in lines or blocks, each with a name for messages."""
   number = 0
   while True:
     try:
-      content = stream.read() if whole else stream.readline()
+      content = (
+        stream.readline(_MAX_LINE_BYTES + 1)
+        if by_line
+        else stream.read(_BUFFER_BYTES)
+      )
     except (
       EOFError,
       gzip.BadGzipFile,
@@ -177,29 +270,35 @@ def _pieces(
       zlib.error,
       zstandard.ZstdError,
     ) as error:
-      behind = "" if whole else f" behind line {number}"
+      behind = f" behind line {number}" if by_line else ""
       raise ValueError(
         f"{path} is damaged or cut short{behind}: {error}."
       ) from error
     if not content:
       return
     number += 1
+    if len(content) > _MAX_LINE_BYTES:
+      raise ValueError(
+        f"{path}, line {number} has more than {_MAX_LINE_BYTES >> 20} MiB:"
+        " cut it into several documents, or write it as a .txt of its own."
+      )
     if number == 1:
       content = content.removeprefix(b"\xef\xbb\xbf")
-    yield f"{path}" if whole else f"{path}, line {number}", content
+    yield f"{path}, line {number}", content
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> ValueError:
+  return ValueError(
+    f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the"
+    " file to UTF-8."
+  )
 
 
 def _decode(where: str, content: bytes) -> str:
   try:
     return content.decode("utf-8")
   except UnicodeDecodeError as error:
-    line = content.count(b"\n", 0, error.start) + 1
-    if ", line " not in where:
-      where = f"{where}, line {line}"
-    raise ValueError(
-      f"{where}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the"
-      " file to UTF-8."
-    ) from error
+    raise _not_utf8(where, error) from error
 
 
 def _json_text(where: str, content: bytes, text_field: str) -> str:
@@ -209,7 +308,10 @@ def _json_text(where: str, content: bytes, text_field: str) -> str:
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{where}: not JSON ({error}).") from error
   if not isinstance(record, dict) or text_field not in record:
-    known = ", ".join(record) if isinstance(record, dict) else "no object"
+    known = "no object"
+    if isinstance(record, dict):
+      known = ", ".join(name[:30] for name in itertools.islice(record, 6))
+      known += ", ..." if len(record) > 6 else ""
     raise ValueError(f"{where}: no field {text_field!r} ({known}).")
   text = record[text_field]
   if not isinstance(text, str):

@@ -33,7 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from scca_jax import atomic_file
+from scca_jax import atomic_file, text_borders
+from scca_jax.documents import Part, as_parts
 from scca_jax.tokenizer import Tokenizer
 
 # Dtypes of ids by their names in the JSON.
@@ -123,8 +124,11 @@ _KINDS = {
 # Documents are encoded in batches of about this many characters, some of them
 # ahead of what is written: enough to keep all cores busy, and little to hold in
 # memory.
-_BATCH_CHARACTERS = 1 << 21
+_BATCH_CHARACTERS, _BATCH_PIECES = 1 << 21, 1 << 16
 _BATCHES_AHEAD = 2
+# Longer documents are encoded in pieces; the longest that is taken in one, in
+# memory some 50 bytes a character.
+_PIECE_CHARACTERS, _MAX_CHARACTERS = 1 << 20, 1 << 24
 # Ids that are compared with the vocabulary, or hashed, at once.
 _CHECKED_IDS = 1 << 20
 
@@ -134,7 +138,7 @@ def _json_path(path: pathlib.Path) -> pathlib.Path:
 
 
 def write_token_file(
-  documents: Iterable[str],
+  documents: Iterable[str | Part],
   tokenizer: Tokenizer,
   output: str | os.PathLike[str],
   *,
@@ -147,10 +151,11 @@ def write_token_file(
   By default the file holds only the tokens of the text, which is what the usual
   perplexity over a flat file expects. Documents without a token are left out.
   Both files appear only when complete, the `.bin` last, so that a `.bin` always
-  has its JSON.
+  has its JSON. Long documents are encoded in pieces, cut where the tokenizer's
+  files say that this changes no id.
 
   Args:
-    documents: Texts of the documents, read once.
+    documents: Texts of the documents, whole or in parts, read once.
     tokenizer: Makes the ids: uint16 if its vocabulary is below 65,536, else
       uint32.
     output: The `.bin`.
@@ -163,7 +168,8 @@ def write_token_file(
 
   Raises:
     ValueError: `output` is not a `.bin`, the tokenizer lacks a token that is
-      asked for, or the documents hold no text.
+      asked for, the documents hold no text, or one is longer than 16 Mi
+      characters and cannot be cut.
     OSError: A file cannot be written; a file from before is kept.
   """
   output = pathlib.Path(output)
@@ -183,15 +189,22 @@ def write_token_file(
   num_tokens = num_bytes = 0
   with atomic_file.AtomicFile(output) as file:
     with contextlib.closing(_encode(documents, tokenizer)) as encoded:
-      for text, ids in encoded:
-        if not ids:  # White space, to some tokenizers.
-          continue
-        num_bytes += len(text.encode())
-        content = np.asarray(before + ids + after, dtype).tobytes()
+      begun, text_bytes = False, 0
+      for piece, ids in encoded:
+        text_bytes += len(piece.text.encode())
+        if ids and not begun:
+          begun, ids = True, before + ids
+        if begun and piece.ends:
+          ids = ids + after
+        content = np.asarray(ids, dtype).tobytes()
         file.write(content)
         digest.update(content)
-        num_tokens += len(content) // dtype.itemsize
-        document_ends.append(num_tokens)
+        num_tokens += len(ids)
+        if piece.ends:
+          if begun:  # White space has no token, to some tokenizers.
+            document_ends.append(num_tokens)
+            num_bytes += text_bytes
+          begun, text_bytes = False, 0
     if not num_tokens:
       raise ValueError(f"the corpus is empty: no text for {output}.")
     about = {
@@ -220,42 +233,91 @@ def write_token_file(
   return about
 
 
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+  """What is encoded at once.
+
+  Attributes:
+    text: A document, or what lies between two borders of it.
+    goes_on: Whether it stands behind a border.
+    ends: Whether the document ends with it.
+  """
+
+  text: str
+  goes_on: bool
+  ends: bool
+
+
+def _pieces(
+  documents: Iterable[str | Part], tokenizer: Tokenizer
+) -> Iterator[_Piece]:
+  """Yields documents, long ones in pieces."""
+  text, seen, goes_on = "", 0, False
+  for more, ends in as_parts(documents):
+    text += more
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS and tokenizer.border:
+      place = text_borders.find(
+        text, start + max(_PIECE_CHARACTERS, seen), tokenizer.border
+      )
+      if place is None:
+        break
+      yield _Piece(text[start:place], goes_on, False)
+      start, seen, goes_on = place, 0, True
+    text = text[start:]
+    seen = len(text)
+    if seen > _MAX_CHARACTERS:
+      raise ValueError(
+        f"a document has {seen:,} characters in which {tokenizer.name} has no"
+        " place to cut it; it takes at most"
+        f" {_MAX_CHARACTERS:,} at once: split the document."
+      )
+    if ends:
+      yield _Piece(text, goes_on, True)
+      text, seen, goes_on = "", 0, False
+
+
 def _encode(
-  documents: Iterable[str], tokenizer: Tokenizer
-) -> Generator[tuple[str, list[int]], None, None]:
-  """Yields the documents that are not empty and their ids, in order.
+  documents: Iterable[str | Part], tokenizer: Tokenizer
+) -> Generator[tuple[_Piece, list[int]], None, None]:
+  """Yields the pieces of the documents and their ids, in order.
 
   Tokenizers encode the texts of a batch in threads, which wait for the longest
   text; meanwhile another batch is encoded, and others are read and written.
   """
   pool = concurrent.futures.ThreadPoolExecutor(_BATCHES_AHEAD)
   waiting = collections.deque()
+
+  def encode(batch: list[_Piece]) -> list[list[int]]:
+    return tokenizer.encode_batch(
+      [piece.text for piece in batch], go_on=[piece.goes_on for piece in batch]
+    )
+
   try:
-    for texts in _batch_texts(documents):
-      waiting.append((texts, pool.submit(tokenizer.encode_batch, texts)))
+    for batch in _batches(_pieces(documents, tokenizer)):
+      waiting.append((batch, pool.submit(encode, batch)))
       if len(waiting) > _BATCHES_AHEAD:
-        texts, ids = waiting.popleft()
-        yield from zip(texts, ids.result(), strict=True)
+        batch, ids = waiting.popleft()
+        yield from zip(batch, ids.result(), strict=True)
     while waiting:
-      texts, ids = waiting.popleft()
-      yield from zip(texts, ids.result(), strict=True)
+      batch, ids = waiting.popleft()
+      yield from zip(batch, ids.result(), strict=True)
   finally:
     pool.shutdown(cancel_futures=True)
 
 
-def _batch_texts(documents: Iterable[str]) -> Iterator[list[str]]:
-  """Yields the documents that are not empty, several at a time."""
-  texts: list[str] = []
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+  """Yields pieces, several at a time."""
+  batch: list[_Piece] = []
   size = 0
-  for text in documents:
-    if text:
-      texts.append(text)
-      size += len(text)
-    if size >= _BATCH_CHARACTERS:
-      yield texts
-      texts, size = [], 0
-  if texts:
-    yield texts
+  for piece in pieces:
+    batch.append(piece)
+    size += len(piece.text)
+    if size >= _BATCH_CHARACTERS or len(batch) >= _BATCH_PIECES:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

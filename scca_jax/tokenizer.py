@@ -31,7 +31,14 @@ import sentencepiece
 import tokenizers
 from tokenizers import models
 
-from scca_jax import atomic_file, gguf_file, gguf_tokenizer, json_file
+from scca_jax import (
+  atomic_file,
+  documents,
+  gguf_file,
+  gguf_tokenizer,
+  json_file,
+  text_borders,
+)
 
 # Where a folder has both, transformers takes the first.
 _FILE_NAMES = ("tokenizer.json", "tokenizer.model")
@@ -51,6 +58,8 @@ _USUAL_NAMES = {
 # most four. Cut behind white space where there is any within reach.
 _SENTENCE = re.compile(r"(?s).{1,1000}(?!\S)|.{1,1000}")
 _PASSAGE_CHARACTERS = 8192
+# No vocabulary takes as much.
+_MAX_BYTES = 256 << 20
 # Texts from this length on are worth cutting into lines.
 _LONG_CHARACTERS = 4096
 
@@ -79,8 +88,21 @@ class Tokenizer(abc.ABC):
   adds_eos: bool = False
 
   @abc.abstractmethod
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of every text, on all CPU cores; see `encode`."""
+  def encode_batch(
+    self, texts: Sequence[str], *, go_on: Sequence[bool] | None = None
+  ) -> list[list[int]]:
+    """Returns the ids of every text, on all CPU cores; see `encode`.
+
+    Args:
+      texts: The texts.
+      go_on: Which of them are what stands behind a border in a longer text,
+        so that nothing is put in front of them; None means none.
+    """
+
+  @functools.cached_property
+  @abc.abstractmethod
+  def border(self) -> text_borders.Border | None:
+    """Tells where a text can be cut; None if only as a whole is known."""
 
   @abc.abstractmethod
   def decode(self, ids: Sequence[int]) -> str:
@@ -133,7 +155,9 @@ class SentencePieceTokenizer(Tokenizer):
   after: str
   added: "_AddedTokens | None" = None
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+  def encode_batch(
+    self, texts: Sequence[str], *, go_on: Sequence[bool] | None = None
+  ) -> list[list[int]]:
     """Returns the ids of every text.
 
     Added tokens are cut out first, and long stretches of the rest are cut
@@ -144,9 +168,9 @@ class SentencePieceTokenizer(Tokenizer):
     # processor stands for the next of its parts.
     parts: dict[sentencepiece.SentencePieceProcessor, list[str]] = {}
     orders: list[list[int | sentencepiece.SentencePieceProcessor]] = []
-    for text in texts:
+    for text, goes_on in zip(texts, go_on or [False] * len(texts), strict=True):
       orders.append([])
-      for processor, part in self._cut(text):
+      for processor, part in self._cut(text, goes_on):
         if processor is None:
           orders[-1].append(part)
         else:
@@ -166,8 +190,16 @@ class SentencePieceTokenizer(Tokenizer):
       for order in orders
     ]
 
+  @functools.cached_property
+  def border(self) -> text_borders.Border | None:
+    """Tells where a text can be cut."""
+    return text_borders.of_sentencepiece(
+      _parse_model(self.continuing.serialized_model_proto()),
+      self.added.tokens.values() if self.added is not None else (),
+    )
+
   def _cut(
-    self, text: str
+    self, text: str, goes_on: bool = False
   ) -> Iterator[tuple[sentencepiece.SentencePieceProcessor | None, Any]]:
     """Yields the parts of a text, each with what encodes it; None with ids."""
     stretches: Iterable[tuple[int, int | str]] = [(0, text)]
@@ -177,7 +209,7 @@ class SentencePieceTokenizer(Tokenizer):
       if isinstance(part, int):
         yield None, part
         continue
-      rule = self.after if start else self.first
+      rule = self.after if start else "nothing" if goes_on else self.first
       processor = self.continuing
       if rule == "space" or (
         rule == "space if none" and not part.startswith((" ", "\u2581"))
@@ -287,10 +319,27 @@ class HuggingFaceTokenizer(Tokenizer):
 
   processor: tokenizers.Tokenizer
 
-  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+  def encode_batch(
+    self, texts: Sequence[str], *, go_on: Sequence[bool] | None = None
+  ) -> list[list[int]]:
     """Returns the ids of every text."""
+    flags = go_on or [False] * len(texts)
+    encoded = {
+      goes_on: iter(
+        self._encode(
+          self._continuing if goes_on else self.processor,
+          [t for t, flag in zip(texts, flags, strict=True) if flag == goes_on],
+        )
+      )
+      for goes_on in set(flags)
+    }
+    return [next(encoded[flag]) for flag in flags]
+
+  def _encode(
+    self, processor: tokenizers.Tokenizer, texts: Sequence[str]
+  ) -> list[list[int]]:
     # The fast one leaves out where each token stands in the text.
-    encodings = self.processor.encode_batch_fast(
+    encodings = processor.encode_batch_fast(
       list(texts), add_special_tokens=False
     )
     return [encoding.ids for encoding in encodings]
@@ -300,6 +349,32 @@ class HuggingFaceTokenizer(Tokenizer):
     processor = tokenizers.Tokenizer.from_str(self.processor.to_str())
     processor.encode_special_tokens = False
     return dataclasses.replace(self, processor=processor)
+
+  @functools.cached_property
+  def border(self) -> text_borders.Border | None:
+    """Tells where a text can be cut."""
+    step = self.processor.pre_tokenizer
+    return text_borders.of_hugging_face(
+      json.loads(self.processor.to_str()),
+      # The text of a special token is text, unless it is asked for.
+      [
+        token
+        for token in self.processor.get_added_tokens_decoder().values()
+        if not (token.special and self.processor.encode_special_tokens)
+      ],
+      step.pre_tokenize_str if step is not None else None,
+    )
+
+  @functools.cached_property
+  def _continuing(self) -> tokenizers.Tokenizer:
+    """Encodes what stands behind a border."""
+    content = json.loads(self.processor.to_str())
+    plain = text_borders.without_prefix(content)
+    if plain["normalizer"] == content["normalizer"]:
+      return self.processor
+    processor = tokenizers.Tokenizer.from_str(json.dumps(plain))
+    processor.encode_special_tokens = self.processor.encode_special_tokens
+    return processor
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`, special tokens by their names."""
@@ -350,6 +425,10 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
     )
   if not path.exists():
     raise FileNotFoundError(f"there is no tokenizer {path}.")
+  if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+    raise ValueError(
+      f"{path} is not a tokenizer: a file of at most {_MAX_BYTES >> 20} MiB."
+    )
   content = path.read_bytes()
   if path.suffix == ".model":
     return _load_sentencepiece(path, content)
@@ -701,8 +780,19 @@ def _usual_id(
   return next((token for token in found if token is not None), None)
 
 
+def _passages(texts: Iterable[str | documents.Part]) -> Iterator[str]:
+  """Yields documents in passages of `_PASSAGE_CHARACTERS` or, last, fewer."""
+  rest = ""
+  for text, ends in documents.as_parts(texts):
+    text = rest + text
+    whole = len(text) if ends else len(text) - len(text) % _PASSAGE_CHARACTERS
+    for start in range(0, whole, _PASSAGE_CHARACTERS):
+      yield text[start : start + _PASSAGE_CHARACTERS]
+    rest = text[whole:]
+
+
 def sample(
-  texts: Iterable[str], num_bytes: int, *, seed: int = 0
+  texts: Iterable[str | documents.Part], num_bytes: int, *, seed: int = 0
 ) -> Iterator[str]:
   """Yields passages drawn evenly from `texts`, in their order.
 
@@ -710,7 +800,7 @@ def sample(
   8,000 characters draws a number; those with the smallest stay.
 
   Args:
-    texts: Whole documents.
+    texts: Documents, whole or in parts.
     num_bytes: Largest size of the sample, in bytes of UTF-8.
     seed: Draws another sample.
 
@@ -722,15 +812,13 @@ def sample(
   generator = random.Random(seed)
   kept: list[tuple[float, int, str, int]] = []  # Largest draw first.
   size = index = 0
-  for text in texts:
-    for start in range(0, len(text), _PASSAGE_CHARACTERS):
-      passage = text[start : start + _PASSAGE_CHARACTERS]
-      length = len(passage.encode())
-      heapq.heappush(kept, (-generator.random(), index, passage, length))
-      index += 1
-      size += length
-      while size > num_bytes and len(kept) > 1:
-        size -= heapq.heappop(kept)[3]
+  for passage in _passages(texts):
+    length = len(passage.encode())
+    heapq.heappush(kept, (-generator.random(), index, passage, length))
+    index += 1
+    size += length
+    while size > num_bytes and len(kept) > 1:
+      size -= heapq.heappop(kept)[3]
   for _, _, passage, _ in sorted(kept, key=lambda entry: entry[1]):
     yield passage
 

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import pytest
 import zstandard
@@ -154,3 +155,56 @@ def test_missing_text_is_named(tmp_path):
     list(documents.read_documents(tmp_path / "absent.txt"))
   with pytest.raises(FileNotFoundError, match=r"holds no file that ends in"):
     list(documents.read_documents(tmp_path))
+
+
+def test_parts_of_a_document_are_its_text(tmp_path):
+  # A character of four bytes lies across the border of two blocks.
+  text = "a" * ((1 << 20) - 2) + "😀" + "b\n" * 700_000
+  (tmp_path / "a.txt").write_text(text, encoding="utf8")
+  (tmp_path / "b.jsonl").write_text('{"text": "c"}\n{"text": ""}\n')
+  (tmp_path / "empty.txt").touch()
+  parts = list(documents.read_parts(tmp_path))
+  assert [part.ends for part in parts] == [False, False, True, True, True]
+  assert max(len(part.text) for part in parts) <= 1 << 20
+  assert "".join(part.text for part in parts[:3]) == text
+  assert list(documents.read_documents(tmp_path)) == [text, "c", ""]
+
+
+@pytest.mark.parametrize("end", [b"\xf0\x9f\x98", b"\xff"])
+def test_the_line_of_a_bad_byte_is_named_far_into_a_text(tmp_path, end):
+  (tmp_path / "a.txt").write_bytes(b"line\n" * 500_000 + end)
+  with pytest.raises(ValueError, match=r"a\.txt, line 500001: not UTF-8"):
+    list(documents.read_documents(tmp_path / "a.txt"))
+
+
+def test_pipes_and_devices_are_refused_unread(tmp_path):
+  os.mkfifo(tmp_path / "pipe.txt")
+  (tmp_path / "zero.txt").symlink_to("/dev/zero")
+  for name in ("pipe.txt", "zero.txt"):
+    with pytest.raises(ValueError, match=f"{name} is a pipe or device"):
+      list(documents.read_documents(tmp_path / name))
+  (tmp_path / "a.txt").write_text("a")
+  assert list(documents.read_documents(tmp_path)) == ["a"]
+
+
+def test_a_small_archive_of_a_large_text_is_read_in_parts(tmp_path):
+  # 64 MiB in 6 KiB.
+  compress = zstandard.ZstdCompressor(level=19).compress
+  (tmp_path / "a.txt.zst").write_bytes(compress(bytes(1 << 26)))
+  sizes = [len(part.text) for part in documents.read_parts(tmp_path)]
+  assert sum(sizes) == 1 << 26 and max(sizes) == 1 << 20
+
+
+def test_a_line_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(documents, "_MAX_LINE_BYTES", 20)
+  (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "0123456789"}\n')
+  with pytest.raises(ValueError, match=r"a\.jsonl, line 2 has more than"):
+    list(documents.read_documents(tmp_path))
+
+
+def test_many_fields_are_not_all_listed(tmp_path):
+  record = {f"field {i}": i for i in range(5000)}
+  (tmp_path / "a.jsonl").write_text(json.dumps(record))
+  with pytest.raises(ValueError, match=r"'text' \(field 0, .*, \.\.\.\)") as e:
+    list(documents.read_documents(tmp_path))
+  assert len(str(e.value)) < 400

@@ -11,6 +11,7 @@ import lzma
 import pickle
 import resource
 import tarfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +33,9 @@ class Bytes(Tokenizer):
   bos_id: int | None = 1
   eos_id: int | None = 2
   adds_bos: bool = True
+  border: Any = None
 
-  def encode_batch(self, texts):
+  def encode_batch(self, texts, *, go_on=None):
     return [
       [byte + 3 for byte in text.encode()] if text.strip() else []
       for text in texts
@@ -41,6 +43,9 @@ class Bytes(Tokenizer):
 
   def decode(self, ids):
     return bytes(i - 3 for i in ids).decode()
+
+  def with_special_tokens(self):
+    return self
 
 
 def test_a_token_file_gives_back_the_documents(tmp_path):
@@ -126,7 +131,7 @@ def test_few_documents_are_read_before_earlier_ones_are_encoded(
 
   @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
   class Counting(Bytes):
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, *, go_on=None):
       encoded.extend(texts)
       return super().encode_batch(texts)
 
@@ -143,7 +148,7 @@ def test_few_documents_are_read_before_earlier_ones_are_encoded(
 def test_a_failure_to_encode_leaves_nothing(tmp_path):
   @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
   class Failing(Bytes):
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, *, go_on=None):
       raise ValueError("cannot be encoded.")
 
   with pytest.raises(ValueError, match="cannot be encoded"):

@@ -30,7 +30,7 @@ from scca_jax import (
   sharding,
   training,
 )
-from scca_jax.documents import read_documents
+from scca_jax.documents import read_parts
 from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.lora import LoraConfig
@@ -43,6 +43,8 @@ from scca_jax.training import StepConfig
 
 Layers = tuple[AttentionPattern | Mixture, ...]
 
+# A rank that models with fewer channels may have too; it does no harm.
+_RANK_OF_SMALL = 256
 # Bytes read at once when a file is hashed.
 _BLOCK = 1 << 20
 
@@ -311,6 +313,13 @@ def resolve(run: FinetuneConfig, *, find_devices: bool = True) -> Resolved:
       target_len,
       base.context_len,
     )
+  widest = max(max(base.projection_shape(name)) for name in run.lora.targets)
+  widest = max(widest, _RANK_OF_SMALL)
+  if run.adapter and run.lora.rank > widest:
+    raise ValueError(
+      f"lora.rank must be at most {widest:,} for matrices of these sizes, got"
+      f" {run.lora.rank:,}."
+    )
   target = extended(base, run.rope.kind, run.rope.factor, target_len)
   return lay_out(run, base, target, find_devices=find_devices)
 
@@ -369,7 +378,7 @@ def open_tokens(
     if not target.exists():
       print(f"Tokenising {path.name}.", flush=True)
       target.parent.mkdir(parents=True, exist_ok=True)
-      write_token_file(read_documents(path), tokenizer, target)
+      write_token_file(read_parts(path), tokenizer, target)
   # Messages should name what the user gave, not the file in the cache.
   tokens = dataclasses.replace(TokenFile.open(target), name=str(path))
   check_ids(tokens.tokens, vocab_size, tokens.name)
@@ -393,11 +402,11 @@ def make_batches(
   """Returns the batches of a run, those of this process if there are several.
 
   Raises:
-    ValueError: The text is shorter than a sequence.
+    ValueError: The text is shorter than a sequence, or than a batch.
   """
   train = run.training
   shard_index, num_shards = sharding.data_shard(mesh, train.batch_size)
-  return batches.make_batches(
+  found = batches.make_batches(
     tokens,
     seq_len=train.seq_len,
     batch_size=train.batch_size,
@@ -407,6 +416,13 @@ def make_batches(
     shard_index=shard_index,
     num_shards=num_shards,
   )
+  if train.batch_size > found.windows_per_epoch:
+    raise ValueError(
+      f"training.batch_size={train.batch_size:,} is more than the"
+      f" {found.windows_per_epoch:,} windows of {train.seq_len:,} tokens that"
+      f" {tokens.name} has: take a smaller batch or more text."
+    )
+  return found
 
 
 # Perplexity.
