@@ -64,7 +64,7 @@ _S2 = ArmConfig(
 RECIPES = tuple(
   dataclasses.replace(_S2, name=f"s2-{name}", **changes)
   for name, changes in {
-    "rates": {"learning_rates": (1e-3, RATE, 1e-2)},
+    "rates": {"learning_rates": (1e-3, 1e-2)},
     "rank8": {"rank": 8},
     "rank128": {"rank": 128},
     "adapters-alone": {"train_norms": False},
