@@ -5,9 +5,13 @@
     python -m experiments.prepare_data --input=books.jsonl.xz \
       --train_tokenizer --vocab_size=4096 --output=books.bin
 
+    python -m experiments.prepare_data --input=talks.jsonl --conversations \
+      --tokenizer=llama-chat/ --output=talks.bin
+
 The second also writes the tokenizer it trained, books.model.
 """
 
+import contextlib
 import pathlib
 import time
 from collections.abc import Iterator
@@ -16,9 +20,9 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.shared import cli
-from scca_jax import tokenizer
-from scca_jax.documents import Part, document_files, read_parts
-from scca_jax.token_file import write_token_file
+from scca_jax import chat, conversations, tokenizer
+from scca_jax.documents import Part, document_files, read_parts, read_records
+from scca_jax.token_file import write_conversations, write_token_file
 
 _INPUT = flags.DEFINE_string(
   "input",
@@ -61,20 +65,52 @@ _APPEND_EOS = flags.DEFINE_boolean(
 )
 
 
-def _documents(source: str, action: str) -> Iterator[Part]:
-  """Yields the documents under a progress bar over the bytes of `source`."""
-  size = sum(f.stat().st_size for f in document_files(source))
-  with tqdm(
-    total=size,
+_CONVERSATIONS = flags.DEFINE_boolean(
+  "conversations",
+  False,
+  "Each line of the .jsonl is a conversation: messages, prompt and completion,"
+  " or instruction and output. It is written by the tokenizer's chat template,"
+  " and training counts the answers alone.",
+)
+
+
+def _bar(source: str, action: str) -> tqdm:
+  """Returns a progress bar over the bytes of `source`."""
+  return tqdm(
+    total=sum(f.stat().st_size for f in document_files(source)),
     desc=action,
     unit="B",
     unit_scale=True,
     mininterval=0.5,
     disable=None,  # In a log it would be a line every half second.
-  ) as bar:
+  )
+
+
+def _documents(source: str, action: str) -> Iterator[Part]:
+  """Yields the documents under a progress bar."""
+  with _bar(source, action) as bar:
     yield from read_parts(
       source, text_field=_TEXT_FIELD.value, on_read=bar.update
     )
+
+
+def _conversations(
+  source: str, vocabulary: tokenizer.Tokenizer
+) -> Iterator[conversations.Encoded]:
+  """Yields the conversations under a progress bar.
+
+  Raises:
+    ValueError: One is damaged; the message names its line.
+  """
+  template = None
+  with contextlib.suppress(ValueError):  # Not needed by prompts.
+    template = chat.load(_TOKENIZER.value or "")
+  with _bar(source, "encoding") as bar:
+    for where, record in read_records(source, on_read=bar.update):
+      try:
+        yield conversations.encode(record, vocabulary, template)
+      except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def main() -> None:
@@ -92,6 +128,13 @@ def main() -> None:
   output = pathlib.Path(_OUTPUT.value)
   if output.suffix != ".bin":
     raise ValueError(f"--output must end in .bin, got {output}.")
+  if _CONVERSATIONS.value and (
+    _TRAIN_TOKENIZER.value or _ADD_BOS.value or _APPEND_EOS.value
+  ):
+    raise ValueError(
+      "--conversations takes the --tokenizer of a model, which says how texts"
+      " begin and end: leave --train_tokenizer, --add_bos and --append_eos out."
+    )
   started = time.monotonic()
   if _TOKENIZER.value is None:
     vocabulary = tokenizer.train(
@@ -106,14 +149,23 @@ def main() -> None:
     )
   else:
     vocabulary = tokenizer.load(_TOKENIZER.value)
-  about = write_token_file(
-    _documents(source, "encoding"),
-    vocabulary,
-    output,
-    add_bos=_ADD_BOS.value,
-    append_eos=_APPEND_EOS.value,
-    sources=[file.name for file in document_files(source)],
-  )
+  sources = [file.name for file in document_files(source)]
+  if _CONVERSATIONS.value:
+    about = write_conversations(
+      _conversations(source, vocabulary), vocabulary, output, sources=sources
+    )
+    answers = about["answers"]
+    share = (sum(answers[1::2]) - sum(answers[::2])) / about["tokens"]
+    print(f"{len(answers) // 2:,} answers, {share:.0%} of the tokens")
+  else:
+    about = write_token_file(
+      _documents(source, "encoding"),
+      vocabulary,
+      output,
+      add_bos=_ADD_BOS.value,
+      append_eos=_APPEND_EOS.value,
+      sources=sources,
+    )
   print(
     f"wrote {output}: {about['documents']:,} documents,"
     f" {about['tokens']:,} tokens ({about['dtype']}),"

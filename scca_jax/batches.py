@@ -103,8 +103,9 @@ def make_batches(
   """Returns an iterator over batches of a corpus, shuffled every epoch.
 
   A batch is a dict of arrays `[batch, seq]`: `tokens` int32; `targets` int32,
-  the token that follows each; `mask` float32, 0 where there is no target; and,
-  packed, `segment_ids` and `positions` int32.
+  the token that follows each; `mask` float32, 0 where there is no target or
+  where it is not in an answer (`TokenFile.answers`); and, packed, `segment_ids`
+  and `positions` int32.
 
   "concatenate" (LongLoRA) cuts the whole corpus, document borders or not, in
   windows of `seq_len` tokens that meet but do not overlap. Fewer than `seq_len`
@@ -233,7 +234,7 @@ class _ConcatenatedWindows:
         f" seq_len={seq_len} and its last target take {seq_len + 1}: give more"
         " text or a shorter seq_len."
       )
-    self._tokens = token_file.tokens
+    self._file = token_file
     self._seq_len = seq_len
     # The last token is a target only.
     self._num_windows, rest = divmod(len(token_file) - 1, seq_len)
@@ -244,11 +245,12 @@ class _ConcatenatedWindows:
 
   def __getitem__(self, index: Any) -> dict[str, np.ndarray]:
     start = self._offset + int(index) * self._seq_len
-    ids = self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+    end = start + self._seq_len + 1
+    ids = self._file.tokens[start:end].astype(np.int32)
     return {
       "tokens": ids[:-1],
       "targets": ids[1:],
-      "mask": np.ones(self._seq_len, np.float32),
+      "mask": self._file.counted(start + 1, end),
     }
 
 
@@ -272,7 +274,7 @@ class _PackedWindows:
         f"no document of {token_file.name} has two tokens: there is nothing to"
         " predict."
       )
-    self._tokens = token_file.tokens
+    self._file, self._tokens = token_file, token_file.tokens
     self._seq_len = seq_len
     self._windows = _best_fit(token_file.document_ends, seq_len)
 
@@ -291,8 +293,9 @@ class _PackedWindows:
       window["tokens"][here] = self._tokens[start:stop]
       window["segment_ids"][here] = segment
       window["positions"][here] = np.arange(stop - start)
-      window["targets"][followed] = self._tokens[start + 1 : min(stop + 1, end)]
-      mask[followed] = 1
+      ends = min(stop + 1, end)
+      window["targets"][followed] = self._tokens[start + 1 : ends]
+      mask[followed] = self._file.counted(start + 1, ends)
       filled = here.stop
     return {**window, "mask": mask}
 

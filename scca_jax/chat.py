@@ -114,7 +114,7 @@ class ChatTemplate:
       ValueError: See `render`.
     """
     text = self.render(messages, asks=asks)
-    return vocabulary.with_special_tokens().encode(text)
+    return vocabulary.with_special_tokens.encode(text)
 
 
 def template_text(folder: pathlib.Path) -> str | None:

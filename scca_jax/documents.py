@@ -184,12 +184,33 @@ def as_parts(documents: Iterable[str | Part]) -> Iterator[Part]:
     yield Part(document, True) if isinstance(document, str) else document
 
 
+def read_records(
+  path: str | os.PathLike[str],
+  *,
+  on_read: Callable[[int], object] | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields every line of JSON Lines as an object, with file and line by name.
+
+  Args:
+    path: See `document_files`; text files are refused.
+    on_read: See `read_documents`.
+
+  Raises:
+    FileNotFoundError: See `document_files`.
+    ValueError: See `read_documents`; or a line is no object.
+  """
+  for file in document_files(path):
+    if _suffixes(file)[0] == ".txt":
+      raise ValueError(f"{file} is text, not JSON Lines: give a .jsonl.")
+    yield from _read_file(file, None, False, on_read)
+
+
 def _read_file(
   path: pathlib.Path,
-  text_field: str,
+  text_field: str | None,
   by_line: bool,
   on_read: Callable[[int], object] | None,
-) -> Iterator[Part]:
+) -> Iterator[Any]:
   kind, compression = _suffixes(path)
   whole = kind == ".txt" and not by_line
   with open(path, "rb") as stored:
@@ -222,6 +243,8 @@ def _read_file(
         if kind == ".txt":
           content = content.removesuffix(b"\n").removesuffix(b"\r")
           yield Part(_decode(where, content), True)
+        elif text_field is None:
+          yield where, _json_object(where, content)
         else:
           yield Part(_json_text(where, content, text_field), True)
     if on_read is not None:
@@ -301,17 +324,22 @@ def _decode(where: str, content: bytes) -> str:
     raise _not_utf8(where, error) from error
 
 
-def _json_text(where: str, content: bytes, text_field: str) -> str:
+def _json_object(where: str, content: bytes) -> dict[str, Any]:
   line = _decode(where, content)
   try:
     record = json.loads(line)
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{where}: not JSON ({error}).") from error
-  if not isinstance(record, dict) or text_field not in record:
-    known = "no object"
-    if isinstance(record, dict):
-      known = ", ".join(name[:30] for name in itertools.islice(record, 6))
-      known += ", ..." if len(record) > 6 else ""
+  if not isinstance(record, dict):
+    raise ValueError(f"{where}: not a JSON object.")
+  return record
+
+
+def _json_text(where: str, content: bytes, text_field: str) -> str:
+  record = _json_object(where, content)
+  if text_field not in record:
+    known = ", ".join(name[:30] for name in itertools.islice(record, 6))
+    known += ", ..." if len(record) > 6 else ""
     raise ValueError(f"{where}: no field {text_field!r} ({known}).")
   text = record[text_field]
   if not isinstance(text, str):

@@ -9,7 +9,8 @@ A JSON file of the same name beside it says what the ids are:
      "sha256", "sources", "document_ends"}
 
 `sha256` is that of the bytes of the `.bin`; `document_ends` holds, for every
-document, the offset just after its last token. Without the JSON the ids are
+document, the offset just after its last token. Of conversations, `answers`
+holds where each answer begins and ends. Without the JSON the ids are
 uint16; a JSON written by hand needs only `dtype`, which may be any of `DTYPES`.
 A file that looks like another width or byte order, or holds more than ids, is
 refused with the name of what it looks like.
@@ -24,6 +25,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -114,6 +116,7 @@ _FIELDS = {
   "sha256": str,
   "sources": list,
   "document_ends": list,
+  "answers": list,
 }
 _KINDS = {
   int: "an integer",
@@ -129,6 +132,9 @@ _BATCHES_AHEAD = 2
 # Longer documents are encoded in pieces; the longest that is taken in one, in
 # memory some 50 bytes a character.
 _PIECE_CHARACTERS, _MAX_CHARACTERS = 1 << 20, 1 << 24
+# Ids of a piece of a document; the bytes of its text if the document ends with
+# it; and where answers begin and end in it.
+_Written = tuple[list[int], int | None, Sequence[int]]
 # Ids that are compared with the vocabulary, or hashed, at once.
 _CHECKED_IDS = 1 << 20
 
@@ -172,39 +178,96 @@ def write_token_file(
       characters and cannot be cut.
     OSError: A file cannot be written; a file from before is kept.
   """
-  output = pathlib.Path(output)
-  if output.suffix != ".bin":
-    raise ValueError(f"a token file is a .bin file, got {output}.")
   for wanted, token, name in (
     (add_bos, tokenizer.bos_id, "BOS"),
     (append_eos, tokenizer.eos_id, "EOS"),
   ):
     if wanted and token is None:
       raise ValueError(f"the tokenizer {tokenizer.name} has no {name} token.")
-  before = [tokenizer.bos_id] if add_bos else []
-  after = [tokenizer.eos_id] if append_eos else []
+  before: Any = [tokenizer.bos_id] if add_bos else []
+  after: Any = [tokenizer.eos_id] if append_eos else []
+  with contextlib.closing(_encode(documents, tokenizer)) as encoded:
+    return _write(
+      _marked(encoded, before, after),
+      tokenizer,
+      output,
+      {"add_bos": add_bos, "append_eos": append_eos},
+      sources,
+    )
+
+
+def write_conversations(
+  conversations: Iterable[tuple[str, list[int], list[int]]],
+  tokenizer: Tokenizer,
+  output: str | os.PathLike[str],
+  *,
+  sources: Sequence[str] = (),
+) -> dict[str, Any]:
+  """Writes a token file of conversations that knows where the answers are.
+
+  Args:
+    conversations: Text, ids and answers of each, as `conversations.encode`
+      returns them; read once.
+    tokenizer: What they were encoded with.
+    output: The `.bin`.
+    sources: See `write_token_file`.
+
+  Returns:
+    What the JSON says.
+
+  Raises:
+    ValueError: `output` is not a `.bin`, or there is no conversation.
+    OSError: A file cannot be written; a file from before is kept.
+  """
+  pieces = (
+    (ids, len(text.encode()), answers) for text, ids, answers in conversations
+  )
+  return _write(pieces, tokenizer, output, {}, sources)
+
+
+def _marked(
+  encoded: Iterable[tuple[Part, list[int]]], before: list[int], after: list[int]
+) -> Iterator[_Written]:
+  """Yields pieces of documents with the tokens that begin and end these."""
+  begun, text_bytes = False, 0
+  for piece, ids in encoded:
+    text_bytes += len(piece.text.encode())
+    if ids and not begun:
+      begun, ids = True, before + ids
+    if begun and piece.ends:
+      ids = ids + after
+    # White space has no token, to some tokenizers.
+    yield ids, text_bytes if begun and piece.ends else None, ()
+    if piece.ends:
+      begun, text_bytes = False, 0
+
+
+def _write(
+  pieces: Iterable[_Written],
+  tokenizer: Tokenizer,
+  output: str | os.PathLike[str],
+  marks: dict[str, bool],
+  sources: Sequence[str],
+) -> dict[str, Any]:
+  """Writes a token file of pieces of documents."""
+  output = pathlib.Path(output)
+  if output.suffix != ".bin":
+    raise ValueError(f"a token file is a .bin file, got {output}.")
   dtype = np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
   digest = hashlib.sha256()
   document_ends: list[int] = []
+  answers: list[int] = []
   num_tokens = num_bytes = 0
   with atomic_file.AtomicFile(output) as file:
-    with contextlib.closing(_encode(documents, tokenizer)) as encoded:
-      begun, text_bytes = False, 0
-      for piece, ids in encoded:
-        text_bytes += len(piece.text.encode())
-        if ids and not begun:
-          begun, ids = True, before + ids
-        if begun and piece.ends:
-          ids = ids + after
-        content = np.asarray(ids, dtype).tobytes()
-        file.write(content)
-        digest.update(content)
-        num_tokens += len(ids)
-        if piece.ends:
-          if begun:  # White space has no token, to some tokenizers.
-            document_ends.append(num_tokens)
-            num_bytes += text_bytes
-          begun, text_bytes = False, 0
+    for ids, text_bytes, places in pieces:
+      content = np.asarray(ids, dtype).tobytes()
+      file.write(content)
+      digest.update(content)
+      answers += [num_tokens + place for place in places]
+      num_tokens += len(ids)
+      if text_bytes is not None:
+        document_ends.append(num_tokens)
+        num_bytes += text_bytes
     if not num_tokens:
       raise ValueError(f"the corpus is empty: no text for {output}.")
     about = {
@@ -215,8 +278,7 @@ def write_token_file(
       },
       "bos_id": tokenizer.bos_id,
       "eos_id": tokenizer.eos_id,
-      "add_bos": add_bos,
-      "append_eos": append_eos,
+      **marks,
       "dtype": "uint16" if dtype.itemsize == 2 else "uint32",
       "documents": len(document_ends),
       "tokens": num_tokens,
@@ -224,6 +286,7 @@ def write_token_file(
       "sha256": digest.hexdigest(),
       "sources": [pathlib.PurePath(source).name for source in sources],
       "document_ends": document_ends,
+      **({"answers": answers} if answers else {}),
     }
     with atomic_file.AtomicFile(_json_path(output)) as description:
       description.write(json.dumps(about).encode() + b"\n")
@@ -306,7 +369,7 @@ def _encode(
     pool.shutdown(cancel_futures=True)
 
 
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+def _batches(pieces: Iterable[_Written]) -> Iterator[list[_Piece]]:
   """Yields pieces, several at a time."""
   batch: list[_Piece] = []
   size = 0
@@ -329,12 +392,16 @@ class TokenFile:
     document_ends: `[documents]` int64 offset just after each document's
       last token; None if not known.
     vocab_size: Vocabulary of the tokenizer that made the ids, or None.
+    answers: `[2 * answers]` int64 offsets of the first token of each answer and
+      of the one behind it, rising; training counts only these. None counts
+      every token.
     name: What messages call it.
     about: Everything the JSON says, empty without one.
   """
 
   tokens: np.ndarray
   document_ends: np.ndarray | None = None
+  answers: np.ndarray | None = None
   vocab_size: int | None = None
   name: str = "the corpus"
   about: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -349,6 +416,22 @@ class TokenFile:
 
   def __len__(self) -> int:
     return len(self.tokens)
+
+  def counted(self, start: int, stop: int) -> np.ndarray:
+    """Returns which of the tokens from `start` to `stop` training counts.
+
+    Args:
+      start: Offset of the first.
+      stop: Offset behind the last.
+
+    Returns:
+      `[stop - start]` float32: 1 in answers, and everywhere if none are known.
+    """
+    if self.answers is None:
+      return np.ones(stop - start, np.float32)
+    places = np.arange(start, stop)
+    begun = np.searchsorted(self.answers, places, side="right")
+    return (begun % 2).astype(np.float32)
 
   def split(self, num_held_out: int) -> tuple["TokenFile", "TokenFile"]:
     """Returns all but the last documents, and these, for validation.
@@ -373,13 +456,22 @@ class TokenFile:
       )
     cut = count - num_held_out
     place = int(self.document_ends[cut - 1])
+    before = after = self.answers
+    if self.answers is not None:
+      # An answer lies within a document.
+      number = int(np.searchsorted(self.answers[::2], place)) * 2
+      before, after = self.answers[:number], self.answers[number:] - place
     first = dataclasses.replace(
-      self, tokens=self.tokens[:place], document_ends=self.document_ends[:cut]
+      self,
+      tokens=self.tokens[:place],
+      document_ends=self.document_ends[:cut],
+      answers=before,
     )
     second = dataclasses.replace(
       self,
       tokens=self.tokens[place:],
       document_ends=self.document_ends[cut:] - place,
+      answers=after,
     )
     return first, second
 
@@ -442,6 +534,7 @@ class TokenFile:
     return cls(
       tokens=tokens,
       document_ends=document_ends,
+      answers=_answers(path, about, num_tokens),
       vocab_size=made_with,
       name=str(path),
       about=about,
@@ -506,6 +599,25 @@ def _document_ends(
       " prepare the token file again."
     )
   return np.asarray(ends, np.int64)
+
+
+def _answers(
+  path: pathlib.Path, about: dict[str, Any], num_tokens: int
+) -> np.ndarray | None:
+  answers = about.get("answers")
+  if answers is None:
+    return None
+  bounds = [0, *answers, num_tokens]
+  if (
+    not all(type(place) is int for place in answers)
+    or len(answers) % 2
+    or any(a > b for a, b in itertools.pairwise(bounds))
+  ):
+    raise ValueError(
+      f"the answers in {_json_path(path)} are not pairs that rise to"
+      f" {num_tokens}: prepare the token file again."
+    )
+  return np.asarray(answers, np.int64)
 
 
 def _check_marks(

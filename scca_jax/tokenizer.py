@@ -111,13 +111,14 @@ class Tokenizer(abc.ABC):
     An id beyond the vocabulary stands for nothing, as for transformers.
     """
 
-  @abc.abstractmethod
+  @property
   def with_special_tokens(self) -> "Tokenizer":
-    """Returns a tokenizer for which names of special tokens are these tokens.
+    """The tokenizer for which names of special tokens are these tokens.
 
     Chat templates write conversations so; text from elsewhere should not be
     read like that.
     """
+    return self
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of `text` alone: no token is added before or after.
@@ -222,8 +223,9 @@ class SentencePieceTokenizer(Tokenizer):
         yield processor, line
         processor = self._behind_lines
 
+  @functools.cached_property
   def with_special_tokens(self) -> "SentencePieceTokenizer":
-    """Returns the tokenizer with all control tokens among the added ones."""
+    """The tokenizer with all control tokens among the added ones."""
     tokens = dict(self.added.tokens) if self.added else {}
     for i in range(self.processor.get_piece_size()):
       if self.processor.is_control(i):
@@ -344,8 +346,9 @@ class HuggingFaceTokenizer(Tokenizer):
     )
     return [encoding.ids for encoding in encodings]
 
+  @functools.cached_property
   def with_special_tokens(self) -> "HuggingFaceTokenizer":
-    """Returns the tokenizer with special tokens cut out of the text."""
+    """The tokenizer with special tokens cut out of the text."""
     processor = tokenizers.Tokenizer.from_str(self.processor.to_str())
     processor.encode_special_tokens = False
     return dataclasses.replace(self, processor=processor)

@@ -135,7 +135,7 @@ def test_the_text_may_be_in_another_field(tmp_path):
     ("a.jsonl", b'{"text": "a"', r"line 1: not JSON"),
     ("a.jsonl", b"[" * 100_000, r"line 1: not JSON"),
     ("a.jsonl", b'{"body": "", "id": 1}', r"no field 'text' \(body, id\)"),
-    ("a.jsonl", b'["text"]', r"line 1: no field 'text'"),
+    ("a.jsonl", b'["text"]', r"line 1: not a JSON object"),
     ("a.jsonl", b'{"text": null}', r"the field 'text' is NoneType, not text"),
     ("a.jsonl", b'{"text": "\\ud800"}', r"line 1: .*U\+D800"),
     ("a.pdf", b"", r"a\.pdf is of no known kind"),

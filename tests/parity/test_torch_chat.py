@@ -6,7 +6,7 @@ import shutil
 import pytest
 import transformers
 
-from scca_jax import assets, chat, tokenizer
+from scca_jax import assets, chat, conversations, tokenizer
 from tests import model_files
 
 CHAT_ML = (
@@ -64,3 +64,30 @@ def test_conversations_have_the_ids_of_transformers(tmp_path, kind, legacy):
       assert template.render(talk, asks=asks) == text
       wanted = theirs.apply_chat_template(talk, return_dict=False, **settings)
       assert template.encode(words, talk, asks=asks) == wanted, text
+
+
+def test_answers_are_those_that_transformers_marks(tmp_path):
+  folder = model_files.write_byte_level(tmp_path / "m")
+  path = folder / "tokenizer_config.json"
+  template = (
+    "{% for m in messages %}{{ '<|begin_of_text|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+    "<|eot_id|>{% endgeneration %}{% else %}{{ m['content'] }}<|eot_id|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|begin_of_text|>assistant\n' }}{% endif %}"
+  )
+  settings = json.loads(path.read_text()) | {"chat_template": template}
+  path.write_text(json.dumps(settings))
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  talk = [*TALKS[1], {"role": "assistant", "content": "Twelve."}]
+  wanted = theirs.apply_chat_template(
+    talk, return_dict=True, return_assistant_tokens_mask=True
+  )
+  _, ids, answers = conversations.encode(
+    {"messages": talk}, tokenizer.load(folder), chat.load(folder)
+  )
+  marks = [0] * len(ids)
+  for start, end in zip(answers[::2], answers[1::2], strict=True):
+    marks[start:end] = [1] * (end - start)
+  assert ids == wanted["input_ids"]
+  assert marks == wanted["assistant_masks"]
