@@ -34,6 +34,7 @@ from scca_jax import (
   loss_file,
   patterns,
   perplexity,
+  segments,
   sharding,
   tasks,
   token_file,
@@ -138,6 +139,13 @@ _PATTERN = flags.DEFINE_string(
 _ROPE_SCALING, _ROPE_FACTOR = shared_flags.define_rope(
   "by default the longest of --context_lens / the model's context length"
 )
+_SEGMENT_LEN = flags.DEFINE_integer(
+  "segment_len",
+  None,
+  "Tokens of a window that go through the layers at a time, for longer windows"
+  " and a --pattern that looks back only so far. Tasks take all at once.",
+  lower_bound=1,
+)
 _BATCH_TOKENS = flags.DEFINE_integer(
   "batch_tokens", 8192, "Tokens per batch of windows or samples."
 )
@@ -223,7 +231,11 @@ def _mesh() -> Mesh | None:
 
 
 def _execution() -> Execution:
-  return Execution(implementation=_IMPLEMENTATION.value, mesh=_mesh())
+  return Execution(
+    implementation=_IMPLEMENTATION.value,
+    mesh=_mesh(),
+    segment_len=_SEGMENT_LEN.value,
+  )
 
 
 def _open_tokens(
@@ -383,8 +395,16 @@ def _batch_size(context_len: int) -> int:
   return shards * max(1, _BATCH_TOKENS.value // context_len // shards)
 
 
-def _check_mesh(config: LlamaConfig, layers: dict[int, Any]) -> None:
+def _check_parts(config: LlamaConfig, layers: dict[int, Any]) -> None:
+  """Checks that mesh and segments can cut the windows of each length."""
   for context_len, of_length in layers.items():
+    segments.check(
+      of_length,
+      config,
+      segment_len=_SEGMENT_LEN.value,
+      seq_len=context_len,
+      num_devices=sharding.MeshConfig.parse(_MESH.value).num_devices,
+    )
     training.check_mesh(
       sharding.MeshConfig.parse(_MESH.value),
       training.StepConfig(patterns=of_length),
@@ -428,7 +448,7 @@ def main() -> None:
     n: resolve.trained_or_made(_PATTERN.value, _ADAPTER.value, config, n)
     for n in context_lens
   }
-  _check_mesh(config, layers)
+  _check_parts(config, layers)
   vocabulary = plan = None
   if _TASKS.value:
     vocabulary = tokenizer.load(_TOKENIZER.value or folder)

@@ -1,4 +1,7 @@
-"""`scca_jax.attention`: checks its arguments, and computes it."""
+"""`scca_jax.attention`: checks its arguments, and computes it.
+
+`segment_attention` does so for one segment of a sequence at a time.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from jax.sharding import Mesh
 from scca_jax import parallel
 from scca_jax.backends import heads, registry
 from scca_jax.backends.contract import Call
+from scca_jax.parallel import Messages, Segment
 from scca_jax.patterns import AttentionPattern, Mixture
 from scca_jax.patterns import members as members_of
 
@@ -236,3 +240,63 @@ def attention(
     return output
   assert log_sum_exp is not None
   return output, log_sum_exp
+
+
+def segment_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  pattern: Patterns,
+  segment: Segment,
+  received: Messages,
+  *,
+  implementation: str | Sequence[str] | None = None,
+  deterministic: bool = False,
+) -> tuple[jax.Array, Messages]:
+  """Returns attention of one segment of a sequence, and what later ones need.
+
+  With it a sequence is computed a segment at a time: the results are those of
+  `attention` on all of it.
+
+  Args:
+    query: Of the segment, `[batch, length, heads, head_dim]`.
+    key: Likewise, `[batch, length, kv_heads, head_dim]`.
+    value: Like `key`.
+    pattern: As for `attention`; its positions are those in the sequence.
+    segment: Which segment it is.
+    received: What earlier segments sent; `parallel.no_messages` for the first.
+    implementation: See `attention`.
+    deterministic: See `attention`.
+
+  Raises:
+    ValueError: Shapes, dtypes or head counts do not fit.
+    NotImplementedError: The pattern needs more of earlier segments than is
+      kept, or the implementation cannot serve the call.
+  """
+  members = members_of(pattern)
+  ids = None
+  if segment.document_ids is not None:
+    ids = segment.ids_before(0, query.shape[0])
+  check(query, key, value, members, ids)
+  results, sent = parallel.attend_segment(
+    [
+      Call(
+        query=query,
+        key=key,
+        value=value,
+        pattern=member,
+        scale=query.shape[-1] ** -0.5,
+        segment_ids=ids,
+        needs_log_sum=len(members) > 1,
+        deterministic=deterministic,
+      )
+      for member in members
+    ],
+    segment,
+    received,
+    registry.resolve(implementation),
+  )
+  output = results[0][0]
+  if len(results) > 1:
+    output, _ = heads.combine(*zip(*results, strict=True))
+  return output, sent

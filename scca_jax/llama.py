@@ -10,7 +10,8 @@ In order:
     Cache               keys and values of earlier tokens, for decoding
     _project            the product with the output head, and its gradient
     Llama               the model: training and evaluation (`hidden_states`),
-                        decoding (`cached_hidden_states`), logits
+                        of one segment (`segment_hidden_states`), decoding
+                        (`cached_hidden_states`), logits
 """
 
 import dataclasses
@@ -28,10 +29,11 @@ from jax.sharding import Mesh
 
 from scca_jax import rope, sharding
 from scca_jax.backends.contract import SAVED
-from scca_jax.dispatch import attention
+from scca_jax.dispatch import attention, segment_attention
 from scca_jax.linear import Linear
 from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import LoraConfig
+from scca_jax.parallel import Messages, Segment, no_messages
 from scca_jax.patterns import AttentionPattern, Mixture, dense, members
 
 # What one layer attends by.
@@ -75,6 +77,11 @@ class Execution:
     mesh: From `sharding.make_mesh`, if parameters and tokens lie on several
       devices; None is one device.
     deterministic: Whether attention has bit-equal gradients from run to run.
+    segment_len: Tokens of a sequence that training and perplexity compute at a
+      time, one segment after another (`segments`); None takes the whole
+      sequence, as all other calls do.
+    offload_segments: Whether the keys and values that later segments see wait
+      for the backward pass in the host's memory.
   """
 
   implementation: str | tuple[str, ...] | None = None
@@ -82,14 +89,18 @@ class Execution:
   mlp_chunk: int | None = None
   mesh: Mesh | None = None
   deterministic: bool = False
+  segment_len: int | None = None
+  offload_segments: bool = False
 
   def __post_init__(self):
     if self.remat not in REMAT:
       raise ValueError(
         f"unknown remat {self.remat!r}: use one of {', '.join(REMAT)}."
       )
-    if self.mlp_chunk is not None and self.mlp_chunk < 1:
-      raise ValueError(f"mlp_chunk must be at least 1, got {self.mlp_chunk}.")
+    for name in ("mlp_chunk", "segment_len"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
 
   def save_projected(self, projected: Any) -> Any:
     """Returns its argument, which the backward pass finds if `remat` says so.
@@ -199,9 +210,9 @@ class SelfAttention(nnx.Module):
     pattern: LayerPattern,
     call: "_Call",
     dropout_rngs: Any,
-    cache: "_LayerCache | None",
-  ) -> tuple[jax.Array, "_LayerCache | None"]:
-    """Returns what it adds to the residual stream, like `x`, and the cache."""
+    before: "_Before",
+  ) -> tuple[jax.Array, "_After"]:
+    """Returns what it adds to the residual stream, and what comes after."""
     batch, seq_len, _ = x.shape
     heads = (batch, seq_len, -1, self.head_dim)
     query = self.q_proj(x, dropout_rngs["q_proj"]).reshape(heads)
@@ -210,7 +221,20 @@ class SelfAttention(nnx.Module):
     query = rope.apply(query, *call.rotation)
     key = rope.apply(key, *call.rotation)
     query, key, value = call.execution.save_projected((query, key, value))
-    if cache is None or call.starts is None:
+    after = None
+    if isinstance(before, Messages):
+      assert call.segment is not None
+      output, after = segment_attention(
+        query,
+        key,
+        value,
+        pattern,
+        call.segment,
+        before,
+        implementation=call.execution.implementation,
+        deterministic=call.execution.deterministic,
+      )
+    elif before is None or call.starts is None:
       output = attention(
         query,
         key,
@@ -221,12 +245,12 @@ class SelfAttention(nnx.Module):
         deterministic=call.execution.deterministic,
         mesh=call.execution.mesh,
       )
-    if cache is not None:
-      cache = cache.write(key, value, call.starts)
+    if isinstance(before, _LayerCache):
+      after = before.write(key, value, call.starts)
       if call.starts is not None:
-        output = cache.attend(query, pattern, call)
+        output = after.attend(query, pattern, call)
     output = output.reshape(batch, seq_len, -1)
-    return self.o_proj(output, dropout_rngs["o_proj"]), cache
+    return self.o_proj(output, dropout_rngs["o_proj"]), after
 
 
 class MLP(nnx.Module):
@@ -286,12 +310,14 @@ class _Call:
     segment_ids: `[batch, seq]` or None.
     starts: With a cache, the position of the first token of each sequence,
       `[batch]`; None where all sequences start and the cache is empty.
+    segment: Which segment of the sequence it is, if that is cut.
   """
 
   rotation: tuple[jax.Array, np.ndarray | jax.Array, float]
   execution: Execution
   segment_ids: jax.Array | None = None
   starts: jax.Array | None = None
+  segment: Segment | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -359,6 +385,12 @@ class _LayerCache:
     )
 
 
+# What a layer has of earlier tokens, and what it leaves for later ones: a
+# cache, or messages from segment to segment.
+_Before = _LayerCache | Messages | None
+_After = _LayerCache | Messages | None
+
+
 def _by_projection(
   dropout_rng: jax.Array | None,
 ) -> dict[str, jax.Array | None]:
@@ -384,11 +416,11 @@ class Layer(nnx.Module):
     pattern: LayerPattern,
     call: _Call,
     dropout_rng: jax.Array | None,
-    cache: _LayerCache | None = None,
-  ) -> tuple[jax.Array, _LayerCache | None]:
-    """Returns the residual stream, `[batch, seq, hidden]`, and the cache."""
-    x, cache = self.attend(x, pattern, call, dropout_rng, cache)
-    return self.feed_forward(x, call, dropout_rng), cache
+    before: _Before = None,
+  ) -> tuple[jax.Array, _After]:
+    """Returns the residual stream, `[batch, seq, hidden]`, and what follows."""
+    x, after = self.attend(x, pattern, call, dropout_rng, before)
+    return self.feed_forward(x, call, dropout_rng), after
 
   def attend(
     self,
@@ -396,13 +428,17 @@ class Layer(nnx.Module):
     pattern: LayerPattern,
     call: _Call,
     dropout_rng: jax.Array | None,
-    cache: _LayerCache | None = None,
-  ) -> tuple[jax.Array, _LayerCache | None]:
-    """Returns the residual stream after attention, and the cache."""
-    attended, cache = self.self_attn(
-      self.input_layernorm(x), pattern, call, _by_projection(dropout_rng), cache
+    before: _Before = None,
+  ) -> tuple[jax.Array, _After]:
+    """Returns the residual stream after attention, and what follows."""
+    attended, after = self.self_attn(
+      self.input_layernorm(x),
+      pattern,
+      call,
+      _by_projection(dropout_rng),
+      before,
     )
-    return call.execution.save_projected(x + attended), cache
+    return call.execution.save_projected(x + attended), after
 
   def feed_forward(
     self, x: jax.Array, call: _Call, dropout_rng: jax.Array | None
@@ -516,11 +552,12 @@ def _period(
 
 
 def _scan_layers(
-  run: Callable[[Any, Any, int], Any],
+  run: Callable[[Any, Any, int, Any], tuple[Any, Any]],
   carry: Any,
   of_layers: Any,
   cycle_len: int,
-) -> Any:
+  received: Any = None,
+) -> tuple[Any, Any]:
   """Returns what the last layer leaves; one cycle of layers is compiled.
 
   This is jax.lax.scan over the pure state, not nnx.scan: layers change no
@@ -528,27 +565,34 @@ def _scan_layers(
   cycle of layers, each with its own static pattern.
 
   Args:
-    run: Maps what the layer before left, a cycle of `of_layers` and the layer's
-      index in it to what the layer leaves.
+    run: Maps what the layer before left, a cycle of `of_layers`, the layer's
+      index in it and what it received to what the layer leaves, and sends.
     carry: What the first layer starts from.
     of_layers: A tree of arrays `[layers, ...]`.
     cycle_len: Layers of a cycle.
+    received: What the layers receive: for each of a cycle a tree of arrays
+      `[cycles, ...]`; None is nothing.
+
+  Returns:
+    What the last layer leaves; what the layers send, like `received`.
   """
+  received = (None,) * cycle_len if received is None else received
   of_cycles = jax.tree.map(
     lambda leaf: leaf.reshape(-1, cycle_len, *leaf.shape[1:]), of_layers
   )
 
   def run_cycle(carry, of_cycle):
+    of_cycle, received = of_cycle
+    sent = []
     for i in range(cycle_len):
-      carry = run(carry, of_cycle, i)
-    return carry, None
+      carry, of_layer = run(carry, of_cycle, i, received[i])
+      sent.append(of_layer)
+    return carry, tuple(sent)
 
-  return jax.lax.scan(run_cycle, carry, of_cycles)[0]
+  return jax.lax.scan(run_cycle, carry, (of_cycles, received))
 
 
-def _default_positions(
-  seq_len: int, segment_ids: jax.Array | None
-) -> jax.Array:
+def default_positions(seq_len: int, segment_ids: jax.Array | None) -> jax.Array:
   """Returns positions that restart at each segment, `[batch or 1, seq]`."""
   index = jnp.arange(seq_len, dtype=jnp.int32)[None, :]
   if segment_ids is None:
@@ -562,7 +606,12 @@ def _default_positions(
   return index - start
 
 
-def _check_tokens(tokens: Any, positions: Any, vocab_size: int) -> None:
+def check_tokens(tokens: Any, positions: Any, vocab_size: int) -> None:
+  """Checks what `Llama.hidden_states` is given.
+
+  Raises:
+    ValueError: A shape, dtype or id does not fit.
+  """
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise ValueError(
       "tokens must be integers [batch, seq], got"
@@ -707,35 +756,116 @@ class Llama(nnx.Module):
     Raises:
       ValueError: Shapes or the number of patterns do not fit.
     """
-    _check_tokens(tokens, positions, self.config.vocab_size)
-    config, mesh, remat = self.config, execution.mesh, execution.remat
-    cycle = _period(patterns, config)
+    check_tokens(tokens, positions, self.config.vocab_size)
     if positions is None:
-      positions = _default_positions(tokens.shape[1], segment_ids)
-    inv_freq, attention_scaling = rope.frequencies(
-      config.head_dim, config.rope_theta, config.rope_scaling, tokens.shape[1]
-    )
-    rotation = (positions, inv_freq, attention_scaling)
+      positions = default_positions(tokens.shape[1], segment_ids)
+    rotation = (positions, *self._frequencies(tokens.shape[1]))
     call = _Call(rotation, execution, segment_ids)
+    return self._run_layers(tokens, patterns, call, rngs)[0]
+
+  def segment_hidden_states(
+    self,
+    tokens: jax.Array,
+    patterns: Patterns,
+    execution: Execution,
+    *,
+    segment: Segment,
+    received: tuple[Messages, ...],
+    positions: jax.Array,
+    seq_len: int,
+    rngs: nnx.Rngs | None = None,
+  ) -> tuple[jax.Array, tuple[Messages, ...]]:
+    """Returns the hidden states of a segment, and what later ones need.
+
+    `segments.map_hidden_states` calls it for one segment after another.
+
+    Args:
+      tokens: Integers of the segment, `[batch, length]`.
+      patterns: As in `hidden_states`.
+      execution: As in `hidden_states`, without a mesh.
+      segment: Which segment it is.
+      received: What earlier segments sent; `first_messages` in the first.
+      positions: Integers for RoPE, `[batch or 1, length]`.
+      seq_len: Tokens of the whole sequence, which some rope scalings go by.
+      rngs: As in `hidden_states`.
+
+    Raises:
+      NotImplementedError: A pattern needs more of earlier segments than is
+        kept.
+    """
+    rotation = (positions, *self._frequencies(seq_len))
+    call = _Call(rotation, execution, segment=segment)
+    return self._run_layers(tokens, patterns, call, rngs, received)
+
+  def first_messages(
+    self, patterns: Patterns, segment: Segment, batch: int
+  ) -> tuple[Messages, ...]:
+    """Returns what the layers of the first segment receive: zeros.
+
+    They are arrays `[cycles, ...]` for each layer of the cycle of patterns.
+
+    Args:
+      patterns: As in `hidden_states`.
+      segment: Any segment.
+      batch: Sequences.
+    """
+    config = self.config
+    cycle = _period(patterns, config)
+    num_cycles = config.num_layers // len(cycle)
+
+    def of_layer(pattern: LayerPattern) -> Messages:
+      messages = no_messages(
+        members(pattern),
+        segment,
+        batch=batch,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=self.dtype,
+      )
+      return jax.tree.map(
+        lambda x: jnp.zeros((num_cycles, *x.shape), x.dtype), messages
+      )
+
+    return tuple(of_layer(pattern) for pattern in cycle)
+
+  def _frequencies(self, seq_len: int) -> tuple[Any, float]:
+    """Returns the frequencies of RoPE and its factor at a length."""
+    config = self.config
+    return rope.frequencies(
+      config.head_dim, config.rope_theta, config.rope_scaling, seq_len
+    )
+
+  def _run_layers(
+    self,
+    tokens: jax.Array,
+    patterns: Patterns,
+    call: _Call,
+    rngs: nnx.Rngs | None,
+    received: tuple[Messages, ...] | None = None,
+  ) -> tuple[jax.Array, Any]:
+    """Returns the hidden states, and what the layers send if they receive."""
+    config, execution = self.config, call.execution
+    mesh, remat = execution.mesh, execution.remat
+    cycle = _period(patterns, config)
     graphdef, state = nnx.split(self.layers)
 
-    def attend(layer, x, pattern, rng):
-      return layer.attend(x, pattern, call, rng)[0]
+    def attend(layer, x, pattern, rng, received):
+      return layer.attend(x, pattern, call, rng, received)
 
-    def feed_forward(layer, x, pattern, rng):
-      del pattern
-      return layer.feed_forward(x, call, rng)
+    def feed_forward(layer, x, pattern, rng, received):
+      del pattern, received
+      return layer.feed_forward(x, call, rng), None
 
-    def whole(layer, x, pattern, rng):
-      return layer(x, pattern, call, rng)[0]
+    def whole(layer, x, pattern, rng, received):
+      return layer(x, pattern, call, rng, received)
 
-    def run_part(part, x, of_cycle, i):
+    def run_part(part, x, of_cycle, i, received):
       if remat in ("offload", "offload_projections"):
         x = checkpoint_name(x, _INPUT)
       state, rng = jax.tree.map(lambda leaf: leaf[i], of_cycle)
       layer = nnx.merge(graphdef, sharding.gathered(state, mesh))
-      x = part(layer, x, cycle[i], rng)
-      return sharding.constrain(x, mesh, "batch", "seq", None)
+      x, sent = part(layer, x, cycle[i], rng, received)
+      return sharding.constrain(x, mesh, "batch", "seq", None), sent
 
     # Offloaded inputs take no room on the device. With one for each half of a
     # layer, the backward pass of one half needs nothing of the other's.
@@ -770,16 +900,17 @@ class Llama(nnx.Module):
         static_argnums=(0, 3),
       )
 
-    def run_layer(x, of_cycle, i):
-      for part in parts:
-        x = run_part(part, x, of_cycle, i)
-      return x
+    def run_layer(x, of_cycle, i, received):
+      x, sent = run_part(parts[0], x, of_cycle, i, received)
+      for part in parts[1:]:
+        x, _ = run_part(part, x, of_cycle, i, None)
+      return x, sent
 
     x = self.embed_tokens(tokens, mesh)
     x = sharding.constrain(x, mesh, "batch", "seq", None)
     of_layers = (state, self._dropout_rngs(rngs))
-    x = _scan_layers(run_layer, x, of_layers, len(cycle))
-    return self.norm(x)
+    x, sent = _scan_layers(run_layer, x, of_layers, len(cycle), received)
+    return self.norm(x), sent
 
   def init_cache(self, batch: int, capacity: int) -> Cache:
     """Returns an empty cache for sequences of up to `capacity` tokens."""
@@ -825,7 +956,7 @@ class Llama(nnx.Module):
         causal by slot.
       NotImplementedError: The execution has a mesh.
     """
-    _check_tokens(tokens, None, self.config.vocab_size)
+    check_tokens(tokens, None, self.config.vocab_size)
     if execution.mesh is not None:
       raise NotImplementedError("a cache lies on one device: give no mesh.")
     config = self.config
@@ -860,16 +991,18 @@ class Llama(nnx.Module):
     call = _Call(rotation, execution, starts=starts)
     graphdef, state = nnx.split(self.layers)
 
-    def run_layer(carry, of_cycle, i):
+    def run_layer(carry, of_cycle, i, received):
+      del received
       x, cache = carry
       state, layer = jax.tree.map(lambda leaf: leaf[i], of_cycle)
       x, of_layer = nnx.merge(graphdef, state)(
         x, cycle[i], call, None, _LayerCache(cache, layer)
       )
-      return x, of_layer.cache  # pyright: ignore[reportOptionalMemberAccess]
+      assert isinstance(of_layer, _LayerCache)
+      return (x, of_layer.cache), None
 
     # The cache is carried, not scanned over: it is written in place.
-    x, cache = _scan_layers(
+    (x, cache), _ = _scan_layers(
       run_layer,
       (self.embed_tokens(tokens), cache),
       (state, jnp.arange(config.num_layers)),

@@ -324,7 +324,9 @@ def plan_step(
     donate_argnums=(0,),
     compiler_options=training.compiler_options(),
   )
-  num_tokens = batch_size // step.num_micro_batches * seq_len
+  # Of a segment at a time; what segments keep is not among them.
+  at_once = min(seq_len, step.execution.segment_len or seq_len)
+  num_tokens = batch_size // step.num_micro_batches * at_once
   residuals = (
     model.dtype.itemsize
     * num_tokens

@@ -25,8 +25,12 @@ Everything sent to the device `d` shards ahead goes in one `ppermute`, whatever
 heads it is for. Where devices have heads of different patterns (`tensor`), each
 takes its own branch; messages have one size.
 
+A sequence that is computed a segment at a time, on one device, is served by the
+same plan: a segment is a shard in time. It receives what earlier segments sent
+(`attend_segment`), and no head can be exchanged whole.
+
 The parts of this module: the plan (`_plan`), messages, local calls, heads
-exchanged whole, and `attend`.
+exchanged whole, `attend`, and segments in time.
 """
 
 import dataclasses
@@ -271,6 +275,8 @@ class _MeshCall:
     has_segments: Whether there are segment ids.
     needs_log_sum: Whether the log-sum-exp is needed.
     deterministic: See `scca_jax.attention`.
+    index: The shard's place in the sequence where shards are segments in time;
+      None where they are devices.
   """
 
   patterns: tuple[AttentionPattern, ...]
@@ -283,6 +289,7 @@ class _MeshCall:
   has_segments: bool
   needs_log_sum: bool
   deterministic: bool
+  index: Any = None
 
   def by_head_shard(
     self, values: Sequence[Any], function: Callable[..., Any], *args: Any
@@ -294,6 +301,8 @@ class _MeshCall:
   @property
   def shard_index(self) -> Any:
     """Which shard of the sequence the device has, from 0."""
+    if self.index is not None:
+      return self.index
     return 0 if self.axes[1] is None else lax.axis_index(self.axes[1])
 
   def attend(
@@ -367,30 +376,39 @@ def _message_sizes(call: _MeshCall, head_dim: int) -> dict[int, int]:
   return sizes
 
 
+def _pack(
+  plan: _Plan,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  split: _Split,
+  sizes: dict[int, int],
+) -> list[jax.Array]:
+  """Returns the messages to later shards, `[batch, size]`, as in `sizes`."""
+  batch = key.shape[0]
+  messages = _messages(plan, split)
+  packed = []
+  for distance, size in sizes.items():
+    parts = [
+      take_heads(x[:, at], halo.kv_heads).reshape(batch, -1)
+      for halo, at in messages.get(distance, [])
+      for x in (key, value)
+    ]
+    parts = parts or [jnp.zeros((batch, 0), key.dtype)]
+    message = jnp.concatenate(parts, axis=1)
+    rest = size - message.shape[1]
+    packed.append(jnp.pad(message, ((0, 0), (0, rest))))
+  return packed
+
+
 def _exchange(
   call: _MeshCall, key: jax.Array, value: jax.Array
 ) -> dict[int, jax.Array]:
   """Returns the messages received, `[batch, size]` by distance."""
-  batch, _, _, head_dim = key.shape
-  sizes = _message_sizes(call, head_dim)
-
-  def pack(plan: _Plan, key: jax.Array, value: jax.Array) -> list[jax.Array]:
-    messages = _messages(plan, call.split)
-    packed = []
-    for distance, size in sizes.items():
-      parts = [
-        take_heads(x[:, at], halo.kv_heads).reshape(batch, -1)
-        for halo, at in messages.get(distance, [])
-        for x in (key, value)
-      ]
-      parts = parts or [jnp.zeros((batch, 0), key.dtype)]
-      message = jnp.concatenate(parts, axis=1)
-      rest = size - message.shape[1]
-      packed.append(jnp.pad(message, ((0, 0), (0, rest))))
-    return packed
-
+  sizes = _message_sizes(call, key.shape[3])
   if not sizes:
     return {}
+  pack = functools.partial(_pack, split=call.split, sizes=sizes)
   packed = call.by_head_shard(call.plans, pack, key, value)
   axis, shards = call.axes[1], call.split.num_shards
   return {
@@ -1018,3 +1036,257 @@ def bytes_received(
     heads = 2 * len(assignments[0].heads) + 2 * len(assignments[0].kv_heads)
     numbers += split.length * heads * head_dim * (num_shards - 1) // num_shards
   return batch * numbers * itemsize
+
+
+# Segments in time.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """Which segment of a sequence is computed.
+
+  Attributes:
+    index: Its place, from 0; it may be traced.
+    count: Segments of the sequence.
+    length: Tokens of each.
+    document_ids: Segment ids, those of packed documents, of the whole sequence,
+      `[batch, count * length]`, or None.
+  """
+
+  index: Any
+  document_ids: jax.Array | None
+  count: int = dataclasses.field(metadata={"static": True})
+  length: int = dataclasses.field(metadata={"static": True})
+
+  def ids_before(self, distance: int, batch: int) -> jax.Array:
+    """Returns the ids of the segment `distance` before, 0 before the first."""
+    is_there = self.index >= distance
+    if self.document_ids is None:
+      there = is_there * jnp.ones((), jnp.int32)
+      return jnp.broadcast_to(there, (batch, self.length))
+    start = jnp.maximum(self.index - distance, 0) * self.length
+    ids = lax.dynamic_slice_in_dim(
+      self.document_ids, start, self.length, axis=1
+    )
+    return jnp.where(is_there, ids, 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Messages:
+  """Keys and values that travel from a segment to later ones, in one layer.
+
+  Attributes:
+    by_distance: For each call of `attend_segment` that is made of them, and by
+      the distance in segments that they travel, `[batch, numbers]`.
+    first: Those of the first tokens of the sequence, for sinks in any later
+      segment, `[2, batch, tokens, kv_heads, head_dim]`; None without sinks.
+  """
+
+  by_distance: tuple[dict[int, jax.Array], ...]
+  first: jax.Array | None
+
+
+def _num_sinks(patterns: Sequence[AttentionPattern]) -> int:
+  """Returns how many tokens at the start all segments see."""
+  return max(head.sinks for pattern in patterns for head in pattern.heads)
+
+
+def _segment_call(
+  pattern: AttentionPattern,
+  num_kv_heads: int,
+  segment: Segment,
+  **settings: Any,
+) -> _MeshCall:
+  """Returns a call of which every segment is a shard."""
+  return _make_call(
+    pattern,
+    num_kv_heads,
+    _Split(segment.count, segment.length),
+    1,
+    axes=(None, None),
+    index=segment.index,
+    **settings,
+  )
+
+
+def no_messages(
+  patterns: Sequence[AttentionPattern],
+  segment: Segment,
+  *,
+  batch: int,
+  num_kv_heads: int,
+  head_dim: int,
+  dtype: Any,
+) -> Messages:
+  """Returns what the first segment receives: messages of zeros.
+
+  Args:
+    patterns: The pattern of the layer, or the members of its mixture.
+    segment: Any segment.
+    batch: Sequences.
+    num_kv_heads: Key heads.
+    head_dim: Length of a head.
+    dtype: Of keys and values.
+  """
+  group_size = patterns[0].num_heads // num_kv_heads
+  by_distance = []
+  for pattern in patterns:
+    for part in union_parts(pattern):
+      if part.num_keys is None:
+        call = _segment_call(
+          part.pattern,
+          len(kv_heads_of(part.heads, group_size)),
+          segment,
+          scale=1.0,
+          back_ends=(),
+          has_segments=False,
+          needs_log_sum=False,
+          deterministic=False,
+        )
+        by_distance.append(
+          {
+            distance: jnp.zeros((batch, size), dtype)
+            for distance, size in _message_sizes(call, head_dim).items()
+          }
+        )
+  sinks = _num_sinks(patterns)
+  first = jnp.zeros((2, batch, sinks, num_kv_heads, head_dim), dtype)
+  return Messages(tuple(by_distance), first if sinks else None)
+
+
+def attend_segment(
+  calls: Sequence[Call],
+  segment: Segment,
+  received: Messages,
+  back_ends: tuple[BackEnd, ...],
+) -> tuple[list[tuple[jax.Array, jax.Array | None]], Messages]:
+  """Returns attention of a segment's queries, and what it sends.
+
+  Args:
+    calls: Queries, keys and values of the segment with its segment ids, one
+      call for each member of a mixture.
+    segment: The segment.
+    received: What earlier segments sent: zeros where there are none.
+    back_ends: What the calls try, in order.
+
+  Returns:
+    The output and the log-sum-exp, if it is needed, of each call; the messages.
+
+  Raises:
+    NotImplementedError: No back end serves a call, or a pattern needs more of
+      earlier segments than can be kept (`refuses_segments`).
+  """
+  sent: list[dict[int, jax.Array]] = []
+  sinks = _num_sinks([call.pattern for call in calls])
+  key, value = calls[0].key, calls[0].value
+  first = jnp.stack([key[:, :sinks], value[:, :sinks]]) if sinks else None
+
+  def run(call: Call) -> tuple[jax.Array, jax.Array | None]:
+    batch, _, kv_heads, head_dim = call.key.shape
+    made = _segment_call(
+      call.pattern,
+      kv_heads,
+      segment,
+      scale=call.scale,
+      back_ends=back_ends,
+      has_segments=call.segment_ids is not None,
+      needs_log_sum=call.needs_log_sum,
+      deterministic=call.deterministic,
+    )
+    (plan,) = made.plans
+    arrived = received.by_distance[len(sent)]
+    distances = {0}
+    for halo in plan.halos:
+      distances |= {distance for distance, _, _ in halo.sources(made.split)}
+    output, *log_sum = _attend_local(
+      made,
+      plan,
+      call.query,
+      call.key,
+      call.value,
+      {d: segment.ids_before(d, batch) for d in sorted(distances)},
+      arrived,
+      (),
+    )
+    sizes = _message_sizes(made, head_dim)
+    packed = _pack(plan, call.key, call.value, split=made.split, sizes=sizes)
+    sent.append(dict(zip(sizes, packed, strict=True)))
+    return output, log_sum[0] if log_sum else None
+
+  results = []
+  for call in calls:
+    reason = refuses_segments(
+      call.pattern, segment.length, packed=call.segment_ids is not None
+    )
+    if reason is not None:
+      raise NotImplementedError(reason)
+    if not call.is_union:
+      results.append(run(call))
+      continue
+    at_start = call
+    if first is not None and received.first is not None:
+      keys, values = jnp.where(segment.index == 0, first, received.first)
+      at_start = dataclasses.replace(
+        call,
+        key=keys,
+        value=values,
+        query_offset=segment.index * segment.length,
+      )
+    results.append(unions.attend(call, run, at_start))
+  return results, Messages(tuple(sent), first)
+
+
+def refuses_segments(
+  pattern: AttentionPattern, length: int, *, packed: bool = False
+) -> str | None:
+  """Returns why segments in time do not serve a pattern, or None if they do.
+
+  Args:
+    pattern: Pattern of a layer, or a member of its mixture.
+    length: Tokens of a segment.
+    packed: Whether there are segment ids, of packed documents.
+  """
+  for part in union_parts(pattern):
+    if part.before_chunk:
+      return "own_chunk beside a shift below chunk_size is not served"
+    if part.num_keys is not None:
+      if packed:
+        return "sinks of packed documents are not kept"
+      if part.num_keys > length:
+        return (
+          f"it has {part.num_keys} sinks, more than a segment: take longer ones"
+        )
+      continue
+    # Two segments show all that more do.
+    split = _Split(2, length)
+    for head in part.pattern.head_groups():
+      if _local_pattern(head, part.pattern, split) is None:
+        return _why_whole(head, part.pattern, length)
+  return None
+
+
+def _why_whole(
+  head: HeadPattern, pattern: AttentionPattern, length: int
+) -> str:
+  """Returns why a head needs the whole sequence (see `_local_pattern`)."""
+  if pattern.causality == "slot":
+    return 'with causality="slot" keys wrap round the end of the sequence'
+  if unknown := head.in_use() - _LOCAL_FIELDS:
+    return f"{', '.join(sorted(unknown))} of {head} is not served"
+  if head.select is not None and length % head.dilation:
+    return (
+      f"a segment must be a multiple of the dilation, {head.dilation} tokens"
+    )
+  size = head.chunk_size
+  if size is not None:
+    if length % size:
+      return f"a segment must be a multiple of the chunk, {size} tokens"
+    return f"chunks that are moved and shifted, as in {head}, are not served"
+  if head.window is None:
+    return f"{head} sees the whole sequence before it"
+  if head.shift and head.dilation > 1 and pattern.boundary == "local":
+    return 'boundary="local" of dilated heads without chunks is not served'
+  reach = head.shift + (head.window - 1) * head.dilation
+  return f"it reaches back by {reach} tokens: take segments of at least as many"

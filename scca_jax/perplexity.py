@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from scca_jax import losses, sharding, token_file
+from scca_jax import losses, segments, sharding, token_file
 from scca_jax.llama import DEFAULT_EXECUTION, Execution, Patterns
 from scca_jax.token_file import TokenFile
 
@@ -285,11 +285,16 @@ def window_losses(
   state = sharding.gathered(state, mesh, leave="layers")
   tokens = sharding.constrain(tokens, mesh, "batch", "seq")
   model = nnx.merge(graphdef, state)
-  hidden = model.hidden_states(tokens, patterns, execution)
+
+  def losses_of(hidden, targets):
+    hidden, targets = (sharding.by_shard(x, mesh) for x in (hidden, targets))
+    return losses.token_losses(model.logits, hidden, targets, loss_chunk)
+
   # The last token has no target in the window: its loss is cut off below.
   targets = jnp.roll(tokens, -1, axis=1)
-  hidden, targets = (sharding.by_shard(x, mesh) for x in (hidden, targets))
-  found = losses.token_losses(model.logits, hidden, targets, loss_chunk)
+  found = segments.map_hidden_states(
+    losses_of, model, tokens, (targets,), patterns, execution
+  )
   return sharding.constrain(
     found.reshape(tokens.shape)[:, :-1], mesh, None, None
   )

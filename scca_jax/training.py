@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from scca_jax import llama, losses, patterns, sharding
+from scca_jax import llama, losses, patterns, segments, sharding
 from scca_jax.llama import DEFAULT_EXECUTION, Execution, Llama, Patterns
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.sharding import MeshConfig
@@ -501,22 +501,27 @@ def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
     (params, frozen), config.mesh, leave="layers"
   )
   model = nnx.merge(graphdef, params, frozen)
-  hidden = model.hidden_states(
+
+  def losses_of(hidden, targets):
+    hidden, targets = (
+      sharding.by_shard(x, config.mesh) for x in (hidden, targets)
+    )
+    return losses.token_losses(
+      model.head(hidden), hidden, targets, config.loss_chunk
+    )
+
+  of_tokens = segments.map_hidden_states(
+    losses_of,
+    model,
     batch["tokens"],
+    (batch["targets"],),
     config.patterns,
     config.execution,
     positions=batch.get("positions"),
     segment_ids=batch.get("segment_ids"),
     rngs=nnx.Rngs(dropout=rng),
   )
-  hidden, targets, mask = (
-    sharding.by_shard(x, config.mesh)
-    for x in (hidden, batch["targets"], batch["mask"])
-  )
-  of_tokens = losses.token_losses(
-    model.head(hidden), hidden, targets, config.loss_chunk
-  )
-  return jnp.sum(of_tokens * mask)
+  return jnp.sum(of_tokens * sharding.by_shard(batch["mask"], config.mesh))
 
 
 def _global_norm(tree) -> jax.Array:

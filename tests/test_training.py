@@ -165,6 +165,34 @@ def test_remat_and_chunks_change_no_number():
   _assert_close(plain.params, lean.params, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ("dtype", "tolerance"),
+  [
+    ("float32", 1e-4),
+    pytest.param("float16", 2e-2, marks=pytest.mark.slow),
+  ],
+)
+def test_steps_on_segments_are_those_on_whole_sequences(dtype, tolerance):
+  # Three segments of four tokens: a chunk each.
+  (whole, history), (parts, history_of_parts) = (
+    _run(
+      num_steps=2,
+      start=_start(dtype=dtype),
+      num_micro_batches=2,
+      execution=Execution(
+        implementation="reference", remat="layer", segment_len=segment_len
+      ),
+    )
+    for segment_len in (None, 4)
+  )
+  for a, b in zip(history, history_of_parts, strict=True):
+    assert b["skipped"] == 0
+    for name in ("loss", "grad_norm"):
+      np.testing.assert_allclose(a[name], b[name], rtol=tolerance)
+  if dtype == "float32":
+    _assert_close(whole.params, parts.params, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("rotate", [0, "layer"])
 def test_the_backward_pass_keeps_no_second_copy_of_the_weights(rotate):
   schedule = pattern_strings.make_layers(

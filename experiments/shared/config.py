@@ -108,6 +108,11 @@ class TrainingConfig:
     mlp_chunk: Tokens of each sequence whose MLP is computed at once; None
       takes all.
     loss_chunk: Tokens of each sequence whose logits are held at once.
+    segment_len: Tokens of a sequence that go through the layers at a time, with
+      exact gradients: memory does not grow with the length of the sequence.
+      None takes all. Patterns must look back only so far: not dense attention.
+    offload_segments: Whether the keys and values that later segments see wait
+      for the backward pass in the host's memory.
     log_every: Steps between writes of the metrics (each step has its line).
     checkpoint_every: Steps between checkpoints; the last step has one too.
     keep_checkpoints: How many of the newest checkpoints are kept.
@@ -130,6 +135,8 @@ class TrainingConfig:
   offload_optimizer: bool = False
   mlp_chunk: int | None = None
   loss_chunk: int = 512
+  segment_len: int | None = None
+  offload_segments: bool = False
   log_every: int = 10
   checkpoint_every: int = 100
   keep_checkpoints: int = 2
@@ -162,9 +169,16 @@ class TrainingConfig:
         f"training.remat must be one of {', '.join(llama.REMAT)}, got"
         f" {self.remat!r}."
       )
-    if self.mlp_chunk is not None and self.mlp_chunk < 1:
+    for name in ("mlp_chunk", "segment_len"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(
+          f"training.{name} must be at least 1 or None, got {value}."
+        )
+    if self.offload_segments and self.segment_len is None:
       raise ValueError(
-        f"training.mlp_chunk must be at least 1 or None, got {self.mlp_chunk}."
+        "training.offload_segments=True moves what segments keep: set"
+        " training.segment_len."
       )
     if self.batch_size % self.num_micro_batches:
       raise ValueError(

@@ -27,6 +27,7 @@ from scca_jax import (
   patterns,
   perplexity,
   quantize,
+  segments,
   sharding,
   training,
 )
@@ -280,6 +281,8 @@ def lay_out(
       remat=train.remat,
       mlp_chunk=train.mlp_chunk,
       deterministic=train.deterministic,
+      segment_len=train.segment_len,
+      offload_segments=train.offload_segments,
     ),
     num_micro_batches=train.num_micro_batches,
     loss_chunk=train.loss_chunk,
@@ -289,6 +292,16 @@ def lay_out(
   training.check_mesh(
     run.mesh, step, base, batch_size=train.batch_size, seq_len=train.seq_len
   )
+  dense = None if train.dense_fraction else layers
+  for of_steps in dict.fromkeys((layers, dense)):
+    segments.check(
+      of_steps,
+      base,
+      segment_len=train.segment_len,
+      seq_len=train.seq_len,
+      packed=run.data.packing == "packed",
+      num_devices=run.mesh.num_devices,
+    )
   mesh = sharding.make_mesh(run.mesh) if find_devices else None
   step = dataclasses.replace(
     step, execution=dataclasses.replace(step.execution, mesh=mesh)

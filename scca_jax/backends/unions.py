@@ -37,15 +37,25 @@ def refuses(call: Call) -> str | None:
   return None
 
 
-def attend(call: Call, run: Run) -> tuple[jax.Array, jax.Array]:
+def attend(
+  call: Call, run: Run, at_start: Call | None = None
+) -> tuple[jax.Array, jax.Array]:
   """Returns the output and the log-sum-exp of a call that `refuses` accepts.
 
   Args:
     call: The call.
-    run: Serves the parts that are patterns of their own.
+    run: Serves the parts that are patterns of their own, in their order.
+    at_start: The same call with the first keys of the sequence, which sinks
+      are, where `call` does not have them; None takes `call`.
   """
   parts = patterns.union_parts(call.pattern)
-  results = [_attend_part(call, part, run) for part in parts]
+  at_start = call if at_start is None else at_start
+  results = [
+    _attend_part(call, part, run)
+    if part.num_keys is None
+    else _attend_first_keys(at_start, part)
+    for part in parts
+  ]
   # Heads that have the same parts are combined together.
   groups: dict[tuple[int, ...], list[int]] = {}
   for head in range(call.pattern.num_heads):
@@ -73,9 +83,7 @@ def attend(call: Call, run: Run) -> tuple[jax.Array, jax.Array]:
 def _attend_part(
   call: Call, part: Part, run: Run
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns what the heads of a part attend to."""
-  if part.num_keys is not None:
-    return _attend_first_keys(call, part)
+  """Returns what the heads of a part that is a pattern attend to."""
   group_size = call.query.shape[2] // call.key.shape[2]
   kv_heads = kv_heads_of(part.heads, group_size)
   output, log_sum = run(

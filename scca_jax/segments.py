@@ -1,0 +1,244 @@
+"""Sequences a segment at a time: memory does not grow with their length.
+
+With chunked attention a token sees few of the keys before its segment: half a
+chunk of them, for half the heads, in `scca_fixed`. So a sequence can go through
+all layers one segment after another, and each hands on only the keys and values
+that later ones see; `parallel` plans which, as for the shards of a mesh.
+
+The gradients are exact. What a segment receives is all that is kept of it: the
+backward pass, from the last segment to the first, computes each again from that
+and hands the gradients of those keys and values to the segments they came from.
+Here that is reverse mode through a loop over `jax.checkpoint`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from scca_jax import llama, parallel, patterns
+from scca_jax.llama import Execution, Llama, Patterns
+from scca_jax.llama_config import LlamaConfig
+from scca_jax.parallel import Messages, Segment
+
+# Name by which `jax.checkpoint` moves what is kept into the host's memory.
+_RECEIVED = "scca_received"
+
+Received = tuple[Messages, ...]
+
+
+def check(
+  layers: Patterns,
+  config: LlamaConfig,
+  *,
+  segment_len: int | None,
+  seq_len: int,
+  packed: bool = False,
+  num_devices: int = 1,
+) -> None:
+  """Checks that a sequence can be computed a segment at a time.
+
+  Args:
+    layers: What the layers attend by; see `Llama.hidden_states`.
+    config: Sizes of the model.
+    segment_len: Tokens of a segment; None is the whole sequence.
+    seq_len: Tokens of the sequence.
+    packed: Whether it has segment ids, of packed documents.
+    num_devices: Devices of a mesh.
+
+  Raises:
+    ValueError: It cannot; the message names the pattern and the reason.
+  """
+  if segment_len is None or seq_len <= segment_len:
+    return
+  if num_devices > 1:
+    raise ValueError(
+      f"segment_len={segment_len} is served on one device, not on"
+      f" {num_devices}: leave out the mesh, or segment_len."
+    )
+  for layer in dict.fromkeys(llama.by_layer(layers, config)):
+    for member in patterns.members(layer):
+      reason = parallel.refuses_segments(member, segment_len, packed=packed)
+      if reason is not None:
+        raise ValueError(
+          f"segment_len={segment_len} does not serve"
+          f" {patterns.text(layer, num_kv_heads=config.num_kv_heads)}:"
+          f" {reason}."
+        )
+
+
+def _map(function: Callable[..., Any], *trees: Received) -> Received:
+  """Returns `function(distance, *leaves)` of every leaf; None is `first`."""
+
+  def of_layer(*messages: Messages) -> Messages:
+    calls = zip(*(m.by_distance for m in messages), strict=True)
+    firsts = [m.first for m in messages]
+    return Messages(
+      tuple({d: function(d, *(x[d] for x in c)) for d in c[0]} for c in calls),
+      None if firsts[0] is None else function(None, *firsts),
+    )
+
+  return tuple(of_layer(*messages) for messages in zip(*trees, strict=True))
+
+
+def scan(
+  run: Callable[[jax.Array, Received], tuple[Any, Received]],
+  nothing: Received,
+  count: int,
+  *,
+  offload: bool = False,
+) -> Any:
+  """Returns the results of all segments, stacked.
+
+  Args:
+    run: Maps the index of a segment and what it receives to its result and what
+      it sends.
+    nothing: What the first segment receives.
+    count: Segments.
+    offload: Whether what is kept for the backward pass, what each segment
+      receives, waits in the host's memory.
+  """
+
+  # On the way: for a distance d the last d messages, at their segment modulo d.
+  # The gradients of the first tokens are those of all segments, so these are
+  # carried, and summed, in float32.
+  def empty(distance, x):
+    if distance is None:
+      return x.astype(jnp.float32)
+    return jnp.zeros((distance, *x.shape), x.dtype)
+
+  def turn(on_the_way: Received, index: jax.Array) -> tuple[Received, Any]:
+    def arriving(distance, x, like):
+      if distance is None:
+        return x.astype(like.dtype)
+      return jax.lax.dynamic_index_in_dim(x, index % distance, keepdims=False)
+
+    def sending(distance, x, new):
+      if distance is None:
+        return jnp.where(index == 0, new.astype(x.dtype), x)
+      return jax.lax.dynamic_update_index_in_dim(x, new, index % distance, 0)
+
+    # Only `run` is recomputed, and only its arguments are kept: what is on the
+    # way may be much more.
+    result, sent = checked(index, _map(arriving, on_the_way, nothing))
+    return _map(sending, on_the_way, sent), result
+
+  def named(index, received):
+    if offload:
+      received = checkpoint_name(received, _RECEIVED)
+    return run(index, received)
+
+  policy = None
+  if offload:
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=[_RECEIVED],
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
+  checked = jax.checkpoint(named, policy=policy, prevent_cse=False)
+  return jax.lax.scan(turn, _map(empty, nothing), jnp.arange(count))[1]
+
+
+def map_hidden_states(
+  function: Callable[..., jax.Array],
+  model: Llama,
+  tokens: jax.Array,
+  arrays: tuple[jax.Array, ...] = (),
+  layers: Patterns = None,
+  execution: Execution = llama.DEFAULT_EXECUTION,
+  *,
+  positions: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  rngs: nnx.Rngs | None = None,
+) -> jax.Array:
+  """Returns `function(hidden, *arrays)`, a segment at a time.
+
+  The hidden states of one segment, `execution.segment_len` tokens, live only
+  while the function is computed; where that is None, or the sequence is not
+  longer, all of it is one piece. Dropout draws for each segment by itself.
+
+  Args:
+    function: Maps hidden states `[batch, n, hidden]` and the same part of the
+      arrays to an array `[batch, n, ...]`, token by token.
+    model: The model.
+    tokens: Integers, `[batch, seq]`.
+    arrays: What the function takes besides, `[batch, seq, ...]`.
+    layers: The patterns; see `Llama.hidden_states`.
+    execution: See `Llama.hidden_states`.
+    positions: See `Llama.hidden_states`.
+    segment_ids: Packed documents; see `Llama.hidden_states`.
+    rngs: See `Llama.hidden_states`.
+
+  Returns:
+    The function's results, `[batch, seq, ...]`.
+
+  Raises:
+    ValueError: Shapes or the number of patterns do not fit, there is a mesh, or
+      a pattern looks back too far; see `check`.
+  """
+  batch, seq_len = tokens.shape
+  length = execution.segment_len
+  if length is None or seq_len <= length:
+    hidden = model.hidden_states(
+      tokens,
+      layers,
+      execution,
+      positions=positions,
+      segment_ids=segment_ids,
+      rngs=rngs,
+    )
+    return function(hidden, *arrays)
+  llama.check_tokens(tokens, positions, model.config.vocab_size)
+  check(
+    layers,
+    model.config,
+    segment_len=length,
+    seq_len=seq_len,
+    packed=segment_ids is not None,
+    num_devices=1 if execution.mesh is None else execution.mesh.size,
+  )
+  if positions is None:
+    positions = llama.default_positions(seq_len, segment_ids)
+  count = -(-seq_len // length)
+  filling = count * length - seq_len
+
+  # The last segment is filled up behind the sequence, where no token looks.
+  def filled(x):
+    return jnp.pad(x, ((0, 0), (0, filling)) + ((0, 0),) * (x.ndim - 2))
+
+  tokens, positions, segment_ids, arrays = jax.tree.map(
+    filled, (tokens, positions, segment_ids, arrays)
+  )
+  rng = None if rngs is None else rngs.dropout()
+
+  def run(index: jax.Array, received: Received) -> tuple[jax.Array, Received]:
+    def part(x):
+      return jax.lax.dynamic_slice_in_dim(x, index * length, length, axis=1)
+
+    of_segment = None
+    if rng is not None:
+      of_segment = nnx.Rngs(dropout=jax.random.fold_in(rng, index))
+    hidden, sent = model.segment_hidden_states(
+      part(tokens),
+      layers,
+      execution,
+      segment=Segment(index, segment_ids, count, length),
+      received=received,
+      positions=part(positions),
+      seq_len=seq_len,
+      rngs=of_segment,
+    )
+    return function(hidden, *map(part, arrays)), sent
+
+  results = scan(
+    run,
+    model.first_messages(layers, Segment(0, None, count, length), batch),
+    count,
+    offload=execution.offload_segments,
+  )
+  joined = jnp.moveaxis(results, 0, 1)
+  return joined.reshape(batch, count * length, *joined.shape[3:])[:, :seq_len]
