@@ -226,7 +226,9 @@ def write_conversations(
 
 
 def _marked(
-  encoded: Iterable[tuple[Part, list[int]]], before: list[int], after: list[int]
+  encoded: "Iterable[tuple[_Piece, list[int]]]",
+  before: list[int],
+  after: list[int],
 ) -> Iterator[_Written]:
   """Yields pieces of documents with the tokens that begin and end these."""
   begun, text_bytes = False, 0
@@ -369,7 +371,7 @@ def _encode(
     pool.shutdown(cancel_futures=True)
 
 
-def _batches(pieces: Iterable[_Written]) -> Iterator[list[_Piece]]:
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
   """Yields pieces, several at a time."""
   batch: list[_Piece] = []
   size = 0
