@@ -86,7 +86,9 @@ _NUM_KV_HEADS = flags.DEFINE_integer(
   "num_kv_heads", None, "Key and value heads; by default as query heads."
 )
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of a head.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds of a case.")
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 5, "Rounds of a case.", lower_bound=1, upper_bound=10_000
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
 _PLOT = flags.DEFINE_string(
   "plot", None, "Where to draw time against length, a .png."
@@ -227,6 +229,9 @@ def main() -> None:
     ValueError: A flag is out of range, or an implementation is wrong.
     NotImplementedError: The device lacks an implementation asked for.
   """
+  for path in (_OUTPUT.value, _PLOT.value):
+    if path is not None:
+      atomic_file.check_writable(path)
   for dtype in _DTYPES.value:
     if dtype not in attention_timing.TOLERANCE:
       raise ValueError(
@@ -237,8 +242,6 @@ def main() -> None:
   if memory_lens is None:
     memory_lens = () if clock.on_gpu() else (8192, 16384)
   cases = [case for dtype in _DTYPES.value for case in _cases(dtype)]
-  if _REPEATS.value < 1:
-    raise ValueError(f"--repeats must be at least 1, got {_REPEATS.value}.")
   implementations = _IMPLEMENTATIONS.value or [dispatch.available()[0]]
   for name in implementations:
     dispatch.check_implementation(name)

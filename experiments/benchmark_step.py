@@ -89,8 +89,12 @@ _PEERS = flags.DEFINE_list(
 _MAX_PEER_LEN = flags.DEFINE_integer(
   "max_peer_len", 8192, "Longest sequence that peers are timed at."
 )
-_WARMUP = flags.DEFINE_integer("warmup", 2, "Steps that are not timed.")
-_REPEATS = flags.DEFINE_integer("repeats", 8, "Steps that are timed.")
+_WARMUP = flags.DEFINE_integer(
+  "warmup", 2, "Steps that are not timed.", lower_bound=1, upper_bound=10_000
+)
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 8, "Steps that are timed.", lower_bound=1, upper_bound=10_000
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
 _PLOT = flags.DEFINE_string(
   "plot", None, "Where to draw tokens a second against length, a .png."
@@ -263,6 +267,9 @@ def main() -> None:
     ValueError: A flag or setting is out of range, or a loss is not finite.
     NotImplementedError: The device lacks the implementation asked for.
   """
+  for path in (_OUTPUT.value, _PLOT.value):
+    if path is not None:
+      atomic_file.check_writable(path)
   run = _CONFIG.read()
   if run.adapter is None:
     raise ValueError(
@@ -271,11 +278,6 @@ def main() -> None:
     )
   if _MODEL.value is not None:
     run = dataclasses.replace(run, model=_MODEL.value)
-  if _WARMUP.value < 1 or _REPEATS.value < 1:
-    raise ValueError(
-      "--warmup and --repeats must be at least 1, got"
-      f" {_WARMUP.value} and {_REPEATS.value}."
-    )
   meshes = [run.mesh]
   if _MESH.value is not None:
     meshes = [sharding.MeshConfig.parse(text) for text in _MESH.value]

@@ -69,6 +69,7 @@ def _check_flags() -> pathlib.Path:
     raise ValueError(
       f"--output_dir={output_dir} is not empty: name a new folder."
     )
+  atomic_file.check_writable(output_dir / "config.json")
   if _FORMAT.value.startswith("peft") and _ADAPTER.value is None:
     raise ValueError(
       f"--format={_FORMAT.value} writes an adapter: give --adapter=FOLDER."

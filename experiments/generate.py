@@ -54,7 +54,12 @@ _SYSTEM = flags.DEFINE_string(
   "system", None, "System message in front of each question; with --chat."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 128, "Most tokens that a prompt gets."
+  "max_new_tokens",
+  128,
+  "Most tokens that a prompt gets.",
+  lower_bound=1,
+  # Their keys and values are allocated at the start.
+  upper_bound=1 << 20,
 )
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.0, "Divides the logits; 0 takes the likeliest token."

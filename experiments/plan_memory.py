@@ -133,6 +133,8 @@ def main() -> None:
     ValueError: A setting or flag does not fit, nothing fits, or the compiler
       is missing.
   """
+  if _OUTPUT.value is not None:
+    atomic_file.check_writable(_OUTPUT.value)
   # Nothing runs, so a GPU of this machine should keep its memory.
   jax.config.update("jax_platforms", "cpu")
   run = _CONFIG.read()

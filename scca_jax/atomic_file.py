@@ -101,6 +101,24 @@ def _refuse_folder(path: pathlib.Path) -> None:
     raise IsADirectoryError(f"cannot write {path}: it is a folder")
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+  """Checks that a file could be written, before the work that it is for.
+
+  Raises:
+    OSError: It could not; the message names it.
+  """
+  path = pathlib.Path(path)
+  _refuse_folder(path)
+  parents = path.absolute().parents
+  nearest = next(folder for folder in parents if folder.exists())
+  if not nearest.is_dir():
+    raise NotADirectoryError(f"cannot write {path}: {nearest} is a file")
+  if not os.access(nearest, os.W_OK | os.X_OK):
+    raise PermissionError(
+      f"cannot write {path}: there is no permission to write to {nearest}"
+    )
+
+
 class AtomicFile:
   """A binary file that gets its name only when it is complete.
 

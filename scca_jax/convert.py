@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -149,6 +150,7 @@ _TOKENIZER_SETTINGS = (
   _GENERATION,
 )
 
+_MAX_COPIED_BYTES = 256 << 20
 # Tensors read at once: with four, an H200 waits only for the disk.
 _NUM_READERS = 4
 
@@ -496,6 +498,12 @@ def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
       raise ValueError(
         f"{path} has no weight_map of tensors to files: copy it again."
       )
+    for shard in shard_of.values():
+      if pathlib.PurePath(shard).name != shard:
+        raise ValueError(
+          f"{path}: weight_map names {reprlib.repr(shard)}, which is not a file"
+          " beside it: copy it again."
+        )
     tensors = SafetensorsFiles(
       [folder / n for n in sorted(set(shard_of.values()))]
     )
@@ -1105,6 +1113,27 @@ def _with_limit(name: str, content: bytes, context_len: int) -> bytes:
   return json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
+def _read_copied(path: pathlib.Path) -> bytes:
+  """Returns a file that is copied; says so if it is a link to elsewhere.
+
+  A folder from elsewhere may link to a file that is not to be published.
+  Snapshots in the cache of Hugging Face link to the rest of their folder.
+  """
+  folder = path.parent.resolve()
+  if folder.parent.name == "snapshots":
+    folder = folder.parents[1]
+  if not path.resolve().is_relative_to(folder):
+    logging.getLogger(__name__).warning(
+      "%s is a link: what is copied is %s.", path, path.resolve()
+    )
+  if path.stat().st_size > _MAX_COPIED_BYTES:
+    raise ValueError(
+      f"{path} is too large for a tokenizer's file: at most"
+      f" {_MAX_COPIED_BYTES >> 20} MiB."
+    )
+  return path.read_bytes()
+
+
 def copy_tokenizer(
   source: str | os.PathLike[str],
   folder: str | os.PathLike[str],
@@ -1135,7 +1164,7 @@ def copy_tokenizer(
   for name in (*_TOKENIZER_FILES, *_TOKENIZER_SETTINGS):
     path = pathlib.Path(source) / name
     if path.is_file():
-      content = path.read_bytes()
+      content = _read_copied(path)
       if name in _LIMITS:
         content = _with_limit(name, content, context_len)
       atomic_file.write(folder / name, content)

@@ -223,7 +223,7 @@ def attention(
         query=query,
         key=key,
         value=value,
-        pattern=member,
+        pattern=member.within(key.shape[1]),
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         segment_ids=segment_ids,
         query_offset=query_offset,

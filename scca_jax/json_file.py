@@ -10,6 +10,8 @@ from typing import Any
 
 # Sizes and ids are below it.
 _LIMIT = 1 << 31
+# Largest file; what it holds may take 24 times as much memory.
+_MAX_BYTES = 96 << 20
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -22,6 +24,11 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(
       f"there is no {path}: name a folder that holds {path.name}."
+    )
+  if path.stat().st_size > _MAX_BYTES:
+    raise ValueError(
+      f"{path} is larger than {_MAX_BYTES >> 20} MiB, which no such file is:"
+      " copy it again."
     )
   try:
     content = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -71,6 +71,7 @@ def read(path: str | os.PathLike[str]) -> LossFile:
   if not path.is_file():
     raise FileNotFoundError(f"there is no file of losses {path}.")
   try:
+    _refuse_compressed(path)
     # numpy closes only what it opened and understood.
     with path.open("rb") as stored, np.load(stored) as file:
       arrays = dict(file)
@@ -91,6 +92,9 @@ def read(path: str | os.PathLike[str]) -> LossFile:
     AttributeError,
     EOFError,
     KeyError,
+    MemoryError,  # For an array whose header asks for more than there is.
+    NotImplementedError,
+    RecursionError,
     TypeError,
     ValueError,
     zipfile.BadZipFile,
@@ -100,6 +104,13 @@ def read(path: str | os.PathLike[str]) -> LossFile:
       " experiments.evaluate --positions=FILE.npz."
     ) from error
   return LossFile(by_length=by_length, about=about, name=str(path))
+
+
+def _refuse_compressed(path: pathlib.Path) -> None:
+  """Refuses an archive of more than its size: we write none."""
+  with zipfile.ZipFile(path) as archive:
+    if sum(x.file_size for x in archive.infolist()) > path.stat().st_size:
+      raise ValueError("it is compressed.")
 
 
 def _windows(arrays: dict[str, np.ndarray]) -> WindowLosses:

@@ -160,3 +160,19 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path):
   atomic_file.write_json(tmp_path / "x.json", value)
   text = (tmp_path / "x.json").read_text()
   assert json.loads(text) == {"a": [1.5, None], "b": [None, {"c": 2}]}
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
+  atomic_file.check_writable(tmp_path / "new" / "folder" / "file")
+  assert not list(tmp_path.iterdir())
+  (tmp_path / "file").touch()
+  for path, said in (
+    (tmp_path, "it is a folder"),
+    (tmp_path / "file" / "x", "is a file"),
+  ):
+    with pytest.raises(OSError, match=f"cannot write {path}: .*{said}"):
+      atomic_file.check_writable(path)
+  # Root may write everywhere.
+  monkeypatch.setattr(os, "access", lambda *args: False)
+  with pytest.raises(PermissionError, match=f"to write to {tmp_path}"):
+    atomic_file.check_writable(tmp_path / "new" / "file")

@@ -387,6 +387,30 @@ def test_damaged_models_are_named(folder, damage, said):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b"])
+def test_an_index_names_no_file_elsewhere(folder, name):
+  (folder / "model.safetensors").unlink()
+  index = {"weight_map": {"model.norm.weight": name}}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  with pytest.raises(ValueError, match=f"'{name}', which is not a file beside"):
+    convert.load_model(folder)
+
+
+def test_a_tokenizer_file_that_is_a_link_to_elsewhere_is_told(tmp_path, caplog):
+  (tmp_path / "elsewhere").write_text("{}")
+  hub = tmp_path / "models--a--b"
+  for folder in (tmp_path / "model", hub / "snapshots" / "1"):
+    folder.mkdir(parents=True)
+  (hub / "blobs").mkdir()
+  (hub / "blobs" / "0").write_text("{}")
+  (hub / "snapshots" / "1" / "added_tokens.json").symlink_to("../../blobs/0")
+  convert.copy_tokenizer(hub / "snapshots" / "1", tmp_path / "a")
+  assert not caplog.text
+  (tmp_path / "model" / "added_tokens.json").symlink_to("../elsewhere")
+  convert.copy_tokenizer(tmp_path / "model", tmp_path / "b")
+  assert f"what is copied is {tmp_path / 'elsewhere'}" in caplog.text
+
+
 def test_missing_files_are_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="config.json"):
     convert.load_model(tmp_path / "none")

@@ -797,3 +797,37 @@ def test_no_string_breaks_the_parser(text):
     assert "\n" not in str(error)
   else:
     assert len(made) == MODEL["num_layers"]
+
+
+_LARGE = st.integers(1, 9) | st.integers(1, 1 << 30)
+
+
+@given(
+  st.integers(1, 20),
+  st.none() | st.integers(1, 8),
+  st.integers(0, 9) | st.integers(0, 1 << 30),
+  _LARGE,
+  st.none() | _LARGE,
+  st.none() | st.integers(0, 30),
+  st.sampled_from(
+    [("drop", "position"), ("local", "position"), ("drop", "slot")]
+  ),
+)
+def test_numbers_beyond_the_length_change_nothing(
+  seq_len, chunk_size, shift, dilation, window, select, kinds
+):
+  head = HeadPattern(
+    chunk_size=chunk_size,
+    shift=shift,
+    dilation=dilation,
+    window=window,
+    select=None if select is None else select % dilation,
+  )
+  pattern = AttentionPattern((head,), *kinds)
+  within = pattern.within(seq_len)
+  np.testing.assert_array_equal(
+    within.visible(seq_len), pattern.visible(seq_len)
+  )
+  (head,) = within.heads
+  largest = max(seq_len, shift + 1, head.select or 0, 31)
+  assert head.dilation <= largest

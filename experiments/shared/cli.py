@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -142,9 +143,14 @@ def cache_folder(name: str) -> pathlib.Path | None:
   cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
   folder = cache.expanduser() / "scca_jax" / name
   try:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
   except OSError:
     # The cache folder is not writable: skip caching.
+    return None
+  # What is compiled is run: nobody else may put it there.
+  if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+    logging.warning("%s belongs to others: nothing is kept there.", folder)
     return None
   return folder
 

@@ -200,7 +200,8 @@ class ConfigFlag(Generic[Run]):
     self._file = flags.DEFINE_string(
       "config",
       f"configs/{default}.py",
-      "Settings of the run; --config.NAME=VALUE changes one of them.",
+      "Settings of the run, a Python program that is run: take none from"
+      " strangers. --config.NAME=VALUE changes one of them.",
     )
 
   @property

@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from experiments.shared.config import DTYPES
-from scca_jax import adapters, hub, patterns
+from scca_jax import adapters, atomic_file, hub, patterns
 
 Holder = flags.FlagHolder[Any]
 
@@ -215,16 +215,18 @@ def check_exist(*paths: Holder) -> None:
 
 
 def check_output(flag: Holder, suffix: str) -> None:
-  """Checks that a flag, if given, names a file of a kind to be written.
+  """Checks that a flag, if given, names a file of a kind that can be written.
 
   Raises:
     ValueError: It names a folder or a file of another kind.
+    OSError: There is no permission to write it.
   """
   if flag.value is None:
     return
   path = pathlib.Path(flag.value)
   if path.suffix != suffix or path.is_dir():
     raise ValueError(f"--{flag.name} must be a {suffix} file, got {path}.")
+  atomic_file.check_writable(path)
 
 
 def check_trained(pattern: Holder, adapter: Holder) -> None:

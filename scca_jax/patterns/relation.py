@@ -156,6 +156,25 @@ class HeadPattern:
       if getattr(self, field.name) != field.default
     )
 
+  def within(self, seq_len: int) -> "HeadPattern":
+    """Returns a head that sees the same among the first `seq_len` positions.
+
+    Its dilation and window are no larger than there are distances to tell
+    apart, so that work grows with the sequence and not with a number.
+
+    Args:
+      seq_len: Length of the sequence, in tokens.
+    """
+    # From here on only a distance of 0 is divisible.
+    enough = max(seq_len, self.shift + 1, (self.select or 0) + 1)
+    dilation = min(self.dilation, enough)
+    window = self.window
+    if window is not None:
+      window = min(window, (seq_len - 1) // dilation + 1)
+    if dilation == self.dilation and (self.window or 0) * dilation <= _MAX_INT:
+      return self
+    return dataclasses.replace(self, dilation=dilation, window=window)
+
   def falls_back(self, queries: Any) -> Any:
     """Marks the queries that `boundary="local"` serves without the shift.
 
@@ -377,6 +396,13 @@ class AttentionPattern:
     for index, head in enumerate(self.heads):
       groups[head] = (*groups.get(head, ()), index)
     return groups
+
+  def within(self, seq_len: int) -> "AttentionPattern":
+    """Returns a pattern that shows the same; see `HeadPattern.within`."""
+    heads = {head: head.within(seq_len) for head in self.head_groups()}
+    return dataclasses.replace(
+      self, heads=tuple(heads[head] for head in self.heads)
+    )
 
   def seen(
     self, queries: Any, keys: Any, seq_len: int, *, starts: Any = 0
