@@ -55,6 +55,7 @@ ROPES = tuple(
     ("yarn", 8),
     ("ntk", 4),
     ("ntk", 8),
+    ("ntk", 12),
     ("ntk", 16),
   )
 )
