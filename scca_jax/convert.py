@@ -666,7 +666,9 @@ def _fill(
 
 
 def check_num_layers(
-  config: LlamaConfig, tensors: SafetensorsFiles | gguf_file.GgufFile, source
+  config: LlamaConfig,
+  tensors: SafetensorsFiles | gguf_file.GgufFile,
+  source: str | os.PathLike[str],
 ) -> None:
   """Checks that a file has tensors for the layers that a model is said to have.
 
