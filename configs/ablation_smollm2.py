@@ -2,8 +2,8 @@
 
 Hardware: one H100, in stages that fit a call of ten minutes each; the same
 command resumes. Commands, with the user's own weights and text, and what came
-of them: experiments/results/ablation_smollm2. `--dry_run` lists the arms with
-their pairs.
+of them: experiments/results/ablation_smollm2. `scca ablate --dry_run
+--config=configs/ablation_smollm2.py` lists the arms with their pairs.
 
 `train.bin` ends with the ten books that validate; `verdict.bin` is ten others.
 The recipe is sought one factor at a time: rope scaling with two patterns, then

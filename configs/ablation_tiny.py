@@ -1,7 +1,7 @@
 r"""Which pattern and which recipe take the embedded model from 256 to 1,024?
 
 Hardware: one GPU for the whole grid; two CPU cores for `--quick`, which runs a
-few arms for a few steps. Command: `python -m experiments.ablate
+few arms for a few steps. Command: `scca ablate
 --config=configs/ablation_tiny.py --output_dir=runs/ablation_tiny --quick`
 (without `--quick` the grid).
 Expected: experiments/results/ablation_tiny/README.md.

@@ -2,7 +2,7 @@
 
 Claim: the step of 32,768 tokens fits the same card. Hardware and command are as
 there, with this config and 18 GiB of the host's memory. Expected: the step
-compiles for that card to 17.4 GiB (`python -m experiments.plan_memory
+compiles for that card to 17.4 GiB (`scca plan_memory
 --config=configs/llama2_7b_32k.py --gpu=v100-32gb`); see
 experiments/results/llama2_7b. It was not run on a V100, nor with LLaMA2's
 weights.

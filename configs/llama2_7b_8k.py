@@ -7,10 +7,10 @@ the attention projections, embeddings and norms trained too, AdamW at 2e-5,
 
 Hardware: one V100 of 32 GB, float16, and 6 GiB of the host's memory for
 offloaded arrays. Command, with the user's own weights and data:
-`python -m experiments.finetune --config=configs/llama2_7b_8k.py
+`scca finetune --config=configs/llama2_7b_8k.py
 --model=llama2-7b/ --data=train.bin --config.data.test=test.bin`.
-Expected: the step compiles for that card to 16.0 GiB, as `python -m
-experiments.plan_memory --config=configs/llama2_7b_8k.py --gpu=v100-32gb` says;
+Expected: the step compiles for that card to 16.0 GiB, as `scca
+plan_memory --config=configs/llama2_7b_8k.py --gpu=v100-32gb` says;
 see experiments/results/llama2_7b. It was not run on a V100, nor with LLaMA2's
 weights.
 """

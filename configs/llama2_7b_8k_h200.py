@@ -3,7 +3,7 @@
 It differs in bfloat16, and in memory spent where there is plenty: no large
 product is computed twice for the backward pass, and MLP and loss are computed
 in large pieces. Hardware: one GPU of 80 GB, from Ampere on. Command:
-`python -m experiments.finetune --config=configs/llama2_7b_8k_h200.py
+`scca finetune --config=configs/llama2_7b_8k_h200.py
 --model=llama2-7b/ --data=train.bin --config.data.test=test.bin`.
 Expected: the tokens a second and the memory of
 experiments/results/llama2_7b/step_h200.md. It was not run with LLaMA2's

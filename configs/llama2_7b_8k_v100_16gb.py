@@ -6,7 +6,7 @@ is used with the same int8 base.
 
 Hardware: one V100 of 16 GB, float16, and 6 GiB of the host's memory. Command:
 as for llama2_7b_8k, with this config. Expected: the step compiles for that card
-to 10.0 GiB (`python -m experiments.plan_memory
+to 10.0 GiB (`scca plan_memory
 --config=configs/llama2_7b_8k_v100_16gb.py --gpu=v100-16gb`); see
 experiments/results/llama2_7b. It was not run on a V100, nor with LLaMA2's
 weights.

@@ -5,11 +5,11 @@ a length where dense attention is most of the work. Chunks are a quarter of the
 length. Its embedding is the output head too.
 
 Hardware: one GPU with bfloat16, an A100 or later. Command, with the user's own
-weights and data: `python -m experiments.finetune
+weights and data: `scca finetune
 --config=configs/smollm2_32k.py --model=smollm2/ --data=train.bin
 --config.data.test=test.bin`.
-Expected: the step compiles for an A100 to 2.4 GiB (`python -m
-experiments.plan_memory --config=configs/smollm2_32k.py --gpu=a100-40gb`). It
+Expected: the step compiles for an A100 to 2.4 GiB (`scca
+plan_memory --config=configs/smollm2_32k.py --gpu=a100-40gb`). It
 was not run with SmolLM2's weights.
 """
 

@@ -1,7 +1,7 @@
 """Extends the embedded 4.7 M model from 256 to 1,024 tokens on a CPU.
 
 Hardware: 2 CPU cores, under 4 minutes. Command:
-`python -m experiments.finetune`.
+`scca finetune`.
 Expected: experiments/results/tiny/README.md.
 
 Pattern, rope scaling and learning rate are the best of a study of this model

@@ -3,7 +3,7 @@
 Hardware: one NVIDIA H200, or any device with more time. Command and result:
 scca_jax/assets/README.md; in short
 
-    python -m experiments.pretrain --config=configs/tiny_pretrain.py \
+    scca pretrain --config=configs/tiny_pretrain.py \
       --data=books.bin --config.data.tokenizer=books.model
 """
 

@@ -4,10 +4,10 @@ Claim: none of the paper's; a model that anyone may fetch, on one GPU.
 
 Hardware: one GPU with bfloat16, an A100 or later, and 7 GiB of its memory.
 Command, with the user's own weights and data:
-`python -m experiments.finetune --config=configs/tinyllama_8k.py
+`scca finetune --config=configs/tinyllama_8k.py
 --model=tinyllama/ --data=train.bin --config.data.test=test.bin`.
-Expected: the step compiles for an A100 to 6.4 GiB (`python -m
-experiments.plan_memory --config=configs/tinyllama_8k.py --gpu=a100-40gb`). It
+Expected: the step compiles for an A100 to 6.4 GiB (`scca
+plan_memory --config=configs/tinyllama_8k.py --gpu=a100-40gb`). It
 was not run with TinyLlama's weights.
 """
 

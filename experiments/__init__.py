@@ -1,1 +1,1 @@
-"""Commands: each runs as `python -m experiments.NAME`."""
+"""Commands: each runs as `scca NAME`, or `python -m experiments.NAME`."""

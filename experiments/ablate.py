@@ -5,7 +5,7 @@ the rate is chosen on held-out documents, and the verdict is on test text, with
 intervals of the paired difference to the baseline. What a killed run has done
 is kept: the same command goes on from there.
 
-    python -m experiments.ablate --config=configs/ablation_tiny.py \
+    scca ablate --config=configs/ablation_tiny.py \
       --output_dir=runs/ablation --quick
 
 It writes results.json, table.md, windows.npz, loss_by_position.png,

@@ -1,6 +1,6 @@
 r"""Measures attention: correctness first, then time and memory beside peers.
 
-    python -m experiments.benchmark_attention --output=benchmark.json \
+    scca benchmark_attention --output=benchmark.json \
       --patterns='scca_fixed(chunk_size=512),sda(dilation=4)'
 
 A case is a pattern at a length; forward, and forward with backward (the

@@ -1,6 +1,6 @@
 r"""Measures a training step: tokens a second, utilisation and peak memory.
 
-    python -m experiments.benchmark_step --random_weights \
+    scca benchmark_step --random_weights \
       --config=configs/llama2_7b_8k_h200.py --patterns=scca_fixed,dense \
       --seq_lens=8192,32768 --output=step.json --plot=step.png
 
@@ -13,7 +13,7 @@ To train adapters alone: --config.lora.train_embeddings=False
 --mesh lays the step out on several devices, and may be given more than once to
 compare; each copy of the model then has a micro batch of its own:
 
-    python -m experiments.benchmark_step --random_weights \
+    scca benchmark_step --random_weights \
       --config=configs/llama2_7b_8k_h200.py --mesh= --mesh=data=2 \
       --mesh=fsdp=2 --peers= --output=step.json
 

@@ -1,10 +1,10 @@
 """Compares two models loss by loss: the paired difference, by position.
 
-Both files come from `experiments.evaluate --positions=FILE.npz` on the same
+Both files come from `scca evaluate --positions=FILE.npz` on the same
 text: every loss of A has its partner in B, so that what makes some windows
 harder than others cancels.
 
-    python -m experiments.compare tuned.npz untuned.npz \
+    scca compare tuned.npz untuned.npz \
       --output=compared.json --plot=compared.png
 
 A difference is the loss of A minus that of B, in nats per token: below 0, A is

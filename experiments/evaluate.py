@@ -1,11 +1,11 @@
 """Measures the perplexity of a model or adapter, or scores it on tasks.
 
-python -m experiments.evaluate --context_lens=256,512,1024
-python -m experiments.evaluate --model=llama2-7b --adapter=runs/a/adapter \
+scca evaluate --context_lens=256,512,1024
+scca evaluate --model=llama2-7b --adapter=runs/a/adapter \
   --data=pg19_test.bin --context_lens=2048,8192 --output=perplexity.json
-python -m experiments.evaluate --model=smollm2.gguf --context_lens=1024,4096 \
+scca evaluate --model=smollm2.gguf --context_lens=1024,4096 \
   --tasks=passkey,niah_single_1,vt --heat_map=tasks.png --output=tasks.json
-python -m experiments.evaluate --context_lens=256,1024 \
+scca evaluate --context_lens=256,1024 \
   --context_gain=1024:256 --positions=losses.npz
 
 Attention is dense unless `--pattern` asks for another. With `--tasks`,
@@ -83,7 +83,7 @@ _POSITIONS = flags.DEFINE_string(
   "positions",
   None,
   "The loss of every window at every position, an .npz, which"
-  " experiments.compare reads.",
+  " `scca compare` reads.",
 )
 _CONTEXT_GAIN = flags.DEFINE_list(
   "context_gain",

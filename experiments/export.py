@@ -1,6 +1,6 @@
 """Writes a model, or an adapter, in the form that other tools read.
 
-python -m experiments.export --adapter=runs/scca_fixed/adapter --format=hf \
+scca export --adapter=runs/scca_fixed/adapter --format=hf \
   --output_dir=extended
 
 * `hf`: a Hugging Face folder, the adapter fused into the weights, whose

@@ -5,7 +5,7 @@ embedded books, on a CPU, in minutes. It ends with the perplexity of the model
 untuned, with rope scaling alone, and tuned, all with dense attention, and
 writes a report with the loss by position.
 
-    python -m experiments.finetune --config=configs/tiny.py --output_dir=runs/a
+    scca finetune --config=configs/tiny.py --output_dir=runs/a
 """
 
 import dataclasses

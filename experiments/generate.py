@@ -1,9 +1,9 @@
 """Continues prompts with a model, or with a model and its adapter.
 
-python -m experiments.generate --prompt="It was the best of times"
-python -m experiments.generate --model=llama/ --adapter=runs/a/adapter \
+scca generate --prompt="It was the best of times"
+scca generate --model=llama/ --adapter=runs/a/adapter \
   --prompts=prompts.jsonl --output=answers.jsonl --temperature=0.8 --top_p=0.95
-python -m experiments.generate --model=llama-chat/ --chat --prompt="Who?"
+scca generate --model=llama-chat/ --chat --prompt="Who?"
 
 One prompt is answered on the terminal as it is made; the prompts of a file go
 through the model together.

@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false
 """Runs lm-evaluation-harness, with its flags, on scca_jax and its other models.
 
-python -m experiments.lm_eval --model=scca_jax --tasks=lambada_openai \
+scca lm_eval --model=scca_jax --tasks=lambada_openai \
   --model_args=model=llama/,adapter=runs/a/adapter --batch_size=auto
 
 `--help` lists the harness's flags; `scca_jax.harness` what `--model_args`

@@ -5,11 +5,11 @@ its model) for a GPU that this machine need not have; see `scca_jax.memory`. The
 compiler is in `pip install 'scca_jax[plan]'`. Weights are not read: config.json
 is enough.
 
-    python -m experiments.plan_memory --config=configs/llama2_7b_8k.py \
+    scca plan_memory --config=configs/llama2_7b_8k.py \
       --gpu=v100-32gb --output=plan.json
-    python -m experiments.plan_memory --config=configs/llama2_7b_8k.py \
+    scca plan_memory --config=configs/llama2_7b_8k.py \
       --gpu=v100-32gb --task=generate --search=seq_len
-    python -m experiments.plan_memory --config=configs/llama2_7b_8k_h200.py \
+    scca plan_memory --config=configs/llama2_7b_8k_h200.py \
       --gpu=h200 --mesh=sequence=8 --config.training.seq_len=131072
 """
 

@@ -1,11 +1,11 @@
 """Turns text into a token file: ids in a `.bin`, their description in a JSON.
 
-    python -m experiments.prepare_data --input=books/ \
+    scca prepare_data --input=books/ \
       --tokenizer=tokenizer.model --output=books.bin
-    python -m experiments.prepare_data --input=books.jsonl.xz \
+    scca prepare_data --input=books.jsonl.xz \
       --train_tokenizer --vocab_size=4096 --output=books.bin
 
-    python -m experiments.prepare_data --input=talks.jsonl --conversations \
+    scca prepare_data --input=talks.jsonl --conversations \
       --tokenizer=llama-chat/ --output=talks.bin
 
 The second also writes the tokenizer it trained, books.model.

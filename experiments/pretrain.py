@@ -3,7 +3,7 @@
 It writes the model in Hugging Face layout, with its tokenizer, and prints its
 perplexity. The embedded model was made so (scca_jax/assets/README.md):
 
-    python -m experiments.pretrain --config=configs/tiny_pretrain.py \
+    scca pretrain --config=configs/tiny_pretrain.py \
       --data=train.bin --output_dir=runs/pretrain
 """
 
@@ -55,8 +55,8 @@ def _read_settings() -> PretrainConfig:
     )
   if run.data.tokenizer is None:
     raise ValueError(
-      "no tokenizer: give --config.data.tokenizer=FILE; `python -m"
-      " experiments.prepare_data --train_tokenizer` makes one."
+      "no tokenizer: give --config.data.tokenizer=FILE; `scca"
+      " prepare_data --train_tokenizer` makes one."
     )
   if run.training.quantize is not None:
     raise ValueError(

@@ -1,7 +1,7 @@
 """Draws an attention pattern: each head's mask, their union, the reach.
 
-python -m experiments.show_pattern --pattern=longmixed --seq_len=64
-python -m experiments.show_pattern --pattern='scca_flow(rotate="layer")'
+scca show_pattern --pattern=longmixed --seq_len=64
+scca show_pattern --pattern='scca_flow(rotate="layer")'
 """
 
 import functools

@@ -266,7 +266,7 @@ class _PackedWindows:
     if token_file.document_ends is None:
       raise ValueError(
         f"packing='packed' needs the document ends of {token_file.name}: make"
-        " the token file with experiments.prepare_data, or take"
+        " the token file with `scca prepare_data`, or take"
         " packing='concatenate'."
       )
     if np.max(np.diff(token_file.document_ends, prepend=0)) < 2:

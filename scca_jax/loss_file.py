@@ -101,7 +101,7 @@ def read(path: str | os.PathLike[str]) -> LossFile:
   ) as error:
     raise ValueError(
       f"{path} is not a file of losses, or is damaged: write it with"
-      " experiments.evaluate --positions=FILE.npz."
+      " scca evaluate --positions=FILE.npz."
     ) from error
   return LossFile(by_length=by_length, about=about, name=str(path))
 
@@ -138,7 +138,7 @@ def check_pair(a: LossFile, b: LossFile) -> list[int]:
       )
       raise ValueError(
         f"{a.name} and {b.name} are not of the same {name}{found}; run"
-        " experiments.evaluate with the same --data and --protocol for both."
+        " `scca evaluate` with the same --data and --protocol for both."
       )
   lengths = [length for length in a.by_length if length in b.by_length]
   if not lengths:
@@ -152,7 +152,7 @@ def check_pair(a: LossFile, b: LossFile) -> list[int]:
       if not np.array_equal(getattr(one, name), getattr(other, name)):
         raise ValueError(
           f"{a.name} and {b.name} are not of the same windows of {length:,}"
-          f" tokens ({name} differ): run experiments.evaluate with the same"
+          f" tokens ({name} differ): run `scca evaluate` with the same"
           " --num_windows and --stride for both."
         )
   return lengths

@@ -361,7 +361,7 @@ def _find_windows(
     if document_ends is None:
       raise ValueError(
         f"the document protocol needs the document ends of {name}: make the"
-        " token file with experiments.prepare_data, or use the protocol"
+        " token file with `scca prepare_data`, or use the protocol"
         " longlora or strided."
       )
     if add_bos and (bos_id is None or not 0 <= bos_id < vocab_size):

@@ -448,7 +448,7 @@ class TokenFile:
     if self.document_ends is None:
       raise ValueError(
         f"holding documents out needs the document ends of {self.name}: make"
-        " the token file with experiments.prepare_data."
+        " the token file with `scca prepare_data`."
       )
     count = len(self.document_ends)
     if not 1 <= num_held_out < count:
@@ -701,8 +701,7 @@ def _refuse_containers(path: pathlib.Path, wanted: np.dtype) -> None:
   # Bytes may be ids of text.
   if wanted.itemsize > 1 and len(head) >= _MIN_SAMPLE and _is_text(head):
     raise ValueError(
-      f"the token file {path} is text: make ids of it with"
-      " experiments.prepare_data."
+      f"the token file {path} is text: make ids of it with `scca prepare_data`."
     )
 
 

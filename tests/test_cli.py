@@ -56,7 +56,7 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys):
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1
   assert "281474976710656 bytes more" in lines[0]
-  assert "experiments.plan_memory" in lines[0]
+  assert "`scca plan_memory`" in lines[0]
   monkeypatch.setattr(sys, "argv", ["command"])
   with (
     flagsaver.flagsaver(traceback=True),

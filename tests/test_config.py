@@ -26,7 +26,7 @@ CONFIGS = sorted(
 def test_every_config_file_is_a_run_and_opens_with_its_claim(path):
   module = runpy.run_path(str(path))
   settings = module["get_config"]()
-  assert "python -m experiments." in module["__doc__"].replace("\n", " ")
+  assert "scca " in module["__doc__"].replace("\n", " ")
   if "arms" in settings:
     study.check(from_config_dict(AblationConfig, settings))
     settings = settings.run

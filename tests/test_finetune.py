@@ -182,7 +182,7 @@ def test_a_run_ends_with_a_report(finished, arguments):
   assert (output / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
   report = (output / "report.md").read_text(encoding="utf8")
   assert ": 16 to 64 tokens" in report.splitlines()[0]
-  assert f"python -m experiments.finetune --output_dir={output}" in report
+  assert f"scca finetune --output_dir={output}" in report
   assert "![Loss by position, and of training](report.png)" in report
   summary = json.loads((output / "summary.json").read_text())
   found, quarter = summary["perplexity"], summary["last_quarter_perplexity"]

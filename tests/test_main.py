@@ -71,3 +71,10 @@ def test_a_wheel_has_every_package():
       name = ".".join(path.parent.relative_to(ROOT).parts)
       found.add(name if folder == "scca_jax" else f"scca_jax._commands.{name}")
   assert listed == found
+
+
+def test_every_file_names_the_same_version():
+  check = [sys.executable, str(ROOT / ".ci" / "check_version")]
+  ended = subprocess.run(check, capture_output=True, text=True)
+  assert ended.stdout.strip() == scca_jax.__version__, ended.stderr
+  assert subprocess.run([*check, "0.0.1"], capture_output=True).returncode == 1

@@ -112,7 +112,7 @@ class AblationConfig:
   """A study.
 
   Attributes:
-    run: What the arms share, as settings of `experiments.finetune`.
+    run: What the arms share, as settings of `scca finetune`.
       `data.held_out` says how many documents validate; `evaluation` how the
       verdict is measured, with the "longlora" protocol. Its pattern, rope,
       tuning, learning rate and seed are replaced.

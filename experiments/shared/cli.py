@@ -55,7 +55,7 @@ def _out_of_memory(error: Exception) -> ValueError | None:
   return ValueError(
     f"{jax.local_devices()[0].device_kind} is out of memory{more}: take fewer"
     " or shorter sequences at once, or the settings that"
-    " experiments.plan_memory finds to fit."
+    " `scca plan_memory` finds to fit."
   )
 
 

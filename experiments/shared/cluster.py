@@ -4,7 +4,7 @@ JAX's runtime joins the processes, and finds out by itself how SLURM's `srun`
 and Open MPI's `mpirun` started them; flags say it otherwise. Every process runs
 the same command. All need the output folder on a file system they share.
 
-    srun --ntasks-per-node=8 python -m experiments.finetune --distributed \
+    srun --ntasks-per-node=8 scca finetune --distributed \
       --config=configs/llama2_7b_32k.py --config.mesh.fsdp=16
 """
 

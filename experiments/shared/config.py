@@ -239,7 +239,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-  """A run of `experiments.finetune`.
+  """A run of `scca finetune`.
 
   Attributes:
     model: Hugging Face folder, .gguf file, or a name on Hugging Face such as
@@ -312,7 +312,7 @@ class ArchitectureConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-  """A run of `experiments.pretrain`.
+  """A run of `scca pretrain`.
 
   Attributes:
     architecture: Sizes of the model.

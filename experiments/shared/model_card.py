@@ -77,14 +77,14 @@ or ignore them. `--format=peft_plain` writes a base and an adapter for all of
 these:
 
 ```sh
-python -m experiments.export --format=peft_plain --output_dir=plain \\
+scca export --format=peft_plain --output_dir=plain \\
   --model={base} --adapter={folder}
 ```
 
 Here it is used as it is:
 
 ```sh
-python -m experiments.generate --prompt='Once' \\
+scca generate --prompt='Once' \\
   --model={base} --adapter={folder}
 ```
 """
@@ -140,7 +140,7 @@ def for_llama_cpp(
   return f"""\
 ```sh
 llama-cli -m {file} -c {context_len}
-python -m experiments.generate --model={file} --prompt='Once'
+scca generate --model={file} --prompt='Once'
 ```
 
 In a Modelfile of Ollama: `FROM ./{file.name}` and

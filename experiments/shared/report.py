@@ -72,7 +72,7 @@ def _command() -> str:
   """Returns how this process was started."""
   spec = getattr(sys.modules.get("__main__"), "__spec__", None)
   name = (spec and spec.name) or f"experiments.{pathlib.Path(sys.argv[0]).stem}"
-  return shlex.join(["python", "-m", name, *sys.argv[1:]])
+  return shlex.join(["scca", name.rpartition(".")[2], *sys.argv[1:]])
 
 
 def _table(head: list[str], lines: list[list[str]]) -> str:
