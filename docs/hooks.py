@@ -99,7 +99,8 @@ def _settings():
       lines.append("| setting | type | default | |\n|---|---|---|---|")
     cells = [
       f"`{setting.name}`",
-      f"`{setting.type_name}`".replace("|", "\\|"),
+      # A bar would end the cell.
+      f"`{setting.type_name.replace(' | ', '` or `')}`",
       f"`{setting.default!r}`",
       setting.text.replace("|", "\\|"),
     ]
@@ -112,7 +113,7 @@ def _settings():
   ours = {s.name for s in config_flag.list_settings(config.FinetuneConfig)}
   for setting in config_flag.list_settings(config.PretrainConfig):
     if setting.name not in ours:
-      kind = setting.type_name.replace("|", "\\|")
+      kind = setting.type_name.replace(" | ", "` or `")
       lines.append(
         f"| `{setting.name}` | `{kind}` | `{setting.default!r}` |"
         f" {setting.text} |"
