@@ -12,6 +12,7 @@ training.
 """
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -341,9 +342,10 @@ class HuggingFaceTokenizer(Tokenizer):
     self, processor: tokenizers.Tokenizer, texts: Sequence[str]
   ) -> list[list[int]]:
     # The fast one leaves out where each token stands in the text.
-    encodings = processor.encode_batch_fast(
-      list(texts), add_special_tokens=False
-    )
+    with _in_library(self.name):
+      encodings = processor.encode_batch_fast(
+        list(texts), add_special_tokens=False
+      )
     return [encoding.ids for encoding in encodings]
 
   @functools.cached_property
@@ -381,9 +383,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`, special tokens by their names."""
-    return self.processor.decode(
-      [int(i) for i in ids], skip_special_tokens=False
-    )
+    with _in_library(self.name):
+      return self.processor.decode(
+        [int(i) for i in ids], skip_special_tokens=False
+      )
 
 
 def file_name(folder: str | os.PathLike[str]) -> str | None:
@@ -679,24 +682,40 @@ def _adds_prefix(content: bytes) -> bool:
   return False
 
 
+@contextlib.contextmanager
+def _in_library(name: object) -> Iterator[None]:
+  """Says of which file a failure of the tokenizers library is.
+
+  Its errors are bare Exceptions, or panics, which are none.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if type(error).__name__ != "PanicException" and not isinstance(
+      error, Exception
+    ):
+      raise
+    raise ValueError(
+      f"{name} is not a tokenizer.json, or is damaged: copy it again."
+      f" ({reprlib.repr(str(error))})"
+    ) from error
+
+
 def _hugging_face(
   path: pathlib.Path,
   content: bytes,
   added: dict[int, tokenizers.AddedToken],
 ) -> HuggingFaceTokenizer:
-  try:
+  with _in_library(path):
     processor = tokenizers.Tokenizer.from_buffer(content)
-  except Exception as error:  # The bindings raise bare Exception.
-    raise ValueError(
-      f"{path} is not a tokenizer.json, or is damaged: copy it again."
-    ) from error
   fingerprint = hashlib.sha256(content)
   before = processor.get_added_tokens_decoder()
   for i, token in added.items():
     if repr(before.get(i)) == repr(token):
       continue
     fingerprint.update(repr((i, token)).encode())
-    processor.add_tokens([token])
+    with _in_library(path):
+      processor.add_tokens([token])
     found = processor.token_to_id(token.content)
     if found != i:
       raise ValueError(
@@ -716,7 +735,8 @@ def _hugging_face(
     )
     for kind in ("bos", "eos")
   )
-  with_special = processor.encode("a", add_special_tokens=True).ids
+  with _in_library(path):
+    with_special = processor.encode("a", add_special_tokens=True).ids
   return HuggingFaceTokenizer(
     name=path.name,
     fingerprint=fingerprint.hexdigest(),

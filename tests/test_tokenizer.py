@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scca_jax import tokenizer
+from tests import model_files
 
 ASSETS = importlib.resources.files("scca_jax") / "assets"
 TEXT = "\n".join(
@@ -457,3 +458,19 @@ def test_a_sample_of_little_text_is_all_of_it():
   assert list(tokenizer.sample([], 10)) == []
   with pytest.raises(ValueError, match="got 0"):
     list(tokenizer.sample(texts, 0))
+
+
+@pytest.mark.parametrize(
+  "change",
+  # The first makes the library panic, the second raise when it is used.
+  [{"continuing_subword_prefix": "(?=q).*"}, {"unk_token": "absent"}],
+)
+def test_a_tokenizer_on_which_the_library_fails_is_named(tmp_path, change):
+  content = json.loads(model_files.byte_level("gpt-2").to_str())
+  content["model"] |= change
+  if "unk_token" in change:
+    content["model"] |= {"vocab": {"b": 0}, "merges": []}
+    content["pre_tokenizer"] = None
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+    tokenizer.load(tmp_path).encode("a")
