@@ -1,8 +1,10 @@
 """How commands start and end: kept compilations, bad input in one line."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments.shared import cli
+from scca_jax import atomic_file
 
 
 def _end(monkeypatch, main, *args):
@@ -73,6 +76,25 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
   flags.FLAGS.unparse_flags()
   with pytest.raises(KeyError, match="a bug"):
     cli.run(main)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_with_a_line_and_nothing_half_written(
+  monkeypatch, capsys, tmp_path, number
+):
+  before = signal.getsignal(number)
+
+  def main():
+    with atomic_file.AtomicFile(tmp_path / "file") as file:
+      file.write(b"half")
+      os.kill(os.getpid(), number)
+      time.sleep(60)
+
+  assert _end(monkeypatch, main) == 128 + number
+  lines = capsys.readouterr().err.split("\n")
+  assert len(lines) == 3 and lines[1].startswith(f"Stopped by {number.name}: ")
+  assert not list(tmp_path.iterdir())
+  assert signal.getsignal(number) == before
 
 
 COMMAND = """

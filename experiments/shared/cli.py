@@ -9,16 +9,18 @@ cache folder ($XDG_CACHE_HOME, ~/.cache). JAX_COMPILATION_CACHE_DIR names
 another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
+import contextlib
 import functools
 import inspect
 import os
 import pathlib
 import re
 import shutil
+import signal
 import stat
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from logging import CRITICAL, getLogger
 from typing import Any, NoReturn
 
@@ -174,6 +176,33 @@ def _quieten_orbax() -> None:
   sys.unraisablehook = unraisable
 
 
+class _Stopped(BaseException):
+  """The process is asked to end; its argument is the signal."""
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+  """Raises `_Stopped` on SIGINT and SIGTERM, so that all is cleaned up.
+
+  A second signal of a kind ends the process at once.
+  """
+
+  def stop(number: int, frame: Any) -> NoReturn:
+    del frame
+    signal.signal(number, signal.SIG_DFL)
+    raise _Stopped(number)
+
+  previous = {
+    number: signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM)
+  }
+  try:
+    yield
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
 def run(
   main: Callable[..., None],
   *,
@@ -189,7 +218,8 @@ def run(
   Args:
     main: The command. Its ValueError, OSError and NotImplementedError are about
       its input: their message is printed as one line and the exit status is 2.
-      The same holds for a device that is out of memory.
+      The same holds for a device that is out of memory. On SIGINT and SIGTERM
+      it ends with a line, and with status 128 + the signal's number.
     config: The settings of the command, if it has any.
     files: What messages call the files that the command takes beside flags.
     has_flags: Whether the command line is ours to parse; otherwise `main` does.
@@ -202,7 +232,17 @@ def run(
     _quieten_orbax()
     _keep_compiled()
     try:
-      main(*argv[1:])
+      with _stopped_by_signals():
+        main(*argv[1:])
+    except _Stopped as stopped:
+      (number,) = stopped.args
+      print(
+        f"\nStopped by {signal.Signals(number).name}: no file is half-written;"
+        " the same command starts again, or goes on.",
+        file=sys.stderr,
+        flush=True,
+      )
+      sys.exit(128 + number)
     except (ValueError, OSError, NotImplementedError) as error:
       if _TRACEBACK.value:
         raise
