@@ -485,6 +485,45 @@ def test_a_killed_run_ends_as_if_undisturbed(finished, arguments, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_on_segments_is_that_on_whole_sequences_killed_or_not(
+  corpus, tmp_path
+):
+  # The embedded model; the sequences are four segments and a part of one.
+  arguments = (
+    f"--data={corpus / 'train.txt'}",
+    f"--config.data.test={corpus / 'test.txt'}",
+    *SHORT,
+    "--config.pattern=scca_fixed(chunk_size=32)",
+    "--config.training.seq_len=270",
+    "--config.training.num_micro_batches=2",
+    "--config.lora.train_embeddings=True",
+  )
+  cut = (
+    "--config.training.segment_len=64",
+    "--config.training.offload_segments=True",
+    "--config.training.remat=layer",
+  )
+  folders = {name: tmp_path / name for name in ("whole", "cut", "killed")}
+  for name, settings in (("whole", ()), ("cut", cut)):
+    done = _run(
+      "finetune", f"--output_dir={folders[name]}", *arguments, *settings
+    )
+    assert done.returncode == 0, done.stderr
+  whole, parts = (
+    list(_losses(folders[name]).values()) for name in ("whole", "cut")
+  )
+  assert len(whole) == 12
+  np.testing.assert_allclose(parts, whole, rtol=1e-5)
+  command = _command(
+    "finetune", f"--output_dir={folders['killed']}", *arguments, *cut
+  )
+  _kill_once(command, when=lambda: _num_logged(folders["killed"]) >= 7)
+  done = _execute(*command)
+  assert done.returncode == 0, done.stderr
+  _same_end(folders["cut"], folders["killed"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_goes_on(finished, arguments, tmp_path, number):
   output = tmp_path / "stopped"

@@ -77,6 +77,7 @@ def _plan(
   method=None,
   batch_size=1,
   mesh_config=None,
+  segment_len=None,
   **settings,
 ):
   return memory.plan_step(
@@ -85,7 +86,12 @@ def _plan(
     optimizer=training.OptimizerConfig(),
     step=training.StepConfig(
       patterns=patterns.scca_fixed(4, 512),
-      execution=Execution(remat=remat, mlp_chunk=mlp_chunk),
+      execution=Execution(
+        remat=remat,
+        mlp_chunk=mlp_chunk,
+        segment_len=segment_len,
+        offload_segments=segment_len is not None,
+      ),
       **settings,
     ),
     batch_size=batch_size,
@@ -180,6 +186,20 @@ def test_a_mesh_has_a_part_on_each_gpu():
   # Two sequences over two copies and two pieces.
   assert plan.parts["residuals"] == one.parts["residuals"] // 2
   assert plan.peak_bytes < one.peak_bytes
+
+
+@needs_compiler
+def test_only_the_host_keeps_more_of_more_segments():
+  short, long = (_plan(seq_len=n, segment_len=1024) for n in (2048, 8192))
+  # Of each segment and layer: keys and values of half a chunk, for the one key
+  # head that the two shifted heads share.
+  kept = 8 * 2 * 256 * 64 * 2
+  assert short.host_bytes == 2 * kept
+  assert long.host_bytes == 8 * kept
+  assert short.parts["residuals"] == long.parts["residuals"]
+  # Tokens, targets, positions, weights, losses and their gradients: numbers of
+  # four bytes, where a layer alone would keep 256 of two bytes.
+  assert long.peak_bytes - short.peak_bytes <= 8 * 4 * (8192 - 2048)
 
 
 @needs_compiler
