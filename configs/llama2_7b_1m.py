@@ -3,15 +3,15 @@
 Claim: with chunks of 2,048 a step on a million tokens fits the memory that jax
 has on a V100 of 32 GB: 64 segments go through the layers one after another, and
 hand on half a chunk of keys and values for half the heads. Adapters alone are
-trained. "Sequence" is not "context": a token reaches back by at most a chunk
-and a half in a layer, 98,304 tokens through all 32.
+trained. A sequence is not a context: through all 32 layers a token reaches back
+by at most 66,559 tokens, a chunk a layer and half a chunk more.
 
 Hardware: one V100 of 32 GB, float16, and 16 GiB of the host's memory. Command,
-with the user's own weights and data: `python -m experiments.finetune
+with the user's own weights and data: `scca finetune
 --config=configs/llama2_7b_1m.py --model=llama2-7b/ --data=train.bin
 --config.data.test=test.bin`. Expected: the step compiles for that card to 19.3
-GiB (`python -m experiments.plan_memory --config=configs/llama2_7b_1m.py
---gpu=v100-32gb`); see experiments/results/one_million. It was not run.
+GiB (`scca plan_memory --config=configs/llama2_7b_1m.py --gpu=v100-32gb`); see
+experiments/results/one_million. It was not run.
 """
 
 from configs import llama2_7b_8k

@@ -376,3 +376,19 @@ def test_bad_flags_are_one_line(run_command, capsys, flag, said):
   errors = capsys.readouterr().err.strip().splitlines()
   assert len(errors) == 1
   assert said in errors[0]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_million_tokens_compile_within_a_v100(run_command, tmp_path):
+  output = tmp_path / "plan.json"
+  assert not run_command(
+    "plan_memory",
+    "--config=configs/llama2_7b_1m.py",
+    "--gpu=v100-32gb",
+    f"--output={output}",
+  )
+  plan = json.loads(output.read_text())
+  assert plan["fits"] and plan["peak_bytes"] <= 19.5 * 2**30
+  # 64 segments of half a chunk for half the heads, keys and values.
+  assert plan["host_bytes"] == 64 * 32 * 1024 * 16 * 128 * 2 * 2 == 16 * 2**30
