@@ -84,7 +84,8 @@ def _settings():
 
   lines = [
     "# Settings\n",
-    "Of `scca finetune`; each is a flag, `--config.training.steps=100`, and"
+    "These are the settings of `scca finetune`. Each is a flag, such as"
+    " `--config.training.steps=100`;"
     " `none` leaves out what may be left out. `scca finetune --help"
     " --config=FILE` also shows what a config file makes of them.\n",
   ]

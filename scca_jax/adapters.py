@@ -316,7 +316,7 @@ def _targets(
 def _matcher(path: pathlib.Path, expression: str) -> Callable[[str], Any]:
   """Returns what matches a regular expression, in time linear in the text.
 
-  A file may come from anywhere: Python's own module can take for ever.
+  A file may come from anywhere: Python's own module can take forever.
   """
   import re2  # Few adapters need it.
 

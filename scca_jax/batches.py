@@ -124,7 +124,7 @@ def make_batches(
     batch_size: Windows of a batch over all shards.
     seed: Draws the order; equal seeds give equal batches.
     packing: "concatenate" or "packed".
-    epochs: Passes over the corpus; None repeats for ever. A batch may span
+    epochs: Passes over the corpus; None repeats forever. A batch may span
       two epochs. The very last batch is padded with windows whose mask is 0.
     vocab_size: Vocabulary of the model, against which every id is checked; None
       leaves that to `TokenFile.open`.

@@ -17,7 +17,7 @@ from typing import Any
 from scca_jax.chat import ASSISTANT, ChatTemplate
 from scca_jax.tokenizer import Tokenizer
 
-# Of a conversation: its text, its ids, and where answers begin and end.
+# The text of a conversation, its ids, and where answers begin and end.
 Encoded = tuple[str, list[int], list[int]]
 
 
@@ -55,7 +55,7 @@ def _check(messages: Any) -> None:
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-  """Returns how many ids two texts begin with in common."""
+  """Returns how many ids two texts have in common at their start."""
   pairs = enumerate(zip(a, b, strict=False))
   return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
@@ -77,8 +77,8 @@ def encode(
     template: The model's; None if it has none.
 
   Returns:
-    The text, the ids, and the first and the last-but-one id of each answer, one
-    after the other: `[start, end, start, end, …]`.
+    The text, the ids, and where each answer begins and ends:
+    `[start, end, start, end, …]`, an end being the place behind the last id.
 
   Raises:
     ValueError: The record is none of these, or has no answer; there is no

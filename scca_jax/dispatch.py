@@ -44,12 +44,12 @@ def _check_arrays(query: Any, key: Any, value: Any) -> None:
       )
     if array.dtype != query.dtype:
       raise ValueError(
-        f"query, key and value must have one dtype, got {query.dtype} and"
+        f"query, key and value must have the same dtype, got {query.dtype} and"
         f" {array.dtype}."
       )
   if key.shape != value.shape:
     raise ValueError(
-      f"key and value must have one shape, got {key.shape} and {value.shape}."
+      f"key and value must have the same shape, got {key.shape} and {value.shape}."
     )
   if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
     raise ValueError(
@@ -259,7 +259,7 @@ def segment_attention(
   `attention` on all of it.
 
   Args:
-    query: Of the segment, `[batch, length, heads, head_dim]`.
+    query: Queries of the segment, `[batch, length, heads, head_dim]`.
     key: Likewise, `[batch, length, kv_heads, head_dim]`.
     value: Like `key`.
     pattern: As for `attention`; its positions are those in the sequence.

@@ -74,7 +74,7 @@ def _rope(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None]:
 
 
 def _sizes(config: LlamaConfig) -> dict[str, int | float]:
-  """Returns the metadata of a model but its RoPE."""
+  """Returns the metadata of a model, RoPE apart."""
   return {
     "vocab_size": config.vocab_size,
     "context_length": config.context_len,

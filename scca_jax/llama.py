@@ -327,7 +327,7 @@ class Cache:
 
   Attributes:
     key: Rotated keys, `[layers, batch, capacity, kv_heads, head_dim]`.
-    value: Values, likewise.
+    value: Values, in the same form.
   """
 
   key: jax.Array

@@ -324,7 +324,7 @@ def plan_step(
     donate_argnums=(0,),
     compiler_options=training.compiler_options(),
   )
-  # Of a segment at a time; what segments keep is not among them.
+  # One segment at a time; what segments keep is not counted.
   at_once = min(seq_len, step.execution.segment_len or seq_len)
   num_tokens = batch_size // step.num_micro_batches * at_once
   residuals = (

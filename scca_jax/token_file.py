@@ -453,8 +453,8 @@ class TokenFile:
     count = len(self.document_ends)
     if not 1 <= num_held_out < count:
       raise ValueError(
-        f"cannot hold {num_held_out} of the {count} documents of {self.name}"
-        f" out: give 1 to {count - 1}."
+        f"cannot hold out {num_held_out} of the {count} documents of"
+        f" {self.name}: give 1 to {count - 1}."
       )
     cut = count - num_held_out
     place = int(self.document_ends[cut - 1])

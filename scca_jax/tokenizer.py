@@ -529,7 +529,7 @@ def _id_named(
   tokenizer_config.json does not list its tokens.
 
   Args:
-    folder: Of the settings.
+    folder: The folder of the settings.
     kind: "bos" or "eos".
     ids: The vocabulary.
     otherwise: The id if they name none.
@@ -684,7 +684,7 @@ def _adds_prefix(content: bytes) -> bool:
 
 @contextlib.contextmanager
 def _in_library(name: object) -> Iterator[None]:
-  """Says of which file a failure of the tokenizers library is.
+  """Names the file in a failure of the tokenizers library.
 
   Its errors are bare Exceptions, or panics, which are none.
   """

@@ -490,7 +490,7 @@ def check_half(
 def check_empty_rows(
   attend: Attend, dtype: Any, sinks: int = 0, seq_len: int = 48
 ) -> None:
-  """Queries that see no key get exactly nothing; keys not seen likewise."""
+  """Queries without a key, and keys that none sees, get exactly nothing."""
   pattern = with_empty_rows(seq_len, sinks)
   *inputs, d_log_sum = make_inputs(pattern.num_heads, seq_len)
   inputs = (*(x.astype(dtype) for x in inputs), d_log_sum)

@@ -40,7 +40,7 @@ _ARGS = [
   "--config.rope.kind=none",
   "--output_dir=run",
 ]
-# Of the reader's audit events, those on files that a run writes.
+# Those audit events of the reader that are about files a run writes.
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 # Speeds differ from run to run.
 _VARIES = ("tokens_per_second", "peak_bytes")

@@ -121,7 +121,7 @@ def test_what_cannot_be_served_is_left_out(
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """Of a back end with two kernels, the best of which is known."""
+  """A back end with two kernels, the best of which is known."""
 
   forward: BlockSizes = BlockSizes(1, 1)
   keys: BlockSizes = BlockSizes(1, 1)

@@ -174,7 +174,7 @@ def test_a_mesh_is_timed_beside_one_device(
   assert (one["batch_size"], four["batch_size"]) == (2, 4)
   assert one["moved_bytes"] is one["link_bytes_per_second"] is None
   assert four["link_bytes_per_second"] > 0
-  # Two layers, forward, anew and back; two sequences, one key head that two
+  # Two layers, forward, again and back; two sequences, one key head that two
   # shifted heads share, eight tokens.
   moved = four["moved_bytes"]
   assert moved["attention"] == 2 * 3 * 2 * (1 * 8 * 2 * 8) * 4

@@ -473,7 +473,7 @@ def test_a_killed_run_ends_as_if_undisturbed(finished, arguments, tmp_path):
     if metrics.exists():
       with metrics.open("a") as file:
         file.write('{"step": 99, "lo')
-  # Compiled anew, as on another day: to the same bits.
+  # Compiled again, as on another day: to the same bits.
   done = _run(
     "finetune",
     f"--output_dir={output}",

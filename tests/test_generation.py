@@ -1,4 +1,4 @@
-"""Cached decoding against the model run anew for every token."""
+"""Cached decoding against the model run from the start for every token."""
 
 import dataclasses
 import functools

@@ -125,7 +125,7 @@ def test_layout_in_readme_lists_every_module():
   assert len(listed) == len(set(listed))
   for name in listed:
     assert (ROOT / name.replace(".", "/")).is_dir() or name in PATHS, name
-  # Of a folder, either all modules are listed or none.
+  # Either all modules of a folder are listed, or none.
   whole = {name.rpartition(".")[0] for name in listed}
   for module, path in PATHS.items():
     if path.stem != "__init__" and module.rpartition(".")[0] in whole:

@@ -205,7 +205,7 @@ def test_few_windows_are_evenly_spaced():
 def test_few_windows_score_what_they_would_score_among_all():
   tokens = corpus(67)
   result = measure(tokens, protocol="strided", stride=5, num_windows=2)
-  # Of the ten windows the third and the eighth.
+  # The third and the eighth of ten windows.
   scored = []
   for start in (10, 35):
     scored += losses_of(tokens[start : start + CONTEXT])[-5:]

@@ -1,1 +1,1 @@
-"""The parts of `experiments.ablate`."""
+"""The parts of `scca ablate`."""

@@ -37,7 +37,7 @@ class Found:
     seconds: Training seconds of a run; None if they were not measured.
     looks: Steps, seconds and validation losses `[seeds, looks]` on the way.
     scores: Task scores of each seed.
-    about: Of the first run: device, pairs at once.
+    about: What is known of the first run: device, pairs at once.
   """
 
   arm: ArmConfig

@@ -1,4 +1,4 @@
-"""What a study measures, arm by arm; what is there already is left out."""
+"""What a study measures, arm by arm; what was measured before is left out."""
 
 import dataclasses
 import itertools
@@ -175,7 +175,7 @@ class Runner:
     return scoring.last_quarter(found).mean(axis=-1)
 
   def run(self, arm: ArmConfig) -> None:
-    """Trains and scores what is missing of an arm."""
+    """Trains and scores what an arm still lacks."""
     study, store = self._study, self._store
     all_pairs = itertools.product(study.rates(arm), seeds(study, arm))
     missing = []

@@ -167,14 +167,14 @@ class Metrics:
       folder: The run's.
       step: Steps that are done.
       wandb_project: Project of Weights & Biases, or None.
-      settings: Of the run, which Weights & Biases shows.
+      settings: Settings of the run, which Weights & Biases shows.
 
     Raises:
       ValueError: Weights & Biases is not installed, or refuses the run.
     """
     self._folder = folder
     self._board = self._wandb = None
-    if not cluster.is_primary():  # Of several processes one writes.
+    if not cluster.is_primary():  # Only one of several processes writes.
       return
     kept = [line for line in read_metrics(folder) if line["step"] <= step]
     lines = "".join(json.dumps(line) + "\n" for line in kept)

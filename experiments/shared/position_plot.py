@@ -19,7 +19,7 @@ class Panel:
   Attributes:
     curves: What is drawn, by label, each with its band.
     title: Above the panel.
-    label: Of the vertical axis, with the unit.
+    label: Label of the vertical axis, with the unit.
     zero: Whether a line marks 0.
   """
 

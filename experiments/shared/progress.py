@@ -1,4 +1,4 @@
-"""How a run shows that it goes on: a bar on a terminal, lines in a log."""
+"""How a run shows its progress: a bar on a terminal, lines in a log."""
 
 import datetime
 import sys

@@ -3,9 +3,9 @@
 `flash-attn3-jax` is optional: it is imported where a peer is made, and serves
 Hopper GPUs and heads of 128. Its kernels know causal masks and windows, so a
 pattern is cut into *pieces* that have one of these: chunks become sequences of
-a batch, residues of a dilation likewise. As a user would compose it, pieces are
-cut from the inputs and put together again (`composed`); the kernels alone get
-pieces that were cut before (`cut`, `on_pieces`).
+a batch, and so do the residues of a dilation. As a user would compose it,
+pieces are cut from the inputs and put together again (`composed`); the kernels
+alone get pieces that were cut before (`cut`, `on_pieces`).
 """
 
 # Types are checked without the package too.
@@ -48,7 +48,7 @@ class _Piece:
   """Queries of some heads with the keys that they see, under one mask.
 
   Sequence `i` of the batch has queries `start + step * i` and so on, every
-  `stride`-th, and keys likewise.
+  `stride`-th, and so are keys.
 
   Attributes:
     heads: First head and the one after the last.
@@ -263,7 +263,7 @@ class Pieces:
   def composed(
     self, query: jax.Array, key: jax.Array, value: jax.Array
   ) -> jax.Array:
-    """Returns the attention, cut and joined; arguments as of `cut`."""
+    """Returns the attention, cut and joined; see `cut` for the arguments."""
     outputs = self.on_pieces(self.cut(query, key, value))
     return self.join(outputs, query.shape[0])
 

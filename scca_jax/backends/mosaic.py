@@ -248,7 +248,7 @@ def _backward_pass(
   """
   seq_len, sizes = query.shape[1], settings.sizes
   launches = settings.launches(query, key, segment_ids)
-  # Of the gradient as it is stored, and as the kernels read it: XLA may compute
+  # The gradient as it is stored, and as the kernels read it: XLA may compute
   # with more digits, which would not cancel.
   d_output = jax.lax.optimization_barrier(d_output.astype(query.dtype))
   delta = jnp.sum(

@@ -267,7 +267,7 @@ def backward(
             do_ref.at[batch, slots, head], do_smem.at[slot], do_full.at[slot]
           )
 
-          # Of the block that has just made room.
+          # Those of the block that has just made room.
           @pl.when(pending >= stages)
           def _():
             store(places[:3])
@@ -372,7 +372,7 @@ def backward(
               functools.partial(weigh, dv_acc=dv_acc),
               plgpu.ACC(shape, jnp.float32),
             )
-            # Of the two buffers this one is free: before the other warpgroup
+            # This one of the two buffers is free: before the other warpgroup
             # filled the other it had multiplied with this.
             ds_smem[ds_slot, wg] = ds
             _fence()
@@ -387,7 +387,7 @@ def backward(
             def _():
               plgpu.barrier_wait(q_full.at[rem(step + 1, _QUERY_STAGES)])
 
-            # Of the next block; after the last they are not used.
+            # Those of the next block; after the last they are not used.
             start_scores(s_acc, step + 1)
             _fence()
             plgpu.barrier_arrive(dq_full)

@@ -816,7 +816,7 @@ def _attend_backward(
   """
   query, key, value, segment_ids, output, lse = saved
   d_output, d_lse = cotangents
-  # Of the gradient as it is stored, and as the kernels read it: XLA may compute
+  # The gradient as it is stored, and as the kernels read it: XLA may compute
   # with more digits, which would not cancel.
   d_output = lax.optimization_barrier(d_output.astype(call.dtype))
   delta = jnp.sum(

@@ -33,7 +33,7 @@ class _Mask:
     query_ids: Segments of the queries, `[batch, seq]`.
     key_ids: Segments of the keys, `[batch, kv_seq]`; 0 for no key.
     keys: Positions of the keys, `[batch or 1, kv_seq]`.
-    starts: Where their segments start, likewise.
+    starts: Where their segments start, in the same form.
     num_keys: Keys after so many count nothing; None if all may count.
   """
 

@@ -199,7 +199,7 @@ class HeadPattern:
     Args:
       queries: Positions of the queries, for `select`.
       query_slots: Their slots, counted from the first chunk border.
-      key_slots: Slots of the keys, counted likewise.
+      key_slots: Slots of the keys, counted the same way.
       in_order: Whether each pair is in causal order.
     """
     seen = in_order

@@ -66,7 +66,7 @@ class Answer(NamedTuple):
   """How well a model predicted the answer of a sample.
 
   Attributes:
-    loss: Of each token, in nats, `[answer]` float64.
+    loss: Loss of each token, in nats, `[answer]` float64.
     hits: Whether each token was the most likely one, `[answer]` bool.
   """
 
