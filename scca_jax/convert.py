@@ -510,7 +510,7 @@ def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
     for name, shard in shard_of.items():
       if name not in tensors or tensors.path_of(name).name != shard:
         raise ValueError(
-          f"{path} says that {shard} has the tensor {name}, which it has not:"
+          f"{path} says that {shard} has the tensor {name}, but it does not:"
           " copy both again."
         )
     for name in tensors:

@@ -49,7 +49,8 @@ def _check_arrays(query: Any, key: Any, value: Any) -> None:
       )
   if key.shape != value.shape:
     raise ValueError(
-      f"key and value must have the same shape, got {key.shape} and {value.shape}."
+      f"key and value must have the same shape, got {key.shape} and"
+      f" {value.shape}."
     )
   if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
     raise ValueError(
