@@ -64,6 +64,7 @@ _OUTPUT_DIR = flags.DEFINE_string(
   " and the pattern.",
 )
 _WANDB = shared_flags.define_wandb()
+flags.adopt_module_key_flags(cluster)
 _DRY_RUN = flags.DEFINE_boolean(
   "dry_run",
   False,

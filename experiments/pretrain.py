@@ -36,6 +36,7 @@ _OUTPUT_DIR = flags.DEFINE_string(
   "Folder of the run, from which an interrupted run resumes.",
 )
 _WANDB = shared_flags.define_wandb()
+flags.adopt_module_key_flags(cluster)
 _DRY_RUN = flags.DEFINE_boolean(
   "dry_run",
   False,

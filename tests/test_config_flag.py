@@ -170,6 +170,7 @@ def test_help_lists_every_setting_and_succeeds(
   for name, value in expected:
     assert repr(value) in entries[name], name
   assert "--traceback" in printed and "usage: scca " + command in printed
+  assert ("--coordinator_address" in printed) == (command != "ablate")
   words = " ".join(printed.split())
   assert "Share of the adapter's inputs that training drops." in words or (
     command == "pretrain"
