@@ -47,7 +47,7 @@ def show(
   trainable = lora.trainable(adapter)
   _, trained, frozen = nnx.split(model, trainable, ...)
   sizes = [_size(tree) for tree in (trained, frozen)]
-  c, train = resolved.target, run.training
+  c = resolved.target
   scaling = c.rope_scaling
   rope = f"{scaling.kind} x {scaling.factor:g}" if scaling else "none"
   print(
@@ -61,7 +61,7 @@ def show(
   _show_pairs(run, resolved)
   _show_tokens(run, text)
   print(f"memory\n  {_memory(run, resolved, model, trainable)}")
-  print(f"nothing was trained or written; {train.steps:,} steps would be.")
+  print("nothing was trained or written.")
 
 
 def _size(tree: Any) -> int:
@@ -91,18 +91,19 @@ def _show_tokens(
   train = run.training
   a_step = train.batch_size * train.seq_len
   dense_from = training.first_dense_step(train.steps, train.dense_fraction)
+  parts, num_dense = train.num_micro_batches, train.steps - dense_from
   print(
-    f"batch\n  [{train.batch_size}, {train.seq_len}] in"
-    f" {train.num_micro_batches} part(s): {a_step:,} tokens a step,"
-    f" {train.steps * a_step:,} in {train.steps:,} steps, the last"
-    f" {train.steps - dense_from:,} dense"
+    f"batch\n  [{train.batch_size}, {train.seq_len}]"
+    + (f" in {parts} micro batches" if parts > 1 else "")
+    + f": {a_step:,} tokens a step, {train.steps * a_step:,} in"
+    f" {train.steps:,} steps"
+    + (f", the last {num_dense:,} dense" if num_dense else "")
   )
   path = pathlib.Path(text)
   if path.suffix == ".bin":
     count = len(TokenFile.open(path))
-    print(
-      f"  {path}: {count:,} tokens, {train.steps * a_step / count:.2f} times"
-    )
+    times = train.steps * a_step / count
+    print(f"  {path}: {count:,} tokens, read {times:.2f} times")
   else:
     print(f"  {path.name}: text, which becomes tokens when the run starts")
 
