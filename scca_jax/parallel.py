@@ -1285,7 +1285,10 @@ def _why_whole(
       return f"a segment must be a multiple of the chunk, {size} tokens"
     return f"chunks that are moved and shifted, as in {head}, are not served"
   if head.window is None:
-    return f"{head} sees the whole sequence before it"
+    return (
+      "it has heads that see the whole sequence before them: take a pattern"
+      " that looks back only so far, such as scca_fixed, or no segments"
+    )
   if head.shift and head.dilation > 1 and pattern.boundary == "local":
     return 'boundary="local" of dilated heads without chunks is not served'
   reach = head.shift + (head.window - 1) * head.dilation
