@@ -162,7 +162,12 @@ def measured_bytes(devices: Sequence[Any]) -> int | None:
   return max((peak for peak in peaks if peak is not None), default=None)
 
 
-def _host_bytes(compiled: Any) -> int:
+def host_bytes(compiled: Any) -> int:
+  """Returns the host's memory that a compiled function allocates for its GPU.
+
+  Args:
+    compiled: See `device_bytes`.
+  """
   stats = compiled.memory_analysis()
   return (
     stats.host_argument_size_in_bytes
@@ -212,7 +217,7 @@ def _make_plan(
     peak_bytes=peak,
     capacity_bytes=card.capacity_bytes,
     pool_bytes=card.pool_bytes,
-    host_bytes=_host_bytes(compiled),
+    host_bytes=host_bytes(compiled),
     parts=parts,
     moved_bytes=moved_bytes or {},
   )

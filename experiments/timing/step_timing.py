@@ -6,6 +6,7 @@ Each is measured in a process of its own (see `process.run_alone`).
 import dataclasses
 import math
 import platform
+import resource
 import time
 from typing import Any
 
@@ -277,6 +278,9 @@ def measure(case: Case) -> dict[str, Any]:
     "num_devices": num_devices,
     "moved_bytes": moved,
     "compiled_peak_bytes": memory.device_bytes(compiled),
+    "compiled_host_bytes": memory.host_bytes(compiled),
+    # Linux counts in KiB. What was loaded or compiled is in it, too.
+    "resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     "num_pairs": num_pairs,
     "device": jax.devices()[0].device_kind,
     "versions": {
