@@ -35,21 +35,34 @@ def _batch(batch=4, seq=12, seed=0):
   }
 
 
+@functools.cache
+def _made(adapter, dtype, optimizer, num_steps):
+  model = Llama(CONFIG, lora=adapter, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+  return *nnx.split(model), training.make_optimizer(optimizer, num_steps)
+
+
 def _start(
   adapter=LORA, dtype="float32", optimizer=OPTIMIZER, num_steps=10, **settings
 ):
-  model = Llama(CONFIG, lora=adapter, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-  rule = training.make_optimizer(optimizer, num_steps)
+  graphdef, state, rule = _made(adapter, dtype, optimizer, num_steps)
+  # A step takes the buffers of its state: each run has its own.
+  model = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
   graphdef, state, frozen = training.init(
     model, lora.trainable(adapter), rule, **settings
   )
   return graphdef, frozen, rule, state
 
 
+@functools.cache
+def _step(graphdef, rule, config):
+  # State and parameters would say how they lie on a mesh.
+  return training.compile_step(graphdef, rule, config, None, None)
+
+
 def _run(num_steps=3, batch_of=_batch, start=None, **step_settings):
   graphdef, frozen, rule, state = start or _start()
   config = training.StepConfig(patterns=PATTERN, **step_settings)
-  step = training.compile_step(graphdef, rule, config, state, frozen)
+  step = _step(graphdef, rule, config)
   history = []
   for i in range(num_steps):
     state, metrics = step(state, frozen, batch_of(seed=i))
@@ -75,19 +88,22 @@ def test_a_step_is_clipped_adamw_on_the_mean_loss():
     ),
   )
 
-  @jax.jit
   def loss_of(params, batch):
     model = nnx.merge(graphdef, params, frozen)
     logits = model(batch["tokens"], patterns=PATTERN)
     of_tokens = losses.cross_entropy(logits, batch["targets"])
     return jnp.sum(of_tokens * batch["mask"]) / batch["mask"].sum()
 
+  @jax.jit
+  def step(params, moments, batch):
+    loss, grads = jax.value_and_grad(loss_of)(params, batch)
+    updates, moments = rule.update(grads, moments, params)
+    return loss, optax.apply_updates(params, updates), moments
+
   params, moments = state.params, rule.init(state.params)
   expected_losses = []
   for i in range(3):
-    loss, grads = jax.value_and_grad(loss_of)(params, _batch(seed=i))
-    updates, moments = rule.update(grads, moments, params)
-    params = optax.apply_updates(params, updates)
+    loss, params, moments = step(params, moments, _batch(seed=i))
     expected_losses.append(float(loss))
   got, history = _run()
   np.testing.assert_allclose(
@@ -154,9 +170,8 @@ def test_a_mesh_that_does_not_fit_names_the_axis_and_what_fits(mesh, said):
 
 
 def test_remat_and_chunks_change_no_number():
-  plain, plain_history = _run(num_steps=2)
+  plain, plain_history = _run()
   lean, lean_history = _run(
-    num_steps=2,
     execution=Execution(remat="layer", mlp_chunk=5),
     loss_chunk=5,
   )
@@ -254,8 +269,7 @@ def test_an_overflow_changes_only_the_loss_scale():
   )
   # Held as copies: the step takes its argument's buffers.
   before = jax.tree.map(jnp.copy, (state.params, state.optimizer))
-  config = training.StepConfig(patterns=PATTERN)
-  step = training.compile_step(graphdef, rule, config, state, frozen)
+  step = _step(graphdef, rule, training.StepConfig(patterns=PATTERN))
   state, metrics = step(state, frozen, _batch())
   assert not np.isfinite(metrics["grad_norm"])
   assert metrics["skipped"] == metrics["skipped_in_a_row"] == 1
