@@ -1,21 +1,25 @@
 """What every test runs under: eight CPU devices, no implicit broadcasting."""
 
 import os
+import tempfile
 
 # Before jax starts: sharding is tested on simulated devices, without hardware,
-# what is tested is compiled, not found in the user's cache, and several
-# processes share a GPU if there is one. Tests wait for the compiler, not for
-# what it compiles, so it optimises little; .ci/long lets it do all.
+# and several processes share a GPU if there is one. Tests wait for the
+# compiler, not for what it compiles, so it optimises little; .ci/long lets it
+# do all. Each worker, with the commands it starts, compiles a program once, and
+# finds nothing of earlier runs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "XLA_FLAGS",
   "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
 )
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="scca_jax_")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import importlib.util
 import runpy
+import shutil
 import sys
 
 import hypothesis
@@ -33,6 +37,10 @@ hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile("fast")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_unconfigure():
+  shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def _forget_commands():

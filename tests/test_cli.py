@@ -113,11 +113,8 @@ def test_what_is_compiled_is_kept(tmp_path, chosen):
   own = tmp_path / "own"
   environment = os.environ | {
     "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    "JAX_ENABLE_COMPILATION_CACHE": "true",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_COMPILATION_CACHE_DIR": str(own) if chosen else "",
   }
-  if chosen:
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(own)
   subprocess.run(
     [sys.executable, "-c", COMMAND],
     env=environment,
@@ -134,11 +131,12 @@ def test_a_home_that_cannot_be_written_ends_no_command(monkeypatch, tmp_path):
   file = tmp_path / "file"
   file.touch()
   monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-  jax.config.update("jax_enable_compilation_cache", True)
+  chosen = jax.config.values["jax_compilation_cache_dir"]
+  jax.config.update("jax_compilation_cache_dir", None)
   try:
     assert not _end(monkeypatch, lambda: None)
   finally:
-    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", chosen)
 
 
 # Many arrays to one checkpoint, and no file may grow over 8 KiB, as if the disk

@@ -34,17 +34,6 @@ def _command(name, *args):
   return [sys.executable, "-m", f"experiments.{name}", *map(str, args)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-  """A folder in which the runs find what an earlier one has compiled."""
-  folder = tmp_path_factory.mktemp("compiled")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-    yield folder
-
-
 def _environment(**changes):
   # One device, as a user has it: the claim is bitwise there.
   flags = re.sub(r"--xla_force_host\S*", "", os.environ["XLA_FLAGS"])

@@ -291,11 +291,7 @@ def test_the_command_writes_what_it_prints(run_command, capsys, tmp_path, task):
 
 @needs_compiler
 def test_planning_looks_for_no_gpu_and_keeps_nothing(tmp_path):
-  environment = os.environ | {
-    "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    "JAX_ENABLE_COMPILATION_CACHE": "true",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+  environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
   for name in ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"):
     environment.pop(name, None)
   planned = subprocess.run(
