@@ -193,9 +193,9 @@ def test_trimmed_tiles_keep_what_segments_let_see(inverse, boundary):
     for _, row, column, seen in _seen_in(
       tile, rule, seq_len, sizes.rows, sizes.columns, inverse
     ):
-      for a, b in np.argwhere(seen):
-        pair = (row[a], column[b])
-        left[(batch, head, *(pair[::-1] if inverse else pair))] = False
+      rows, columns = np.nonzero(seen)
+      pairs = (row[rows], column[columns])
+      left[(batch, head, *(pairs[::-1] if inverse else pairs))] = False
   assert not left.any()
 
 

@@ -129,14 +129,14 @@ def _expected(packed):
   return _loss_and_gradients(PATTERN, None, _batch(packed=packed))
 
 
-# One axis alone is slow: each is an axis of the mixed meshes, too, but for more
-# than two pieces of a sequence.
+# One axis alone is slow: each is an axis of the mixed mesh, too, or of the one
+# that training goes on, but for more than two pieces of a sequence.
 @pytest.mark.parametrize(
   "mesh",
   [
     pytest.param(
       mesh,
-      marks=[pytest.mark.slow] if mesh in ("data", "fsdp", "tensor") else [],
+      marks=[] if mesh in ("sequence", "mixed") else [pytest.mark.slow],
     )
     for mesh in MESHES
   ],
@@ -185,7 +185,10 @@ def _steps_on_one_device():
   return _steps(None)
 
 
-@pytest.mark.parametrize("offload", [False, True])
+# Offloaded, test_cluster has a run on a mesh beside one on one device.
+@pytest.mark.parametrize(
+  "offload", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_training_goes_as_on_one_device(offload):
   expected, _, metrics = _steps_on_one_device()
   mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2, sequence=2))
@@ -278,7 +281,10 @@ def test_what_cannot_be_cut_evenly_stays_whole():
   }
 
 
-@pytest.mark.parametrize("method", quantize.METHODS)
+# A scale for each column is the simpler case of a scale for each tile.
+@pytest.mark.parametrize(
+  "method", [pytest.param("int8", marks=pytest.mark.slow), "nf4"]
+)
 def test_quantised_weights_are_cut_like_others(method):
   mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
   pattern = patterns.scca_fixed(CONFIG.num_heads, 8)
