@@ -2,7 +2,6 @@
 
 import json
 
-import jax.numpy as jnp
 import pytest
 
 from experiments.shared.config import (
@@ -150,8 +149,6 @@ def test_the_step_that_is_timed_has_the_weights_of_the_configuration(
     "kernel"
   ].get_value()
   assert quantize.method_of(kernel) == method
-  _, metrics = prepared.step(prepared.state, prepared.frozen, prepared.batch)
-  assert jnp.isfinite(metrics["loss"])
 
 
 @pytest.mark.slow

@@ -128,7 +128,11 @@ def test_parts_are_those_that_arithmetic_gives():
   ("method", "bytes_of_layer"),
   [
     # A scale for each of the outputs; for each of them and 64 inputs.
-    ("int8", LAYER + 4 * (256 + 128 + 128 + 256 + 2 * 512 + 256)),
+    pytest.param(
+      "int8",
+      LAYER + 4 * (256 + 128 + 128 + 256 + 2 * 512 + 256),
+      marks=pytest.mark.slow,
+    ),
     ("nf4", LAYER // 2 + 4 * LAYER // 64),
   ],
 )
@@ -147,7 +151,12 @@ def test_quantised_weights_are_counted_as_they_are_held(method, bytes_of_layer):
 
 @needs_compiler
 @pytest.mark.parametrize(
-  ("num_parts", "settings"), [(1, {}), (2, {"mesh_config": MESH})]
+  ("num_parts", "settings"),
+  [
+    (1, {}),
+    pytest.param(2, {"mesh_config": MESH}, marks=pytest.mark.slow),
+  ],
+  ids=["alone", "mesh"],
 )
 def test_offloaded_moments_leave_the_card(num_parts, settings):
   kept = _plan(**settings, batch_size=num_parts)
