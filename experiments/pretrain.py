@@ -8,6 +8,7 @@ perplexity. The embedded model was made so (scca_jax/assets/README.md):
 """
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -87,6 +88,18 @@ def _model_config(
   )
 
 
+def _check_memory(num_params: int) -> None:
+  """Refuses more parameters than a CPU's memory holds; devices say it alone."""
+  needed = num_params * 4 * 4  # Weights, gradients and two moments in float32.
+  there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if jax.default_backend() == "cpu" and needed > there:
+    raise ValueError(
+      f"{num_params:,} parameters take at least {needed >> 30:,} GiB in"
+      f" training, and this machine has {there >> 30}: take a smaller"
+      " architecture."
+    )
+
+
 def main() -> None:
   """Runs the command."""
   cluster.start()
@@ -135,6 +148,7 @@ def _pretrain(
 
   shapes = nnx.state(nnx.eval_shape(make), nnx.Param)
   num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  _check_memory(num_params)
   print(
     f"{num_params:,} parameters, {len(tokens):,} tokens to train"
     f" on, {train.steps * train.batch_size * train.seq_len:,} in all steps;"

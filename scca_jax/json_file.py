@@ -10,8 +10,31 @@ from typing import Any
 
 # Sizes and ids are below it.
 _LIMIT = 1 << 31
-# Largest file; what it holds may take 24 times as much memory.
+# Largest file.
 _MAX_BYTES = 96 << 20
+
+
+def value(path: pathlib.Path, *, max_bytes: int = _MAX_BYTES) -> Any:
+  """Returns what a file holds.
+
+  Args:
+    path: The file.
+    max_bytes: Its largest size; what it holds may take 24 times as much memory.
+
+  Raises:
+    FileNotFoundError: There is no such file.
+    ValueError: It does not hold JSON, is no regular file or too large.
+  """
+  if path.exists() and not path.is_file():
+    raise ValueError(f"{path} is a folder, pipe or device, not a JSON file.")
+  if path.stat().st_size > max_bytes:
+    raise ValueError(
+      f"{path} is larger than {max_bytes >> 20} MiB, which no such file is."
+    )
+  try:
+    return json.loads(path.read_text(encoding="utf-8-sig"))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is not valid JSON ({error})") from error
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -25,20 +48,13 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     raise FileNotFoundError(
       f"there is no {path}: name a folder that holds {path.name}."
     )
-  if path.stat().st_size > _MAX_BYTES:
-    raise ValueError(
-      f"{path} is larger than {_MAX_BYTES >> 20} MiB, which no such file is:"
-      " copy it again."
-    )
   try:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
-  except (ValueError, RecursionError) as error:
-    raise ValueError(
-      f"{path} is not valid JSON ({error}): copy it again."
-    ) from error
+    content = value(path)
+  except ValueError as error:
+    raise ValueError(f"{str(error).rstrip('.')}: copy it again.") from error
   if not isinstance(content, dict):
     raise ValueError(f"{path} does not hold a JSON object: copy it again.")
-  return {name: value for name, value in content.items() if value is not None}
+  return {name: entry for name, entry in content.items() if entry is not None}
 
 
 def is_on(value: Any) -> bool:

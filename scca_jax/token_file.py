@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from scca_jax import atomic_file, text_borders
+from scca_jax import atomic_file, json_file, text_borders
 from scca_jax.documents import Part, as_parts
 from scca_jax.tokenizer import Tokenizer
 
@@ -101,6 +101,8 @@ _LLM_C_HEADER = 1024
 # Larger than any vocabulary, and than any of bytes with special tokens.
 _MAX_VOCAB_SIZE = 1 << 20
 _MAX_BYTE_VOCAB_SIZE = 512
+# Size that the JSON may have however few tokens there are, in bytes.
+_MIN_JSON = 1 << 24
 # Bytes to inspect in each of three places, and the fewest to judge by.
 _SAMPLE = 1 << 15
 _MIN_SAMPLE = 128
@@ -546,10 +548,12 @@ class TokenFile:
 def _read_about(path: pathlib.Path) -> dict[str, Any]:
   """Returns what the JSON beside a token file says, {} where there is none."""
   try:
-    about = json.loads(path.read_text(encoding="utf-8"))
+    # A document has a token, and its end at most 20 digits.
+    num_bytes = path.with_suffix(".bin").stat().st_size
+    about = json_file.value(path, max_bytes=_MIN_JSON + 20 * num_bytes)
   except FileNotFoundError:
     return {}
-  except (ValueError, RecursionError) as error:
+  except ValueError as error:
     raise ValueError(
       f"{path} is damaged ({error}): prepare the token file again."
     ) from error

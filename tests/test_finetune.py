@@ -401,6 +401,25 @@ def test_foreign_metrics_are_refused_and_half_a_line_is_dropped(
       loop.read_metrics(tmp_path)
 
 
+def test_what_is_no_file_of_a_run_is_named(tmp_path):
+  config = tmp_path / "config.json"
+  for content in ("{", "[" * 100_000):
+    config.write_text(content)
+    with (
+      pytest.raises(ValueError, match="not valid JSON .*name another"),
+      loop.output_dir(str(tmp_path), {}),
+    ):
+      pass
+  for name in ("config.json", "metrics.jsonl"):
+    (tmp_path / "config.json").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with (
+      pytest.raises(ValueError, match=f"{name} is .*name another"),
+      loop.output_dir(str(tmp_path), {}),
+    ):
+      pass
+
+
 def test_second_run_in_a_folder_ends_in_one_line(finished, arguments):
   output, _ = finished
   with file_lock.only_process(output):

@@ -549,7 +549,7 @@ def test_the_last_documents_are_held_out():
   assert train.document_ends.tolist() == [2]
   assert rest.document_ends.tolist() == [3, 7]
   for count in (0, 3):
-    with pytest.raises(ValueError, match=f"hold {count} of the 3 .*1 to 2"):
+    with pytest.raises(ValueError, match=f"out {count} of the 3 .*1 to 2"):
       corpus.split(count)
   with pytest.raises(ValueError, match="needs the document ends"):
     TokenFile(tokens=np.arange(9)).split(1)

@@ -83,10 +83,10 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
   settings = json.loads(json.dumps(settings))
   if file.exists():
     try:
-      earlier = json.loads(file.read_text(encoding="utf8"))
+      earlier = json_file.value(file)
     except ValueError as error:
       raise ValueError(
-        f"{file} is not valid JSON ({error}): remove {folder}, or name another"
+        f"{str(error).rstrip('.')}: remove {folder}, or name another"
         " --output_dir."
       ) from error
     differing = [
@@ -128,6 +128,8 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
   path = folder / "metrics.jsonl"
   if not path.exists():
     return []
+  if not path.is_file():
+    raise ValueError(f"{path} is not a file: name another --output_dir.")
   lines = path.read_bytes().split(b"\n")
   found = []
   for number, line in enumerate(lines[:-1], start=1):
