@@ -320,6 +320,7 @@ def test_a_model_is_interpolated_to_the_longest_length(
     (["--pattern=zigzag"], "unknown pattern 'zigzag'"),
     (["--pattern=training"], "needs the --adapter"),
     (["--implementation=magic"], "unknown implementation 'magic'"),
+    (["--segment_len=8"], "segment_len=8 does not serve dense"),
     (["--batch_tokens=0"], "--batch_tokens must be at least 1"),
     (["--rope_factor=2"], "--rope_factor needs --rope_scaling"),
     (["--rope_scaling=linear"], "--rope_scaling needs the lengths"),

@@ -609,6 +609,7 @@ def test_a_full_disk_keeps_earlier_checkpoints(finished, arguments, tmp_path):
       ["--config.evaluation.tasks=passkey"],
       "passkey needs a context_len",
     ),
+    (["--config.training.segment_len=24"], "multiple of the chunk, 16"),
     (["--config.training.implementation=fast"], "fast"),
     (["--config.evaluation.context_lens=(16,99999)"], "99,?999"),
   ],
