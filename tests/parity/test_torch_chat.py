@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
-import transformers
 
-from scca_jax import assets, chat, conversations, tokenizer
-from tests import model_files
+_WHY = "parity needs the extra parity"
+pytest.importorskip("torch", reason=_WHY)
+transformers = pytest.importorskip("transformers", reason=_WHY)
+
+from scca_jax import assets, chat, conversations, tokenizer  # noqa: E402
+from tests import model_files  # noqa: E402
 
 CHAT_ML = (
   "{% for m in messages %}{{ '<|begin_of_text|>' + m['role'] + '\n' +"
