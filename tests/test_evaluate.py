@@ -325,7 +325,7 @@ def test_a_model_is_interpolated_to_the_longest_length(
     (["--rope_factor=2"], "--rope_factor needs --rope_scaling"),
     (["--rope_scaling=linear"], "--rope_scaling needs the lengths"),
     (["--rope_scaling=bent", "--context_lens=32"], "bent"),
-    (["--model=no/model"], "--model=no/model does not exist"),
+    (["--model=no-model"], "--model=no-model does not exist"),
     (["--adapter=no/adapter"], "--adapter=no/adapter does not exist"),
     (["--data=no.bin"], "--data=no.bin does not exist"),
     (["--tokenizer=no.model"], "--tokenizer=no.model does not exist"),
