@@ -73,7 +73,6 @@ ATTEND = {
   "2 shards": _on_mesh(sequence=2),
 }
 SHARED = ("named", "named, local", "one token", "ragged", "drawn")
-SHARDED = ("small chunks", "small chunks, local")
 RUNS = {
   "xla": (
     *SHARED,
@@ -83,8 +82,8 @@ RUNS = {
   # Of disjoint parts, as on a mesh.
   "triton": (*SHARED, "union", "near"),
   "cudnn": tuple(name for name in CASES if name.startswith("pieces")),
-  "8 shards": (*SHARDED, "near", "near, sinks"),
-  "2 shards": (*SHARDED, "near, sinks, local"),
+  "8 shards": ("small chunks", "near", "near, sinks"),
+  "2 shards": ("small chunks, local", "near, sinks, local"),
 }
 
 

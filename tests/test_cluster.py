@@ -187,6 +187,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
   assert said in errors[0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(alone, together):
   output, printed = together
   _same(output, alone)

@@ -124,7 +124,12 @@ def test_neither_keys_nor_scores_are_stored(implementation):
   ("gpu", "implementation", "calls"),
   [
     # Forward, again, and the two of the backward pass.
-    ("h200", "mosaic", {"layer": 4, "projections": 3}),
+    pytest.param(
+      "h200",
+      "mosaic",
+      {"layer": 4, "projections": 3},
+      marks=pytest.mark.slow,
+    ),
     ("a100-40gb", "triton", {"attention": 3}),
   ],
 )

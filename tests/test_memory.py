@@ -124,15 +124,12 @@ def test_parts_are_those_that_arithmetic_gives():
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("method", "bytes_of_layer"),
   [
     # A scale for each of the outputs; for each of them and 64 inputs.
-    pytest.param(
-      "int8",
-      LAYER + 4 * (256 + 128 + 128 + 256 + 2 * 512 + 256),
-      marks=pytest.mark.slow,
-    ),
+    ("int8", LAYER + 4 * (256 + 128 + 128 + 256 + 2 * 512 + 256)),
     ("nf4", LAYER // 2 + 4 * LAYER // 64),
   ],
 )
@@ -189,6 +186,7 @@ def test_evaluation_and_generation_hold_weights_and_cache_only():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_mesh_has_a_part_on_each_gpu():
   one, plan = _plan(), _plan(batch_size=2, mesh_config=MESH)
   assert plan.mesh == "fsdp=2,sequence=2"
@@ -213,6 +211,7 @@ def test_only_the_host_keeps_more_of_more_segments():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_offloaded_residuals_leave_the_card():
   kept, offloaded = _plan(), _plan("offload")
   saved = kept.peak_bytes - offloaded.peak_bytes
@@ -223,6 +222,7 @@ def test_offloaded_residuals_leave_the_card():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_what_projections_gave_takes_what_arithmetic_says():
   layer, kept, offloaded = (
     _plan(),

@@ -137,7 +137,11 @@ def _model(method, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-  ("method", "remat"), [("int8", "offload"), ("nf4", "projections")]
+  ("method", "remat"),
+  [
+    pytest.param("int8", "offload", marks=pytest.mark.slow),
+    ("nf4", "projections"),
+  ],
 )
 def test_a_step_is_that_of_the_dequantised_weights(method, remat):
   rng = np.random.default_rng(0)

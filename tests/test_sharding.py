@@ -281,10 +281,8 @@ def test_what_cannot_be_cut_evenly_stays_whole():
   }
 
 
-# A scale for each column is the simpler case of a scale for each tile.
-@pytest.mark.parametrize(
-  "method", [pytest.param("int8", marks=pytest.mark.slow), "nf4"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int8", "nf4"])
 def test_quantised_weights_are_cut_like_others(method):
   mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
   pattern = patterns.scca_fixed(CONFIG.num_heads, 8)
