@@ -349,7 +349,7 @@ def watch(module, name):
   setattr(module, name, watched)
 watch(training, "compile_step")
 watch(resolve.Evaluator, "at_end")
-cli.run(finetune.main)
+cli.run(finetune.main, config=finetune._CONFIG)
 """
 
 
