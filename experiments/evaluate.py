@@ -10,6 +10,9 @@ scca evaluate --context_lens=256,1024 \
 
 Attention is dense unless `--pattern` asks for another. With `--tasks`,
 perplexity is measured only where `--data` is given too.
+
+The parts are: flags and their checks, measuring, and what is printed and
+written.
 """
 
 import dataclasses

@@ -52,11 +52,7 @@ _MODEL = flags.DEFINE_string(
   "Hugging Face folder, .gguf file or name on Hugging Face to start from;"
   " overrides config.model.",
 )
-_DATA = flags.DEFINE_string(
-  "data",
-  None,
-  "Token file or text to train on; overrides config.data.train.",
-)
+_DATA = shared_flags.define_training_data()
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir",
   None,
@@ -65,11 +61,7 @@ _OUTPUT_DIR = flags.DEFINE_string(
 )
 _WANDB = shared_flags.define_wandb()
 flags.adopt_module_key_flags(cluster)
-_DRY_RUN = flags.DEFINE_boolean(
-  "dry_run",
-  False,
-  "Print what the run would do: settings, shapes, pairs, tokens, memory.",
-)
+_DRY_RUN = shared_flags.define_dry_run()
 
 
 def _read_settings() -> FinetuneConfig:

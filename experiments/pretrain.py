@@ -26,11 +26,7 @@ from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 
 _CONFIG = ConfigFlag(PretrainConfig, "tiny_pretrain")
-_DATA = flags.DEFINE_string(
-  "data",
-  None,
-  "Token file or text to train on; overrides config.data.train.",
-)
+_DATA = shared_flags.define_training_data()
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir",
   "runs/pretrain",
@@ -38,11 +34,7 @@ _OUTPUT_DIR = flags.DEFINE_string(
 )
 _WANDB = shared_flags.define_wandb()
 flags.adopt_module_key_flags(cluster)
-_DRY_RUN = flags.DEFINE_boolean(
-  "dry_run",
-  False,
-  "Print what the run would do: settings, shapes, pairs, tokens, memory.",
-)
+_DRY_RUN = shared_flags.define_dry_run()
 
 
 def _read_settings() -> PretrainConfig:

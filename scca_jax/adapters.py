@@ -5,6 +5,8 @@ An adapter folder holds what PEFT writes, `adapter_config.json` and
 not read. It has the rope scaling, without which an adapter tuned with it is
 worth little, and the patterns it was tuned with, both as the string that
 commands take and as the list of heads that the string stands for.
+
+The parts are: patterns as JSON, saving, what PEFT's settings mean, loading.
 """
 
 import dataclasses

@@ -7,7 +7,8 @@ them alike, drop the same tokens of what is too long, and roll over long texts
 in the same windows. Only batches differ: here they have few shapes, so that
 little is compiled.
 
-Needs the extra `lm_eval`; PyTorch is not needed.
+Needs the extra `lm_eval`; PyTorch is not needed. The parts are: scoring, the
+arguments of the model, and `SccaLM` with the three request types.
 """
 
 import functools

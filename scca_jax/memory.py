@@ -6,6 +6,9 @@ libraries and what a fragmented pool loses. XLA may use what jax gives it: three
 quarters of the card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
 Models have shapes in place of arrays, as `flax.nnx.eval_shape` gives them.
+
+The parts are: results and cards, bytes of what was compiled, plans of a step,
+of evaluation and of generation, and the search for the largest size that fits.
 """
 
 import dataclasses

@@ -153,6 +153,24 @@ def define_implementation() -> Holder:
   )
 
 
+def define_training_data() -> Holder:
+  """Returns the flag `--data` of commands that train."""
+  return flags.DEFINE_string(
+    "data",
+    None,
+    "Token file or text to train on; overrides config.data.train.",
+  )
+
+
+def define_dry_run() -> Holder:
+  """Returns the flag `--dry_run` of commands that train one model."""
+  return flags.DEFINE_boolean(
+    "dry_run",
+    False,
+    "Print what the run would do: settings, shapes, pairs, tokens, memory.",
+  )
+
+
 def define_wandb() -> Holder:
   """Returns the flag `--wandb`."""
   return flags.DEFINE_string(

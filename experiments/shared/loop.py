@@ -7,6 +7,9 @@ What a run leaves in its output folder:
     metrics.jsonl    one line a step, and one an evaluation
     tensorboard/     the same, for TensorBoard; wandb/ with --wandb
     checkpoints/     the newest few, through Orbax
+
+The parts are: the folder and its settings, metrics, requests to stop, results,
+and `fit`.
 """
 
 import contextlib

@@ -16,6 +16,9 @@ The tiles of a union head have the blocks of all its parts: the keys that it
 sees by its shift, its own chunk (`own_chunk`), and the sinks (`more_bounds`).
 No column is in two blocks, and the mask of a block is that of all parts. Where
 the blocks are not a few runs, each part has a tile of its own.
+
+The parts are: the rule of a head, the bounds of its keys and queries, blocks of
+a tile, tiles of union heads, and `make_groups`.
 """
 
 import dataclasses

@@ -16,6 +16,9 @@ Nothing wraps round: a slot without a key is empty. The names are those of SCCA
 (arXiv 2312.07305), LongLoRA (arXiv 2309.12307), LongNet (arXiv 2307.02486) and
 DiNAT (arXiv 2209.15001). The full text of the SCCA paper was not available;
 what it is not known to specify is marked "own choice" and is a parameter.
+
+The parts are: `HeadPattern`, `AttentionPattern`, `Mixture`, and the disjoint
+parts of a union.
 """
 
 import dataclasses

@@ -1,4 +1,8 @@
-"""Patterns as strings: `parse` reads them, `text` writes them."""
+"""Patterns as strings: `parse` reads them, `text` writes them.
+
+The parts are: a call and its arguments, `parse`, the short forms that `text`
+tries, and `text`.
+"""
 
 import ast
 import dataclasses
