@@ -38,13 +38,6 @@ def prepare(folder: pathlib.Path) -> None:
   import experiments.shared.task_scores  # noqa: F401
 
 
-def write_inputs() -> None:
-  """Writes the inputs of `tests.fuzz` to the current folder; in a child."""
-  from tests.fuzz import inputs
-
-  inputs.write(pathlib.Path())
-
-
 def in_child(
   function: Callable[[], object], output: pathlib.Path, folder: pathlib.Path
 ) -> int:
@@ -107,3 +100,21 @@ def wait(pid: int) -> tuple[int | None, str]:
 def run_command(name: str, args: list[str]) -> None:
   sys.argv = [f"{name}.py", *args]
   runpy.run_module(f"experiments.{name}", run_name="__main__")
+
+
+def write_inputs(folder: pathlib.Path, output: pathlib.Path) -> None:
+  """Writes the inputs of `tests.fuzz` to a new folder, in a child.
+
+  Args:
+    folder: The folder.
+    output: File for what the child prints.
+  """
+
+  def write():
+    from tests.fuzz import inputs
+
+    inputs.write(pathlib.Path())
+
+  folder.mkdir()
+  status, why = wait(in_child(write, output, folder))
+  assert status == 0, output.read_text() + why
