@@ -315,11 +315,20 @@ def test_bad_settings_are_refused(folder, changes, message):
     (lambda: ArmConfig(name="a", steps_fraction=0.0), "got 0.0"),
     (lambda: ArmConfig(name="a", learning_rates=(-1.0,)), "arm a .*: -1.0"),
     (lambda: TasksConfig(names=("passkye",)), "did you mean passkey"),
+    (lambda: TasksConfig(longest_samples=0), "tasks.longest_samples .* got 0"),
   ],
 )
 def test_bad_arms_are_refused(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_the_longest_context_may_have_samples_of_its_own():
+  config = TasksConfig(
+    context_lens=(64, 16), num_samples=50, longest_samples=200
+  )
+  assert [config.samples(n) for n in (16, 64)] == [50, 200]
+  assert TasksConfig(context_lens=(16,)).samples(16) == 50
 
 
 @pytest.mark.parametrize(

@@ -75,19 +75,28 @@ class TasksConfig:
     names: Tasks.
     context_lens: Lengths in tokens.
     num_samples: Samples of each at each length.
+    longest_samples: Samples of each at the longest length; None takes as many
+      as at the others.
   """
 
   names: tuple[str, ...] = ()
   context_lens: tuple[int, ...] = ()
   num_samples: int = 50
+  longest_samples: int | None = None
 
   def __post_init__(self):
     for name in self.names:
       tasks.get(name)
-    if self.num_samples < 1:
-      raise ValueError(
-        f"tasks.num_samples must be at least 1, got {self.num_samples}."
-      )
+    for name in ("num_samples", "longest_samples"):
+      number = getattr(self, name)
+      if number is not None and number < 1:
+        raise ValueError(f"tasks.{name} must be at least 1, got {number}.")
+
+  def samples(self, context_len: int) -> int:
+    """Returns how many samples a task has at a length."""
+    if self.longest_samples and context_len == max(self.context_lens):
+      return self.longest_samples
+    return self.num_samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,7 +283,9 @@ class AblationConfig:
       look_windows=quick.num_windows,
       looks=2,
       pairs_at_once=1,
-      tasks=dataclasses.replace(self.tasks, num_samples=quick.num_samples),
+      tasks=dataclasses.replace(
+        self.tasks, num_samples=quick.num_samples, longest_samples=None
+      ),
     )
 
 

@@ -284,7 +284,7 @@ class Runner:
             name,
             texts.vocabulary,
             length,
-            study.tasks.num_samples,
+            study.tasks.samples(length),
             execution=self._execution,
             batch_tokens=study.run.evaluation.batch_tokens,
           )
