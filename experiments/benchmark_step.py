@@ -90,7 +90,7 @@ _MAX_PEER_LEN = flags.DEFINE_integer(
   "max_peer_len", 8192, "Longest sequence that peers are timed at."
 )
 _WARMUP = flags.DEFINE_integer(
-  "warmup", 2, "Steps that are not timed.", lower_bound=1, upper_bound=10_000
+  "warmup", 2, "Steps that are not timed.", lower_bound=0, upper_bound=10_000
 )
 _REPEATS = flags.DEFINE_integer(
   "repeats", 8, "Steps that are timed.", lower_bound=1, upper_bound=10_000
