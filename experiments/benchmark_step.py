@@ -6,7 +6,8 @@ r"""Measures a training step: tokens a second, utilisation and peak memory.
 
 A step is forward, backward and update of one micro batch of the configuration.
 Beside it run the steps of Hugging Face's transformers with PEFT, dense and with
-LongLoRA's S2, where PyTorch finds a GPU (`step_peers`), up to `--max_peer_len`.
+LongLoRA's S2, with more and less checkpointing and with Liger's kernels, where
+PyTorch finds a GPU (`step_peers`), up to `--max_peer_len`.
 To train adapters alone: --config.lora.train_embeddings=False
 --config.lora.train_norms=False.
 
@@ -112,6 +113,10 @@ def _measure(case: Case, peer: str | None) -> dict[str, Any]:
     "batch_size": case.run.training.batch_size,
     "mesh": "" if peer else sharding.shown(case.run.mesh),
     "is_peer": peer is not None,
+    # Share of the layers that run forward twice.
+    "recomputed": step_peers.checkpointed(peer, case)
+    if peer
+    else float(case.run.training.remat not in llama.RUN_ONCE),
   }
   try:
     if peer is None:
@@ -141,10 +146,8 @@ def _add_rates(row: dict[str, Any], case: Case, matmul: float | None) -> None:
   if matmul is not None:
     # The rate of all devices of the row together.
     rate = matmul * row.get("num_devices", 1)
-    # Peers have one kind of checkpointing.
-    remat = case.run.training.remat
-    once = ("none",) if row["is_peer"] else llama.RUN_ONCE
-    operations = work["model" if remat in once else "with_remat"]
+    again = work["with_remat"] - work["model"]
+    operations = work["model"] + row["recomputed"] * again
     roofline = 1e12 * rate * num_tokens / operations
     row["mfu"] = row["model_tflops"] / rate
     row["roofline_tokens_per_second"] = roofline

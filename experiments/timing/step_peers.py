@@ -3,15 +3,19 @@
 PyTorch is optional: it is imported when a peer is made. A peer is what its
 users run: `LlamaForCausalLM` in one dtype, its logits and loss whole, LoRA by
 PEFT, gradient checkpointing of each layer if the configuration recomputes
-layers, fused AdamW, nothing compiled. It trains the same parameters as this
-package, but embeddings and norms in the dtype of the model, as LongLoRA does;
-this package holds them in float32.
+layers, fused AdamW, nothing compiled. Others of the same checkpoint every
+second layer or none, or have the kernels of Liger for norms, rotary positions,
+SwiGLU and the loss. All train the same parameters as this package, but
+embeddings and norms in the dtype of the model, as LongLoRA does; this package
+holds them in float32.
 """
 
 # Types are checked without PyTorch too.
 # pyright: reportMissingImports=false
 
+import dataclasses
 import functools
+import importlib.metadata
 import math
 import platform
 import time
@@ -22,10 +26,42 @@ from experiments.timing import attention_peers, clock
 from experiments.timing.step_timing import Case, check_loss
 from scca_jax import convert
 
-# The peers by the names of the flag, with those that tables show.
-LABELS = {"hf_sdpa": "HF + PEFT", "hf_s2": "HF + PEFT LongLoRA"}
-# What their attention sees: heads and layers see the same number of pairs.
-PATTERNS = {"hf_sdpa": "dense", "hf_s2": "s2"}
+
+@dataclasses.dataclass(frozen=True)
+class _Peer:
+  """How a peer runs.
+
+  Attributes:
+    label: Its name in tables.
+    pattern: What its attention sees, the same in all heads and layers.
+    checkpointed: Share of the layers that are computed again for the backward
+      pass, 0, 1/2 (every second) or 1; None is all if the configuration
+      recomputes layers.
+    liger: Whether it has the kernels of Liger.
+  """
+
+  label: str
+  pattern: str = "dense"
+  checkpointed: float | None = None
+  liger: bool = False
+
+
+# By the names of the flag.
+_PEERS = {
+  "hf_sdpa": _Peer("HF + PEFT"),
+  "hf_s2": _Peer("HF + PEFT LongLoRA", pattern="s2"),
+  "hf_half": _Peer("HF + PEFT, half checkpointed", checkpointed=0.5),
+  "hf_kept": _Peer("HF + PEFT, not checkpointed", checkpointed=0.0),
+  "liger": _Peer("HF + PEFT + Liger", liger=True),
+  "liger_half": _Peer(
+    "HF + PEFT + Liger, half checkpointed", checkpointed=0.5, liger=True
+  ),
+  "liger_kept": _Peer(
+    "HF + PEFT + Liger, not checkpointed", checkpointed=0.0, liger=True
+  ),
+}
+LABELS = {name: peer.label for name, peer in _PEERS.items()}
+PATTERNS = {name: peer.pattern for name, peer in _PEERS.items()}
 
 
 def problem() -> str | None:
@@ -42,6 +78,14 @@ def problem() -> str | None:
   return None
 
 
+def checkpointed(name: str, case: Case) -> float:
+  """Returns the share of the layers that a peer computes forward twice."""
+  share = _PEERS[name].checkpointed
+  if share is None:
+    return float(case.run.training.remat != "none")
+  return share
+
+
 def _chunk_size(case: Case) -> int:
   """Returns the chunks of S2, in tokens."""
   seq_len = case.run.training.seq_len
@@ -56,7 +100,7 @@ def _chunk_size(case: Case) -> int:
 def num_pairs(name: str, case: Case) -> int:
   """Returns the pairs that a peer sees, over sequences, heads and layers."""
   train, config = case.run.training, case.resolved.base
-  length = _chunk_size(case) if name == "hf_s2" else train.seq_len
+  length = _chunk_size(case) if PATTERNS[name] == "s2" else train.seq_len
   of_head = train.seq_len // length * length * (length + 1) // 2
   return train.batch_size * config.num_layers * config.num_heads * of_head
 
@@ -76,6 +120,19 @@ def _s2(
   return attention_peers.longlora_s2(
     *(x.transpose(1, 2) for x in (query, key, value)), chunk_size=chunk_size
   ), None
+
+
+def _use_liger(model: Any) -> None:
+  """Gives a model Liger's kernels, and Liger's functions to its module.
+
+  Raises:
+    NotImplementedError: Liger is not installed.
+  """
+  try:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+  except ImportError as error:
+    raise NotImplementedError(f"Liger cannot be imported ({error}).") from error
+  apply_liger_kernel_to_llama(model=model)
 
 
 def make_model(name: str, case: Case, device: str) -> Any:
@@ -104,7 +161,7 @@ def make_model(name: str, case: Case, device: str) -> Any:
       f" not in {train.dtype} with weights in {train.param_dtype}."
     )
   attention = "sdpa"
-  if name == "hf_s2":
+  if PATTERNS[name] == "s2":
     attention = "longlora_s2"
     transformers.AttentionInterface.register(
       attention, functools.partial(_s2, chunk_size=_chunk_size(case))
@@ -119,6 +176,8 @@ def make_model(name: str, case: Case, device: str) -> Any:
       dtype=getattr(torch, train.dtype),
       attn_implementation=attention,
     )
+    if _PEERS[name].liger:
+      _use_liger(base)
     model = peft.get_peft_model(
       base,
       peft.LoraConfig(
@@ -138,13 +197,16 @@ def make_model(name: str, case: Case, device: str) -> Any:
   for parameter_name, parameter in model.named_parameters():
     if any(part in parameter_name for part in trained):
       parameter.requires_grad_()
-  if train.remat != "none":
+  share = checkpointed(name, case)
+  if share:
     arguments = {"use_reentrant": False}
     # Versions of transformers 5 call it by one or the other name.
     if hasattr(model, "activation_checkpointing_enable"):
       model.activation_checkpointing_enable(arguments)
     else:
       model.gradient_checkpointing_enable(arguments)
+    for i, layer in enumerate(base.model.layers):
+      layer.gradient_checkpointing = share == 1 or i % 2 == 0
   return model.train()
 
 
@@ -187,6 +249,9 @@ def measure(name: str, case: Case, device: str = "cuda") -> dict[str, Any]:
   import torch
   import transformers
 
+  versions = {}
+  if _PEERS[name].liger:
+    versions["liger-kernel"] = importlib.metadata.version("liger-kernel")
   on_gpu = device == "cuda"
 
   def wait() -> None:
@@ -216,6 +281,7 @@ def measure(name: str, case: Case, device: str = "cuda") -> dict[str, Any]:
       "torch": torch.__version__,
       "transformers": transformers.__version__,
       "peft": peft.__version__,
+      **versions,
     },
     "matmul_tflops": None,
   }

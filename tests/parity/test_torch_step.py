@@ -37,9 +37,8 @@ SIZES = {
 }
 SEQ_LEN, STEPS = 64, 3
 # What each peer computes, said in our terms: S2 of LongLoRA sees the wrap.
-PATTERNS = {
-  "hf_sdpa": "dense",
-  "hf_s2": "s2(chunk_size=16, causality='slot')",
+PATTERNS = dict.fromkeys(step_peers.LABELS, "dense") | {
+  "hf_s2": "s2(chunk_size=16, causality='slot')"
 }
 
 
@@ -108,6 +107,22 @@ def test_pairs_are_those_of_the_pattern(name, tmp_path):
   assert step_peers.num_pairs(name, case) == 2 * sum(
     pattern.visible(SEQ_LEN).sum() for pattern in case.resolved.patterns
   )
+
+
+@pytest.mark.parametrize(
+  ("name", "runs"), [("hf_sdpa", 4), ("hf_half", 3), ("hf_kept", 2)]
+)
+def test_so_many_layers_are_checkpointed_as_it_says(name, runs, tmp_path):
+  case = _case(name, tmp_path)
+  model = step_peers.make_model(name, case, "cpu")
+  calls = []
+  for module in model.modules():
+    if type(module).__name__ == "LlamaMLP":
+      module.register_forward_pre_hook(lambda *_: calls.append(1))
+  step_peers.make_step(model, case, "cpu")()
+  # Two layers run forward once, and again where they are checkpointed.
+  assert len(calls) == runs
+  assert step_peers.checkpointed(name, case) == (runs - 2) / 2
 
 
 def test_a_peer_is_measured_like_a_step_of_ours(tmp_path):
