@@ -1,4 +1,4 @@
-"""What the heads of a layer, and layers on top of each other, can see."""
+"""What the heads of a layer, and several layers together, can see."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ def union(pattern: AttentionPattern | Mixture, seq_len: int) -> np.ndarray:
   """Returns what the heads see together, numpy bool `[query seq, key seq]`.
 
   Args:
-    pattern: The pattern of one layer; the members of a mixture see together.
+    pattern: The pattern of one layer; the members of a mixture count together.
     seq_len: Length of the sequence, in tokens.
   """
   positions = np.arange(seq_len)
@@ -50,7 +50,7 @@ def reach(
 
 
 def share(field: np.ndarray) -> float:
-  """Returns the share of causal pairs that a receptive field has.
+  """Returns the share of causal pairs in a receptive field.
 
   Args:
     field: Bool `[query seq, key seq]`, from `reach`.
@@ -70,11 +70,11 @@ def coverage(
     seq_len: Length of the sequence, in tokens; time grows with its cube.
 
   Returns:
-    One number in (0, 1] a layer; 1 if information of every earlier position
+    One number in (0, 1] per layer; 1 if information from every earlier position
     reaches every position.
 
   Raises:
-    ValueError: There is no token.
+    ValueError: `seq_len` is below 1.
   """
   if seq_len < 1:
     raise ValueError(f"seq_len must be at least 1, got {seq_len}.")

@@ -1,8 +1,8 @@
 """Attention patterns of SCCA and its peers.
 
-`relation` defines which keys a head sees, `named` has the patterns of the
-literature, and `strings` reads and writes a pattern as one string. This package
-has all that they list in `__all__`.
+`relation` defines which keys a head sees, `named` has the patterns from the
+literature, and `strings` reads and writes a pattern as one string. The package
+exports everything in their `__all__`.
 """
 
 from scca_jax.patterns.named import *  # noqa: F403

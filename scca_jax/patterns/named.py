@@ -1,6 +1,6 @@
 """The named patterns: functions that return an `AttentionPattern`.
 
-A string may leave sizes out; those that `_named` lists then follow from the
+A string may leave out the sizes that `_named` lists; they then follow from the
 length. To add a pattern, write its constructor here and list it in `__all__`.
 """
 
@@ -44,9 +44,9 @@ class Constructor:
   """A named pattern and which of its arguments follow from the length.
 
   Attributes:
-    make: Takes the number of heads and the arguments, by name.
-    arguments: Their names.
-    sizes: Arguments that follow from the length where they are left out.
+    make: Makes the pattern from the number of heads and arguments by name.
+    arguments: Names of the arguments.
+    sizes: Arguments that follow from the length if left out.
     num_chunks: How many chunks the length is then cut into.
   """
 
@@ -116,7 +116,7 @@ def sliding(num_heads: int, window: int) -> AttentionPattern:
 def s2(num_heads: int, chunk_size: int) -> AttentionPattern:
   """Returns LongLoRA's S2-Attn (arXiv 2309.12307).
 
-  The first half of the heads has chunks; the second has chunks whose borders
+  Half of the heads attend within chunks; in the other half the chunk borders
   are moved by half a chunk, so that queries move with their keys.
   """
   check_sizes(num_heads=num_heads, chunk_size=chunk_size)
@@ -145,8 +145,8 @@ def scca_fixed(
 
   Args:
     num_heads: Query heads; the first `num_heads // 2` are not shifted.
-    chunk_size: Tokens.
-    shift: Tokens; None takes half a chunk (own choice).
+    chunk_size: In tokens.
+    shift: In tokens; None uses half a chunk (own choice).
   """
   check_sizes(num_heads=num_heads, chunk_size=chunk_size)
   return AttentionPattern(_fixed_heads(num_heads, chunk_size, shift))
@@ -161,7 +161,7 @@ def scca_flow(
   own_chunk: bool = False,
   sinks: int = 0,
 ) -> AttentionPattern:
-  """Returns SCCA flow: each head has a shift of its own (arXiv 2312.07305).
+  """Returns SCCA flow: each head has its own shift (arXiv 2312.07305).
 
   Head `h` is shifted by `(h num_chunks // num_heads + rotate) mod num_chunks`
   chunks. With at least as many heads as chunks, and no more tokens than
@@ -270,16 +270,16 @@ def sda(
 ) -> AttentionPattern:
   """Returns Shifted Dilated Attention, SDA (arXiv 2312.07305).
 
-  Head `h` is shifted by `h mod dilation` tokens, so that the heads together
-  see every earlier token if there are at least `dilation` of them, no chunks
-  and no window. SDA-2 and SDA-4 are dilations 2 and 4 of the whole sequence.
+  Head `h` is shifted by `h mod dilation` tokens, so that the heads together see
+  every earlier token, if there are at least `dilation` heads, no chunks and no
+  window. SDA-2 and SDA-4 are dilations 2 and 4 of the whole sequence.
   """
   check_sizes(num_heads=num_heads)
   return AttentionPattern(_sda_heads(num_heads, dilation, chunk_size, window))
 
 
 def check_list(name: str, values: Any, kinds: Any) -> tuple[Any, ...]:
-  """Returns a list of numbers as a tuple, if it is one."""
+  """Returns a list of numbers as a tuple, and refuses anything else."""
   if not isinstance(values, tuple | list) or not all(
     isinstance(x, kinds) and not isinstance(x, bool) for x in values
   ):
@@ -298,13 +298,13 @@ def longmixed(
 
   Args:
     num_heads: Query heads.
-    chunk_size: Chunks of the SCCA fixed heads, in tokens.
+    chunk_size: Chunk size of the SCCA fixed heads, in tokens.
     dilations: One for each SDA head group; these have no chunks.
-    split: Shares of the heads of SCCA fixed and of each SDA group (own
+    split: Share of the heads for SCCA fixed and for each SDA group (own
       choice); they sum to 1.
 
   Raises:
-    ValueError: There is not one share per head group, or they do not sum to 1.
+    ValueError: The number of shares is wrong, or they do not sum to 1.
   """
   check_sizes(num_heads=num_heads, chunk_size=chunk_size)
   dilations = check_list("dilations", dilations, int)
@@ -327,9 +327,9 @@ NAMES = tuple(CONSTRUCTORS)
 
 
 def uniform(num_heads: int, **fields: Any) -> AttentionPattern:
-  """Returns heads that are all alike (own choice).
+  """Returns identical heads (own choice).
 
-  With `mix`, it gives strings a way to say any list of heads.
+  With `mix`, strings can then describe any list of heads.
 
   Args:
     num_heads: Query heads.
@@ -345,12 +345,12 @@ CONSTRUCTORS["uniform"] = Constructor(
 
 
 def mix(*patterns: AttentionPattern) -> AttentionPattern:
-  """Returns the heads of several patterns one after another.
+  """Returns the heads of several patterns, one after another.
 
-  Each is made for its own number of heads.
+  Each pattern is made for its own number of heads.
 
   Raises:
-    ValueError: There is no pattern, or they differ in boundary or causality.
+    ValueError: No pattern is given, or they differ in boundary or causality.
   """
   if not patterns:
     raise ValueError("mix needs at least one pattern, got none.")
@@ -371,7 +371,7 @@ def mixture(*patterns: AttentionPattern) -> Mixture:
   """Returns LongNet's mixture of patterns (arXiv 2307.02486).
 
   Raises:
-    ValueError: There is no pattern, or they differ in their number of heads.
+    ValueError: No pattern is given, or they differ in their number of heads.
   """
   return Mixture(patterns)
 

@@ -11,14 +11,14 @@ Query `p` sees key `k` if and only if
     0 <= (p - k - s) / r < window                 (if there is a window)
     p mod r == select                             (if the head selects queries)
 
-A union head also sees its own chunk, unshifted, or the first tokens, the sinks.
-Nothing wraps round: a slot without a key is empty. The names are those of SCCA
-(arXiv 2312.07305), LongLoRA (arXiv 2309.12307), LongNet (arXiv 2307.02486) and
-DiNAT (arXiv 2209.15001). The full text of the SCCA paper was not available;
-what it is not known to specify is marked "own choice" and is a parameter.
+A union head also sees its own chunk, unshifted, or the first tokens, called
+sinks. Nothing wraps round: a slot without a key is empty. The names come from
+SCCA (arXiv 2312.07305), LongLoRA (arXiv 2309.12307), LongNet (arXiv 2307.02486)
+and DiNAT (arXiv 2209.15001). The full text of the SCCA paper was not available;
+whatever we do not know it to specify is marked "own choice" and is a parameter.
 
-The parts are: `HeadPattern`, `AttentionPattern`, `Mixture`, and the disjoint
-parts of a union.
+The parts: `HeadPattern`, `AttentionPattern`, `Mixture`, and the disjoint parts
+of a union.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ _MAX_RUNS = 6
 
 
 def check_int(name: str, value: Any, least: int | None) -> int:
-  """Returns the value as an int of Python, if it is an integer in range."""
+  """Returns the value as a Python int, if it is an integer in range."""
   try:
     number = operator.index(value)
   except TypeError:
@@ -67,7 +67,7 @@ def check_int(name: str, value: Any, least: int | None) -> int:
 
 
 def check_sizes(**sizes: Any) -> None:
-  """Checks that all are integers of at least 1."""
+  """Checks that all sizes are integers of at least 1."""
   for name, value in sizes.items():
     check_int(name, value, 1)
 
@@ -77,20 +77,20 @@ class HeadPattern:
   """Where one query head reads its keys and values.
 
   Attributes:
-    chunk_size: Length `w` of the chunks the sequence is cut into, in tokens;
-      None keeps it whole.
+    chunk_size: Length `w` of the chunks that the sequence is cut into, in
+      tokens; None keeps it whole.
     offset: Chunk borders are at `offset + i * chunk_size`, in tokens.
     shift: How far keys and values move towards the end, in tokens: the head
-      looks back that far. (The direction is an own choice: the other one
+      looks back that far. (The direction is our own choice: the opposite one
       would leave rows without keys under a causal mask.)
     dilation: Distance `r` between neighbouring key slots, in tokens.
     window: How many of the nearest slots are kept; None keeps all.
-    select: Only queries with `p mod dilation == select` are served, the others
-      get 0 (LongNet); None serves all.
+    select: Only queries with `p mod dilation == select` are served; the others
+      get 0 (LongNet). None serves all.
     own_chunk: Whether the head also sees its own chunk, neither shifted nor
       dilated (own choice).
-    sinks: The head also sees that many tokens at the start of the sequence, or
-      of the query's segment (own choice; arXiv 2309.17453 names them).
+    sinks: The head also sees this many tokens at the start of the sequence, or
+      of the query's segment (own choice; the term is from arXiv 2309.17453).
   """
 
   chunk_size: int | None = None
@@ -131,13 +131,13 @@ class HeadPattern:
       raise ValueError("own_chunk=True needs chunks: give a chunk_size.")
     if self.is_union and self.select is not None:
       raise ValueError(
-        f"select={self.select} leaves queries out, and own_chunk or sinks would"
-        " serve them: use one or the other."
+        f"select={self.select} leaves out queries that own_chunk or sinks would"
+        " serve: use one or the other."
       )
 
   @property
   def is_union(self) -> bool:
-    """Whether the head sees its own chunk or sinks beside its first part."""
+    """Whether the head also sees its own chunk or sinks."""
     return self.own_chunk or self.sinks > 0
 
   def __repr__(self) -> str:
@@ -162,13 +162,13 @@ class HeadPattern:
   def within(self, seq_len: int) -> "HeadPattern":
     """Returns a head that sees the same among the first `seq_len` positions.
 
-    Its dilation and window are no larger than there are distances to tell
-    apart, so that work grows with the sequence and not with a number.
+    Its dilation and window are limited to the distances that occur, so that
+    work grows with the sequence and not with the size of a number.
 
     Args:
       seq_len: Length of the sequence, in tokens.
     """
-    # From here on only a distance of 0 is divisible.
+    # With a larger dilation, only a distance of 0 is divisible.
     enough = max(seq_len, self.shift + 1, (self.select or 0) + 1)
     dilation = min(self.dilation, enough)
     window = self.window
@@ -181,8 +181,8 @@ class HeadPattern:
   def falls_back(self, queries: Any) -> Any:
     """Marks the queries that `boundary="local"` serves without the shift.
 
-    They are those of chunks whose whole shifted window lies before position 0
-    and, of an unchunked dilated head, the first `shift` ones.
+    These are the queries in chunks whose whole shifted window lies before
+    position 0 and, in an unchunked dilated head, the first `shift` queries.
 
     Args:
       queries: Positions, an integer array of numpy or jax.
@@ -197,7 +197,7 @@ class HeadPattern:
   def _seen(
     self, queries: Any, query_slots: Any, key_slots: Any, in_order: Any
   ) -> Any:
-    """Marks the pairs that the relation holds for.
+    """Marks the pairs for which the relation holds.
 
     Args:
       queries: Positions of the queries, for `select`.
@@ -231,7 +231,7 @@ class HeadPattern:
   ) -> Any:
     """Marks the pairs of positions in which the query sees the key.
 
-    Positions are compared, never slots: a shift cannot show the future. Only
+    Positions are compared, never slots, so a shift cannot show the future. Only
     `causality="slot"` compares slots, and leaks where the roll wraps round.
 
     Args:
@@ -241,8 +241,8 @@ class HeadPattern:
       boundary: See `AttentionPattern`.
       causality: See `AttentionPattern`.
       starts: Where the segment of each key starts; it broadcasts with `keys`.
-        Sinks are counted from there. That segments do not see each other is
-        up to the caller.
+        Sinks are counted from there. The caller has to hide segments from each
+        other.
 
     Returns:
       A boolean array of the broadcast shape.
@@ -290,7 +290,7 @@ class HeadPattern:
     """
     queries = np.arange(seq_len, dtype=np.int64)
     if causality == "slot":
-      # The slots of the keys are a permutation of all, like the queries'.
+      # The keys' slots are a permutation of all slots, like the queries'.
       places = (queries - self.offset) % max(seq_len, 1)
       shift, offset, lowest, highest = 0, 0, 0, places
     else:
@@ -298,7 +298,7 @@ class HeadPattern:
       shift = np.full(seq_len, self.shift)
       if boundary == "local":
         shift[self.falls_back(queries)] = 0
-      # As slots: keys from 0 to the query itself.
+      # In slots: keys from 0 to the query itself.
       lowest, highest = shift, places + shift
     start = np.zeros_like(places)
     if self.chunk_size is not None:
@@ -319,8 +319,9 @@ class HeadPattern:
       counts[queries % self.dilation != self.select] = 0
     if not self.is_union:
       return counts
-    # The two other parts are keys [first, query] and [0, last], which are
-    # counted, less what the first part has of them: as slots, shifted.
+    # The two other parts are keys [first, query] and [0, last]. They are
+    # counted without the keys that the first part already has, in shifted
+    # slots.
     first = np.maximum(start, 0) if self.own_chunk else queries + 1
     last = np.minimum(self.sinks - 1, queries)
     for low, high in ((first, queries), (0, np.minimum(last, first - 1))):
@@ -337,13 +338,12 @@ class AttentionPattern:
 
   Attributes:
     heads: One `HeadPattern` per query head.
-    boundary: What queries see whose shifted keys all lie before the start (own
-      choice): with "drop" nothing, and they may get 0; with "local" what the
-      head sees without the shift (`HeadPattern.falls_back`).
+    boundary: What a query sees if its shifted keys all lie before the start
+      (own choice): with "drop" nothing, so that it may get 0; with "local" what
+      the head sees without the shift (`HeadPattern.falls_back`).
     causality: "position", exact; or "slot" (own choice): keys are rolled
-      cyclically and masked by slot, as code that reuses one triangular mask
-      does. It leaks the future at the wrap and exists to measure the
-      literature.
+      cyclically and masked by slot, as in code that reuses one triangular mask.
+      It leaks the future at the wrap, and exists to measure that.
   """
 
   heads: tuple[HeadPattern, ...]
@@ -367,8 +367,8 @@ class AttentionPattern:
       )
     if self.causality == "slot" and any(head.is_union for head in self.heads):
       raise ValueError(
-        'causality="slot" masks rolled keys by slot, which own_chunk and sinks'
-        ' have none of: use causality="position".'
+        'causality="slot" masks rolled keys by slot, and own_chunk and sinks'
+        ' have no slots: use causality="position".'
       )
 
   def __repr__(self) -> str:
@@ -401,7 +401,7 @@ class AttentionPattern:
     return groups
 
   def within(self, seq_len: int) -> "AttentionPattern":
-    """Returns a pattern that shows the same; see `HeadPattern.within`."""
+    """Returns a pattern that sees the same; see `HeadPattern.within`."""
     heads = {head: head.within(seq_len) for head in self.head_groups()}
     return dataclasses.replace(
       self, heads=tuple(heads[head] for head in self.heads)
@@ -443,7 +443,7 @@ class AttentionPattern:
     return self.seen(positions[:, None], positions[None, :], seq_len)
 
   def num_pairs(self, seq_len: int) -> int:
-    """Returns the number of pairs seen, over all heads; no mask is built."""
+    """Returns the number of pairs that all heads see; builds no mask."""
     return sum(
       len(indices)
       * int(
@@ -457,8 +457,8 @@ class AttentionPattern:
   def interleaved(self, num_kv_heads: int) -> "AttentionPattern":
     """Returns the pattern with heads permuted across GQA groups (own choice).
 
-    With `g` query heads to a key head, head `a g + b` takes what head
-    `b num_kv_heads + a` had, so that a group meets different shifts.
+    With `g` query heads per key head, head `a g + b` gets the pattern of head
+    `b num_kv_heads + a`, so that a group has different shifts.
 
     Raises:
       ValueError: The number of heads is not divisible by `num_kv_heads`.
@@ -480,10 +480,10 @@ class AttentionPattern:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Patterns of which every head attends by each (arXiv 2307.02486, LongNet).
+  """Several patterns that every head attends by (LongNet, arXiv 2307.02486).
 
-  The results are combined by their log-sum-exp, so that a pair that several
-  members show counts once for each.
+  The results are combined by their log-sum-exp, so a pair that several members
+  see counts once for each.
 
   Attributes:
     members: The patterns, each for the same number of heads.
@@ -542,15 +542,15 @@ def members(
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One of the disjoint parts of the pairs that a pattern shows.
+  """One of the disjoint parts of the pairs that a pattern sees.
 
   Attributes:
     heads: Query heads of the pattern that have this part, in order.
-    pattern: What they see of it; without `own_chunk` and `sinks`.
+    pattern: What these heads see, without `own_chunk` and `sinks`.
     before_chunk: Whether only keys before the query's own chunk count.
-    num_keys: Only the first `num_keys` keys, of the sequence or of the query's
+    num_keys: Only the first `num_keys` keys of the sequence, or of the query's
       segment, count; None counts all.
-    hidden: Pairs that this pattern shows do not count; None hides none.
+    hidden: Pairs that this pattern sees do not count; None hides none.
   """
 
   heads: tuple[int, ...]
@@ -561,7 +561,7 @@ class Part:
 
   @property
   def is_plain(self) -> bool:
-    """Whether `pattern` says all of it."""
+    """Whether `pattern` alone describes the part."""
     return self == Part(self.heads, self.pattern)
 
   def seen(
@@ -583,15 +583,15 @@ class Part:
 
 
 def union_parts(pattern: AttentionPattern) -> tuple[Part, ...]:
-  """Returns disjoint parts that together are the pairs a pattern shows.
+  """Returns disjoint parts that together are the pairs a pattern sees.
 
-  A back end that serves no unions serves the parts, and combines them by their
-  log-sum-exp. They are: the first part of every head, or its own chunk where
-  that has all of it; the own chunks; and the sinks, less what the others show.
-  A shift of a chunk or more leaves the own chunk; of a smaller one only keys
-  before the chunk count. Only the sinks need XLA (`backends.xla_cache`) or a
-  kernel that knows them, and shifts of less than a chunk beside an own chunk;
-  what `Part.is_plain` any back end serves.
+  A back end without unions serves the parts and combines them by their
+  log-sum-exp. They are: the first part of every head, or its own chunk if that
+  contains it; the own chunks; and the sinks, without what the others see. A
+  shift of a chunk or more leaves the own chunk; with a smaller one, only keys
+  before the chunk count. Sinks, and shifts of less than a chunk together with
+  an own chunk, need XLA (`backends.xla_cache`) or a kernel that knows them; any
+  back end serves a part that `is_plain`.
 
   Args:
     pattern: Any pattern; one without unions is its only part.
@@ -607,7 +607,7 @@ def union_parts(pattern: AttentionPattern) -> tuple[Part, ...]:
     boundary, overlaps = pattern.boundary, False
     if head.own_chunk:
       own = HeadPattern(chunk_size=head.chunk_size, offset=head.offset)
-      # Where the head falls back, its own chunk has what it sees.
+      # Where the head falls back, its own chunk contains what it sees.
       boundary = "drop"
       if head.shift:
         owns[index] = own

@@ -1,7 +1,7 @@
 """Patterns as strings: `parse` reads them, `text` writes them.
 
-The parts are: a call and its arguments, `parse`, the short forms that `text`
-tries, and `text`.
+The parts: a call and its arguments, `parse`, the short forms that `text` tries,
+and `text`.
 """
 
 import ast
@@ -33,27 +33,27 @@ __all__ = [
   "text",
 ]
 
-# Longer than any list of heads, shorter than what would keep a parser busy.
+# Longer than any list of heads, too short to keep the parser busy.
 _MAX_TEXT = 100_000
 _OPTIONS = ("boundary", "causality", "interleaved")
-# Forms whose parts are forms too, and the arguments that they take by name.
+# Forms made of other forms, and the arguments that they take by name.
 _COMPOUND = {"mix": ("heads",), "mixture": (), "layers": ("dense",)}
 _LAYER = "layer"
-# What differs between the heads of one constructor, longmixed apart.
+# The fields that differ between the heads of a constructor, except longmixed.
 _MOVED = {"shift": 0, "offset": 0, "select": None}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-  """What a form is built for.
+  """The model and place that a form is built for.
 
   Attributes:
     num_heads: Query heads.
-    num_kv_heads: Key heads; None in a part of `mix`, which has no GQA groups
-      of its own.
-    layer: Counted from 0.
+    num_kv_heads: Key heads; None in a part of `mix`, which has no GQA groups of
+      its own.
+    layer: The layer, from 0.
     num_layers: Layers of the model.
-    seq_len: Length that sizes follow from, in tokens.
+    seq_len: Length in tokens that determines omitted sizes.
     options: Boundary and causality of the form around this one.
   """
 
@@ -66,7 +66,7 @@ class _Place:
 
 
 def _nearest(what: str, name: str, known: Sequence[str]) -> str:
-  """Returns a line that names the unknown and what may have been meant."""
+  """Returns a message with the unknown name and the likely meaning."""
   near = difflib.get_close_matches(name, known, 1, 0.5)
   hint = f"did you mean {near[0]!r}? " if near else ""
   return f"{what} {_short(name)}: {hint}Use one of {', '.join(known)}."
@@ -157,7 +157,8 @@ def _build(node: ast.expr, place: _Place) -> AttentionPattern | Mixture:
   if interleaved:
     if place.num_kv_heads is None:
       raise ValueError(
-        "a part of mix cannot be interleaved: write mix(..., interleaved=True)."
+        "a part of mix cannot be interleaved by itself: write mix(...,"
+        " interleaved=True)."
       )
     pattern = pattern.interleaved(place.num_kv_heads)
   return pattern
@@ -208,15 +209,15 @@ def parse(
   `chunk_size` is a quarter of it (in `scca_near` an eighth), `window` a chunk,
   `num_chunks` and `dilation` the number of chunks.
 
-  * Every form takes `boundary=` and `causality=`, which hold for the forms in
-    it too, and `interleaved=True` (see `AttentionPattern`).
-  * `scca_flow` and `scca_near` take `rotate="layer"`: one chunk more in each
+  * Every form takes `boundary=` and `causality=`, which also apply to the forms
+    inside it, and `interleaved=True` (see `AttentionPattern`).
+  * `scca_flow` and `scca_near` take `rotate="layer"`: one more chunk in each
     layer.
-  * `mix(A, B, heads=(4, 5))` gives the heads to several patterns in sequence.
+  * `mix(A, B, heads=(4, 5))` divides the heads between several patterns.
   * `mixture(A, B)` lets every head attend by both (see `Mixture`).
-  * `layers(A, B)` gives layer `l` pattern `l mod 2`; with `dense=(3, 11)`
+  * `layers(A, B)` gives layer `l` the pattern `l mod 2`; with `dense=(3, 11)`
     those layers are dense.
-  * `uniform(...)` takes the fields of `HeadPattern`, for all heads.
+  * `uniform(...)` takes fields of `HeadPattern` and applies them to all heads.
 
   Args:
     text: The string.
@@ -226,8 +227,8 @@ def parse(
     seq_len: Length to train at, in tokens.
 
   Raises:
-    ValueError: The string is not a pattern, or does not fit the model; one
-      line that names the fault.
+    ValueError: The string is not a pattern or does not fit the model. The
+      message is one line.
   """
   check_sizes(
     num_heads=num_heads,
@@ -270,10 +271,10 @@ def _written(name: str, parts: Sequence[str] = (), /, **arguments: Any) -> str:
 
 
 def _flow_rotations(shifts: Sequence[int]) -> Iterator[tuple[int, int]]:
-  """Yields the (num_chunks, rotate) that may have given shifts in chunks.
+  """Yields the (num_chunks, rotate) that may have produced shifts in chunks.
 
-  Head `h` has `h m // H`, rotated. From one head to the next that is `m / H`
-  more, rounded, and once, at the wrap, `m` less.
+  Head `h` has `h m // H`, rotated. From one head to the next the shift grows by
+  `m / H`, rounded, and once, at the wrap, it drops by `m`.
   """
   heads = len(shifts)
   drops = [a - b for a, b in itertools.pairwise(shifts) if a > b]
@@ -290,7 +291,7 @@ def _constructions(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
   """Yields names and arguments that may have made these heads.
 
-  Arguments that have their default value are None.
+  Arguments at their default value are None.
   """
   first, last = heads[0], heads[-1]
   chunk_size, dilation, window = last.chunk_size, last.dilation, last.window
@@ -391,7 +392,7 @@ def _runs(
 def _pieces(
   heads: tuple[HeadPattern, ...],
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
-  """Yields the forms, with their numbers of heads, that make these in turn."""
+  """Yields forms and their numbers of heads that make these heads in turn."""
   short = next(_short_forms(heads), None)
   alike = _runs(heads, lambda head: dataclasses.replace(head, **_MOVED))
   if short is not None:
@@ -434,7 +435,7 @@ def _written_pattern(
 def _orders(
   pattern: AttentionPattern, num_kv_heads: int | None
 ) -> Iterator[tuple[AttentionPattern, dict[str, Any]]]:
-  """Yields the pattern, and what interleaving would have made it from."""
+  """Yields the pattern, and the one that it may be interleaved from."""
   yield pattern, _options(pattern)
   if num_kv_heads is not None and pattern.num_heads % num_kv_heads == 0:
     # Interleaving by the size of a group undoes that by the number of groups.
@@ -445,7 +446,7 @@ def _orders(
 def _written_rotated(
   layers: dict[int, AttentionPattern | Mixture], num_kv_heads: int | None
 ) -> str | None:
-  """Returns the form with `rotate="layer"` that gives each layer, if any."""
+  """Returns the form with `rotate="layer"` that makes all layers, if any."""
   first = next(iter(layers.values()))
   if isinstance(first, Mixture) or len(set(layers.values())) < 2:
     return None
@@ -471,10 +472,10 @@ def text(
   *,
   num_kv_heads: int | None = None,
 ) -> str:
-  """Returns the string that `parse` reads as these patterns, whatever length.
+  """Returns the string that `parse` reads as these patterns, at any length.
 
-  All sizes are written. Heads that no constructor makes are a `mix` of shorter
-  runs of heads.
+  All sizes are written out. Heads that no constructor makes become a `mix` of
+  shorter runs of heads.
 
   Args:
     patterns: One pattern per layer, or one for all layers.
@@ -482,7 +483,7 @@ def text(
       recognised.
 
   Raises:
-    ValueError: There is no layer.
+    ValueError: There are no layers.
   """
   if isinstance(patterns, AttentionPattern | Mixture):
     patterns = (patterns,)
@@ -515,7 +516,7 @@ def text(
 def _cycle(
   layers: dict[int, AttentionPattern | Mixture], num_layers: int
 ) -> list[AttentionPattern | Mixture]:
-  """Returns the shortest list that gives layer `l` its entry `l mod count`."""
+  """Returns the shortest list in which layer `l` has entry `l mod count`."""
   for count in range(1, num_layers + 1):
     cycle: dict[int, AttentionPattern | Mixture] = {}
     if all(
