@@ -10,7 +10,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What the implementations need to know of a device.
+  """What the implementations need to know about a device.
 
   Attributes:
     platform: "cpu", "gpu" or "tpu".
@@ -25,19 +25,19 @@ class Target:
   num_multiprocessors: int = 0
 
 
-# A user context is part of the key that jax caches what it traced under.
+# A user context is part of the key of jax's tracing cache.
 _compiled_for = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def compile_for(target: Target) -> Iterator[None]:
-  """Chooses implementations for a device that need not be here."""
+  """Chooses implementations for a device that may not be present."""
   with _compiled_for(target):
     yield
 
 
 def of_device(device: Any) -> Target:
-  """Returns what a `jax.Device` is."""
+  """Returns the target that a `jax.Device` is."""
   capability = str(getattr(device, "compute_capability", ""))
   major, _, minor = capability.partition(".")
   is_cuda = device.platform == "gpu" and minor.isdigit()

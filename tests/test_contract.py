@@ -197,7 +197,7 @@ def test_the_device_decides_what_there_is_to_choose_from(device, names):
       if name in names or (name == "cudnn" and "triton" in names):
         dispatch.check_implementation(name)
       else:
-        said = f"{name} needs .*, and this is {device.kind}: .*{names[0]}"
+        said = f"{name} needs .*, but this is {device.kind}: .*{names[0]}"
         with pytest.raises(NotImplementedError, match=said):
           dispatch.check_implementation(name)
 

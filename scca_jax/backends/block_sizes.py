@@ -1,4 +1,4 @@
-"""Sizes of the kernels' tiles, and those that tuning found."""
+"""Tile sizes of the kernels, including the tuned ones."""
 
 import dataclasses
 import functools
@@ -11,13 +11,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-  """Sizes of the tiles of one kernel.
+  """Tile sizes of one kernel.
 
   Attributes:
     rows: Rows of a tile.
     columns: Columns of a block.
     stages: Blocks of columns in flight.
-    warps: Warps of a program, where the kernel leaves the choice.
+    warps: Warps per program, if the kernel leaves the choice.
   """
 
   rows: int = 128
@@ -26,7 +26,7 @@ class BlockSizes:
   warps: int = 8
 
 
-# What `experiments.benchmark_attention --tune` found: by implementation, GPU,
+# Found by `experiments.benchmark_attention --tune`, by implementation, GPU,
 # dtype, head_dim and kernel.
 SIZES_PATH = pathlib.Path(__file__).with_name("block_sizes.json")
 

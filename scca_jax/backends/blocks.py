@@ -1,12 +1,12 @@
 """Which blocks of keys and queries meet, for the GPU kernels.
 
-Keys are read where they lie: a shift is an index, and a dilation `r` a stride.
-The positions of one *residue*, those equal modulo `r`, are its *slots*. For one
-shift a query sees an interval of keys, and a key is seen by an interval of
-queries, both in closed form (`key_bounds`, `query_bounds`), so that the
-backward pass knows its blocks as the forward pass does.
+Keys are read in place: a shift is an index, and a dilation `r` a stride. The
+positions of one *residue* (equal modulo `r`) are its *slots*. For one shift a
+query sees an interval of keys, and a key is seen by an interval of queries,
+both in closed form (`key_bounds`, `query_bounds`), so that both the forward and
+the backward pass know their blocks.
 
-A *tile* is a block of rows, queries or, in the inverse direction, keys, with
+A *tile* is a block of rows (queries or, in the inverse direction, keys) with
 the blocks of columns that it meets. Tiles are made on the host, once per shape:
 `make_groups` lists them. Within a tile, blocks that straddle a border, and so
 need a mask, come first. The kernels read tiles from a table and use the same
@@ -14,11 +14,11 @@ bounds for the masks.
 
 The tiles of a union head have the blocks of all its parts: the keys that it
 sees by its shift, its own chunk (`own_chunk`), and the sinks (`more_bounds`).
-No column is in two blocks, and the mask of a block is that of all parts. Where
-the blocks are not a few runs, each part has a tile of its own.
+No column is in two blocks, and the mask of a block covers all parts. If the
+blocks are not just a few runs, each part has its own tile.
 
-The parts are: the rule of a head, the bounds of its keys and queries, blocks of
-a tile, tiles of union heads, and `make_groups`.
+The parts: the rule of a head, the bounds of its keys and queries, blocks of a
+tile, tiles of union heads, and `make_groups`.
 """
 
 import dataclasses
@@ -37,15 +37,15 @@ from scca_jax.patterns import AttentionPattern, HeadPattern
 
 # Exceeds any sequence length.
 FAR = 1 << 29
-# Positions of a whole tile must fit in 32 bits.
+# Positions in a whole tile must fit into 32 bits.
 MAX_DILATION = 1 << 20
 # Blocks of columns begin at a multiple of this slot: the copy engine of a
 # Hopper GPU fills tiles of 8 rows.
 ALIGN = 8
-# Positions that segment ids are summed up over, see `trim`.
+# How many positions `trim` summarises the segment ids of.
 _GRANULE = 64
-# Costs as measured on an H200, in blocks without a mask: of a mask, of a tile
-# with blocks, and of one without.
+# Costs measured on an H200, in units of a block without a mask: a mask, a tile
+# with blocks, and a tile without.
 _MASK_COST, _TILE_COST, _EMPTY_TILE_COST = 0.25, 0.7, 0.2
 # Groups of tiles per multiprocessor that `deal` orders by falling cost.
 _NUM_SORTED = 6
@@ -62,7 +62,7 @@ FIELDS = (
   "residue",
   "start",  # first row, a slot
   "num_blocks",
-  "num_masked",  # the first so many need a mask
+  "num_masked",  # this many, from the first on, need a mask
   "end_0",
   "end_1",
   "residue_0",
@@ -77,22 +77,22 @@ FIELDS = (
 )
 FIELD = {name: i for i, name in enumerate(FIELDS)}
 # Flags of a tile: it is the first or the last of its rows; all its blocks are
-# of queries that fall back (`HeadPattern.falls_back`); only its first run is.
+# for queries that fall back (`HeadPattern.falls_back`); only its first run is.
 FIRST, LAST, FALLS_BACK, MIXED = 1, 2, 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """What a head sees, as numbers: Python's, or scalars of a kernel.
+  """What a head sees, as Python numbers or as scalars in a kernel.
 
   Attributes:
-    chunk_size: Length of the chunks, `2 * FAR` for none.
-    offset: Where a chunk border is, in tokens; not positive.
+    chunk_size: Length of the chunks, `2 * FAR` without chunks.
+    offset: A chunk border, in tokens; not positive.
     shift: Shift of the keys, in tokens.
     reach: Largest distance of a slot in a window, in tokens, or `FAR`.
     windowed: Whether there is a window, 0 or 1.
-    limit: Queries before it are served without the shift.
-    dilation: Distance of neighbouring slots.
+    limit: Queries before this position are served without the shift.
+    dilation: Distance between neighbouring slots.
     select: Residue of the queries that are served, or -1.
     own_chunk: Whether queries also see their own chunk, 0 or 1.
     sinks: Keys at the start that all queries also see.
@@ -114,7 +114,7 @@ class Rule:
     """Returns the rule of a head."""
     shift, limit = head.shift, 0
     if head.own_chunk:
-      # Where the head falls back, its own chunk has what it sees.
+      # Where the head falls back, its own chunk contains what it sees.
       boundary = "drop"
     if head.chunk_size is None:
       if head.window is None:
@@ -147,12 +147,12 @@ class Rule:
 
   @property
   def is_union(self) -> bool:
-    """Whether a head sees more than one interval of keys; for numbers."""
+    """Whether a head sees more than one interval of keys (numbers only)."""
     return bool(self.own_chunk or self.sinks)
 
   @property
   def of_own_chunk(self) -> "Rule":
-    """The rule of a head that sees its own chunk alone."""
+    """The rule of a head that sees only its own chunk."""
     return dataclasses.replace(self, shift=0, reach=FAR, windowed=0, limit=0)
 
   def numbers(self) -> list[int]:
@@ -161,7 +161,7 @@ class Rule:
 
 
 def unserved_unions(pattern: AttentionPattern, segmented: bool) -> str | None:
-  """Returns which union heads tiles cannot describe, in words, or None.
+  """Returns, in words, which union heads tiles cannot describe, or None.
 
   Args:
     pattern: The pattern.
@@ -169,11 +169,11 @@ def unserved_unions(pattern: AttentionPattern, segmented: bool) -> str | None:
   """
   for head in filter(lambda head: head.is_union, pattern.head_groups()):
     if head.dilation > 1:
-      return "own_chunk or sinks beside a dilation"
+      return "own_chunk or sinks with a dilation"
     if head.sinks and segmented:
       return "sinks of segments"
     if Rule.of(head, pattern.boundary).limit:
-      return "sinks beside a shift that falls back"
+      return "sinks with a shift that falls back"
   return None
 
 
@@ -181,7 +181,7 @@ RULE_FIELDS = tuple(field.name for field in dataclasses.fields(Rule))
 
 
 def _div(a: Any, b: Any) -> Any:
-  """Returns `a // b` for `a >= 0`; kernels then need no fix for signs."""
+  """Returns `a // b` for `a >= 0`, without code for signs in kernels."""
   if isinstance(a, jax.Array):
     return lax.div(a, jnp.broadcast_to(jnp.asarray(b, a.dtype), a.shape))
   return a // b
@@ -202,9 +202,9 @@ def _minimum(a: Any, b: Any) -> Any:
 def key_bounds(rule: Rule, queries: Any, shift: Any) -> tuple[Any, Any]:
   """Returns the first and the last key that each query sees.
 
-  Of the keys between them it sees those of one residue. There are none where
-  the last lies before the first. Causality is left out, except with a window:
-  where the shift is not negative, the last key is at most the query.
+  It sees the keys of one residue between them. There are none if the last comes
+  before the first. Causality is left out, except with a window: if the shift is
+  not negative, the last key is at most the query.
 
   Args:
     rule: Rule of the head.
@@ -224,7 +224,7 @@ def key_bounds(rule: Rule, queries: Any, shift: Any) -> tuple[Any, Any]:
 def query_bounds(rule: Rule, keys: Any, shift: Any) -> tuple[Any, Any]:
   """Returns the first and the last query that sees each key, as `key_bounds`.
 
-  The last may lie behind the end of the sequence.
+  The last may lie beyond the end of the sequence.
   """
   chunk = rule.offset + rule.chunk_size * _div(
     keys + shift - rule.offset, rule.chunk_size
@@ -239,7 +239,7 @@ def more_bounds(rule: Rule, rows: Any, inverse: bool) -> list[tuple[Any, Any]]:
 
   Args:
     rule: Rule of the head, of dilation 1.
-    rows: Positions, of queries or, if `inverse`, of keys.
+    rows: Positions of queries or, if `inverse`, of keys.
     inverse: Whether rows are keys.
 
   Returns:
@@ -261,7 +261,7 @@ def more_bounds(rule: Rule, rows: Any, inverse: bool) -> list[tuple[Any, Any]]:
 def to_slots(
   first: Any, last: Any, residue: Any, dilation: Any
 ) -> tuple[Any, Any]:
-  """Returns an interval of positions as one of slots of a residue."""
+  """Returns an interval of positions as an interval of a residue's slots."""
   where = _library(first, last).where
   first = _div(first - residue + (dilation - 1), dilation)
   last = where(last < residue, -1, _div(_maximum(last - residue, 0), dilation))
@@ -274,19 +274,19 @@ def _run(
   columns: int,
   least: np.ndarray | int = 0,
 ) -> tuple[np.ndarray, ...]:
-  """Returns where the blocks of each tile begin and which need a mask.
+  """Returns where the blocks of each tile start and which need a mask.
 
-  Bounds grow with the rows, so those of the first and the last row suffice.
+  Bounds grow with the rows, so the first and the last row suffice.
 
   Args:
     first: First column that the first and the last row see.
     last: Last column that they see.
     columns: Columns of a block.
-    least: Where the first block may begin.
+    least: Where the first block may start.
 
   Returns:
     The first column, the number of blocks, and how many of them need a mask at
-    the begin and at the end.
+    the start and at the end.
   """
   start = np.maximum(first[0] // ALIGN * ALIGN, least)
   count = np.maximum(0, -(-(last[1] + 1 - start) // columns))
@@ -315,7 +315,7 @@ def _blocks_of(
     columns: Columns of a block.
     inverse: Whether rows are keys.
     falls_back: Whether only queries before the rule's limit count, which have
-      shift 0; else only the others.
+      shift 0; otherwise only the others.
   """
   shift = 0 if falls_back else rule.shift
   none: Any
@@ -345,19 +345,19 @@ def _blocks_of(
   return other, *_run([x[0] for x in slots], [x[1] for x in slots], columns)
 
 
-# Blocks one after another: the residue of their columns, the first column, the
-# number of blocks.
+# Consecutive blocks: the residue of their columns, the first column, the number
+# of blocks.
 _BlockRun = tuple[Any, Any, Any]
 
 
 def _runs(
   runs: Sequence[_BlockRun], num_masked: Any, columns: int, flags: int = 0
 ) -> dict[str, Any]:
-  """Returns the fields of tiles that say where their blocks begin.
+  """Returns the fields of tiles that say where their blocks start.
 
   Args:
-    runs: The runs of blocks of each tile, three or, of residue 0, four.
-    num_masked: How many of the blocks need a mask, from the first on.
+    runs: The runs of blocks of each tile, three or, for residue 0, four.
+    num_masked: How many blocks need a mask, from the first on.
     columns: Columns of a block.
     flags: Flags of the tiles.
   """
@@ -382,7 +382,7 @@ def _masked_first(
   columns: int,
   flags: int = 0,
 ) -> dict[str, Any]:
-  """Returns fields of tiles whose blocks to mask, at both ends, come first."""
+  """Returns fields of tiles with the blocks to mask, at both ends, first."""
   between = count - before - after
   return _runs(
     (
@@ -419,13 +419,14 @@ def _runs_of_parts(
   if rule.sinks:
     top, bottom = positions
     if inverse:
-      # The queries from each key on; a tile's last rows may be no sinks.
+      # The queries from each key on; a tile's last rows may not be sinks.
       whole = bottom < rule.sinks
       sees = np.where(top < rule.sinks, FAR, -1)
       parts.append([(top, sees), (np.where(whole, bottom, FAR), sees)])
     else:
       parts.append([(0 * x, np.minimum(x, rule.sinks - 1)) for x in positions])
-  # By the first column; of those that begin together the longest is first.
+  # Sorted by the first column; of those that start together the longest is
+  # first.
   first, last = (
     np.array([[row[side] for row in part] for part in parts], np.int64)
     for side in range(2)
@@ -446,9 +447,9 @@ def _runs_of_parts(
 def _join_parts(
   parts: Sequence[tuple[Any, Any, Any, Any]], columns: int
 ) -> list[dict[str, Any]]:
-  """Returns fields of the tiles of a union head, of each part.
+  """Returns fields of the tiles of a union head, for each part.
 
-  Where the blocks are at most four runs, the first part has them all.
+  If the blocks are at most four runs, the first part has them all.
 
   Args:
     parts: See `_runs_of_parts`.
@@ -491,7 +492,7 @@ def tiles_of_head(
   inverse: bool,
   in_order: bool,
 ) -> np.ndarray:
-  """Returns the tiles of one head, of batch and head 0, for its rows.
+  """Returns the tiles of one head for its rows, with batch and head 0.
 
   A union head has tiles for each part, some without blocks; others have one.
 
@@ -501,8 +502,8 @@ def tiles_of_head(
     rows: Rows of a tile, queries or, if `inverse`, keys.
     columns: Columns of a block.
     inverse: Whether the rows are keys.
-    in_order: Whether blocks go from the first to the last, as `trim` needs
-      them, all of them masked; else those that need a mask go first.
+    in_order: Whether blocks go from the first to the last, all of them masked,
+      as `trim` needs them; otherwise blocks that need a mask go first.
 
   Returns:
     Int32 `[blocks of rows, parts, fields]`.
@@ -589,8 +590,8 @@ def make_groups(
 ) -> tuple[list[np.ndarray], np.ndarray]:
   """Returns the tiles of a launch, in groups that belong together.
 
-  A group is the tiles of one block of rows, one after another: of a query head
-  or, in the inverse direction, of the query heads that read a block of keys.
+  A group has the consecutive tiles of one block of rows: for a query head or,
+  in the inverse direction, for the query heads that read a block of keys.
 
   Args:
     rules: Rules of the heads.
@@ -635,7 +636,7 @@ def make_groups(
       mine = tiles.copy()
       mine[..., FIELD["batch"]] = index
       for group in mine:
-        # A tile without blocks has nothing to add.
+        # A tile without blocks adds nothing.
         used = group[group[:, FIELD["num_blocks"]] > 0]
         used = used if len(used) else group[:1].copy()
         used[0, FIELD["flags"]] |= FIRST
@@ -658,20 +659,20 @@ def deal(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Assigns tile groups to multiprocessors so that all finish together.
 
-  Groups go in order, which keeps the keys that they share in the cache, each to
-  the multiprocessor that is free first; the last few per multiprocessor go by
-  falling cost. Those that would end too late go before their turn.
+  Groups are assigned in order, which keeps shared keys in the cache, each to
+  the multiprocessor that is free first; the last few per multiprocessor are
+  assigned by falling cost. Groups that would end too late go first.
 
   Args:
     groups: See `make_groups`.
-    costs: Likewise.
-    num_hands: Multiprocessors.
+    costs: See `make_groups`.
+    num_hands: Number of multiprocessors.
     num_sorted: How many groups per multiprocessor are sorted by cost.
 
   Returns:
     The table, int32 `[num_hands, most tiles, fields]`, and how many tiles each
-    has, int32 `[num_hands, 2]`: those with blocks, which come first, and those
-    without.
+    multiprocessor has, int32 `[num_hands, 2]`: tiles with blocks, which come
+    first, and tiles without.
   """
   empty = np.array([g[0, FIELD["num_blocks"]] == 0 for g in groups], bool)
   order = np.flatnonzero(~empty)
@@ -707,12 +708,12 @@ def trim(
   """Drops blocks whose segment ids cannot match any row of their tile.
 
   A tile keeps the blocks from the first to the last that may share an id with
-  its rows, and at least one; a tile of two runs keeps all.
+  its rows, but at least one; a tile of two runs keeps all.
 
   Args:
     table: Tiles made `in_order`, int32 `[..., fields]`.
     segment_ids: Integers `[batch, seq]`.
-    dilation: Dilation of the tiles' heads, one number or `[...]`.
+    dilation: Dilation of the tiles' heads, a number or `[...]`.
     sizes: Tile sizes.
   """
   field = {name: jnp.asarray(table[..., i]) for name, i in FIELD.items()}
@@ -720,7 +721,7 @@ def trim(
   ids = segment_ids.astype(jnp.int32)
 
   def extremes(length: int) -> tuple[jax.Array, jax.Array]:
-    """Returns least and largest id of so many positions, `[batch, pieces]`."""
+    """Returns min and max id per `length` positions, `[batch, pieces]`."""
     x = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % length)))
     x = x.reshape(x.shape[0], -1, length)
     return (
@@ -733,7 +734,7 @@ def trim(
   for r in np.unique(dilation).tolist():
     row_least, row_most = (x[:, :, None] for x in extremes(sizes.rows * r))
     least, most = (x[:, None, :] for x in extremes(_GRANULE * r))
-    # [batch, tiles of rows, granules]; a piece of padding meets nothing.
+    # [batch, tiles of rows, granules]; padding matches nothing.
     meet = (least <= row_most) & (most >= row_least)
     first = jnp.argmax(meet, axis=2)
     last = meet.shape[2] - 1 - jnp.argmax(meet[:, :, ::-1], axis=2)

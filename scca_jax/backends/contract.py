@@ -1,4 +1,4 @@
-"""What a back end declares that it serves, and why it refuses a call."""
+"""Declares what each back end serves, and says why it refuses a call."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from scca_jax.backends.heads import varying_axes
 from scca_jax.patterns import AttentionPattern
 from scca_jax.target import Target
 
-# Name under which a kernel saves its results for its backward pass: by it,
+# Name under which a kernel saves its results for its backward pass, so that
 # `jax.checkpoint` can keep them and recompute the rest.
 SAVED = "scca_attention"
 
@@ -44,7 +44,7 @@ class Call:
 
   @property
   def fields_in_use(self) -> frozenset[str]:
-    """Fields of the pattern and its heads that restrict or add keys."""
+    """Fields of pattern and heads that differ from their defaults."""
     known = ("heads", "boundary", "causality")
     of_pattern = {
       field.name
@@ -58,18 +58,18 @@ class Call:
 
   @property
   def varies(self) -> bool:
-    """Whether arrays are typed as varying along axes of a mesh."""
+    """Whether the arrays' types say that they vary along axes of a mesh."""
     arrays = (self.query, self.key, self.value, self.segment_ids)
     return any(x is not None and varying_axes(x) for x in arrays)
 
   @property
   def is_union(self) -> bool:
-    """Whether heads see their own chunk or sinks beside their first part."""
+    """Whether heads also see their own chunk or sinks."""
     return any(head.is_union for head in self.pattern.head_groups())
 
   @property
   def has_cache(self) -> bool:
-    """Whether queries stand elsewhere than the keys, as in decoding."""
+    """Whether queries and keys have different positions, as in decoding."""
     return (
       not isinstance(self.query_offset, int)
       or self.query_offset != 0
@@ -88,10 +88,10 @@ def _listed(values: Any) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackEnd:
-  """What an implementation serves; it refuses whatever it does not list.
+  """What an implementation serves; it refuses everything else.
 
-  A back end may refuse more when it is called, by NotImplementedError, before
-  it computes anything.
+  A back end may refuse more calls with NotImplementedError, before it computes
+  anything.
 
   Attributes:
     name: Its name as an `implementation`.
@@ -106,22 +106,23 @@ class BackEnd:
     dtypes: Dtypes of the inputs.
     head_dims: Lengths of a head; None serves any.
     runs_on: Whether it runs on a device.
-    needs: Such devices, in words.
+    needs: The devices it needs, in words.
     segments: Whether it serves segment ids.
-    cache: Whether queries may begin at an offset, or be fewer than the keys.
+    cache: Whether queries may start at an offset, or be fewer than the keys.
     log_sum: Whether it returns the log-sum-exp.
     deterministic: Whether gradients are bit-equal from run to run.
-    takes_deterministic: Whether its function takes `deterministic` too, and is
+    takes_deterministic: Whether its function also takes `deterministic`, and is
       faster without.
     checked_axes: Whether it runs inside a `jax.shard_map` with
-      `check_vma=True`, where every value in a kernel would have to say along
-      which mesh axes it varies.
+      `check_vma=True`, where every value in a kernel would have to declare
+      along which mesh axes it varies.
     automatic: Whether it may be chosen without being named.
-    furthest: Tokens, shifts and chunk sizes must be below it.
+    furthest: Limit below which lengths, shifts and chunk sizes must be, in
+      tokens.
     max_dilation: Largest dilation, in tokens.
     max_size: The query must have fewer elements.
-    unserved_unions: Returns which of a call's union heads it does not serve, in
-      words, if it obeys `own_chunk` and `sinks`.
+    unserved_unions: Returns, in words, which of a call's union heads it does
+      not serve, if it obeys `own_chunk` and `sinks`.
   """
 
   name: str
@@ -146,7 +147,7 @@ class BackEnd:
   unserved_unions: Callable[[Call], str | None] = lambda call: None
 
   def serves_unions(self, call: Call) -> bool:
-    """Whether it obeys `own_chunk` and `sinks` of a call by itself."""
+    """Whether it serves the `own_chunk` and `sinks` of a call by itself."""
     union = {"own_chunk", "sinks"}
     if self.pattern_fields is not None and not union <= self.pattern_fields:
       return False
@@ -156,7 +157,7 @@ class BackEnd:
     """Returns why it does not run on a device, or None if it does."""
     if self.runs_on(device):
       return None
-    return f"{self.name} needs {self.needs}, and this is {device.kind}"
+    return f"{self.name} needs {self.needs}, but this is {device.kind}"
 
   def refuses(self, call: Call, device: Target) -> str | None:
     """Returns why it does not serve a call on a device, or None if it does."""
@@ -175,8 +176,8 @@ class BackEnd:
       )
     if self.max_size is not None and call.query.size >= self.max_size:
       return (
-        f"{self.name} serves queries of fewer than {self.max_size} numbers, not"
-        f" {call.query.shape}"
+        f"{self.name} serves queries of fewer than {self.max_size} elements,"
+        f" not {call.query.shape}"
       )
     if call.segment_ids is not None and not self.segments:
       return f"{self.name} does not serve segment_ids"
@@ -220,7 +221,7 @@ class BackEnd:
       if self.furthest is not None and reach >= self.furthest:
         return (
           f"{self.name} serves lengths and shifts below {self.furthest} tokens,"
-          f" not {head} on {call.query.shape[1]} tokens"
+          f" not {head} with {call.query.shape[1]} tokens"
         )
       if self.max_dilation is not None and head.dilation > self.max_dilation:
         return (

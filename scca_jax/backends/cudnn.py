@@ -1,13 +1,13 @@
-"""The patterns that are dense attention on pieces of the sequence, by cuDNN.
+"""Serves patterns that are dense attention on pieces of the sequence.
 
-cuDNN's fused attention (`jax.nn.dot_product_attention`) knows no pattern, but
-dense, sliding and S2 heads, heads shifted by whole chunks (`scca_flow`) and by
-less than a chunk (`scca_fixed`) are calls on slices of it, causal or without
-any mask. No mask is built and no key is rolled, but slices are copies, and
-cuDNN gets keys that do not lie in order only as a copy.
+cuDNN's fused attention (`jax.nn.dot_product_attention`) has no patterns. But
+dense, sliding and S2 heads, and heads shifted by whole chunks (`scca_flow`) or
+by less than a chunk (`scca_fixed`), can be made of calls on slices, causal or
+without a mask. No mask is built and no key is rolled, but slices are copies,
+and cuDNN also needs a copy of keys that are not in order.
 
-It gives no log-sum-exp: the interface rounds it to the dtype of the inputs and
-differentiates it as a constant.
+It returns no log-sum-exp, because the interface rounds it to the dtype of the
+inputs and treats it as a constant in gradients.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class _Dense:
     return jnp.zeros_like(self.query[:, :length])
 
   def whole(self, first: int, last: int, window: int | None = None) -> Any:
-    """Returns causal attention from one position to another."""
+    """Returns causal attention within a range of positions."""
     piece = slice(first, last)
     masks = {} if window is None else {"local_window_size": (window - 1, 0)}
     return self._attend(
@@ -71,7 +71,7 @@ class _Dense:
     )
 
   def _pieces(self, x: jax.Array, first: int, length: int, num: int) -> Any:
-    """Returns `[batch * num, length, heads, head_dim]`, 0 behind the end."""
+    """Returns `[batch * num, length, heads, head_dim]`, 0 after the end."""
     x = x[:, first : first + num * length]
     missing = num * length - x.shape[1]
     x = jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0)))
@@ -86,8 +86,8 @@ class _Dense:
       queries: Position of the first chunk of queries.
       keys: Position of the first chunk of keys.
       length: Length of a chunk, in tokens.
-      num: How many there are.
-      is_causal: Whether slots are in order; else all keys are seen.
+      num: Number of chunks.
+      is_causal: Whether slots are in order; otherwise all keys are seen.
 
     Returns:
       `[batch, num, length, heads, head_dim]`.
@@ -106,7 +106,7 @@ def _by_token(chunks: jax.Array) -> jax.Array:
 
 
 def _of_chunks(dense: _Dense, first: int, length: int) -> jax.Array:
-  """Returns causal attention in chunks, from `first` on."""
+  """Returns causal attention in chunks, starting at `first`."""
   num = -(-(dense.seq_len - first) // length)
   return _by_token(dense.chunks(first, first, length, num, True))
 
@@ -114,7 +114,7 @@ def _of_chunks(dense: _Dense, first: int, length: int) -> jax.Array:
 def _of_shifted_chunks(
   dense: _Dense, head: HeadPattern, boundary: str
 ) -> jax.Array:
-  """Returns attention to chunks that lie some whole chunks before."""
+  """Returns attention to chunks a whole number of chunks earlier."""
   length, shift = head.chunk_size or 0, head.shift
   unserved = min(shift, dense.seq_len)
   if boundary == "local":
@@ -131,10 +131,10 @@ def _of_shifted_chunks(
 def _of_moved_chunks(dense: _Dense, length: int, shift: int) -> jax.Array:
   """Returns attention to chunks moved by less than their length.
 
-  A chunk of queries sees the end of the chunk before and the begin of its own,
-  `length` keys in all. Its last `shift` queries see them all. The others are
-  the end of a causal square over just these keys, whose begin, `shift` rows,
-  is computed for nothing. The first chunk lacks the chunk before.
+  A chunk of queries sees the end of the previous chunk and the start of its
+  own, `length` keys in all. Its last `shift` queries see them all. The others
+  are the end of a causal square over these keys; the first `shift` rows of that
+  square are computed in vain. The first chunk has no previous chunk.
   """
   rest = length - shift
   first = dense.whole(0, min(rest, dense.seq_len))
@@ -150,7 +150,7 @@ def _of_moved_chunks(dense: _Dense, length: int, shift: int) -> jax.Array:
     num = -(-(dense.seq_len - length) // length)
     begin = length - shift
     early = dense.chunks(begin, begin, length, num, True)[:, :, shift:]
-    # Chunks of queries that begin with those that see everything.
+    # Chunks of queries that start with the ones that see everything.
     late = dense.chunks(begin + length, begin, length, num, False)
     parts.append(
       _by_token(jnp.concatenate([early, late[:, :, :shift]], axis=2))
@@ -159,10 +159,10 @@ def _of_moved_chunks(dense: _Dense, length: int, shift: int) -> jax.Array:
 
 
 def _attend(dense: _Dense, head: HeadPattern, boundary: str) -> jax.Array:
-  """Returns the output of heads that share a pattern, and perhaps more rows.
+  """Returns the output of heads that share a pattern, perhaps with extra rows.
 
   Raises:
-    NotImplementedError: The pattern is not dense on pieces.
+    NotImplementedError: The pattern is not dense attention on pieces.
   """
   length, shift = head.chunk_size, head.shift
   if length is None:
@@ -212,7 +212,8 @@ def attention(
     segment_ids: None.
     query_offset: 0.
     scale: Factor of the scores.
-    dense_implementation: What makes the dense calls; "xla" runs anywhere.
+    dense_implementation: Implementation of the dense calls; "xla" runs
+      anywhere.
 
   Raises:
     NotImplementedError: It cannot be made of dense calls without a mask.
@@ -225,7 +226,7 @@ def attention(
   for head, heads in groups.items():
     indices = np.array(heads)
     kv_indices = indices // group_size
-    # Whole GQA groups share their keys, others get a copy of them.
+    # Whole GQA groups share their keys; other heads get a copy.
     if len(heads) % group_size == 0 and np.array_equal(
       indices.reshape(-1, group_size)[:, 0], np.unique(kv_indices) * group_size
     ):

@@ -12,10 +12,10 @@ def _is_range(heads: Sequence[int]) -> bool:
 
 
 def take_heads(x: jax.Array, heads: Sequence[int]) -> jax.Array:
-  """Returns `x[:, :, heads]`, a slice where the heads are neighbours.
+  """Returns `x[:, :, heads]`, as a slice if the heads are neighbours.
 
-  Its gradient adds up in a fixed order where a head is taken repeatedly; a
-  scatter on a GPU would not.
+  If a head is taken repeatedly, its gradient is summed in a fixed order, unlike
+  with a scatter on a GPU.
 
   Args:
     x: `[batch, seq, heads, ...]`.
@@ -34,7 +34,8 @@ def take_heads(x: jax.Array, heads: Sequence[int]) -> jax.Array:
   repeats = len(heads) // len(unique)
   if heads == [head for head in unique for _ in range(repeats)]:
     return jnp.repeat(take_heads(x, unique), repeats, axis=2)
-  # The first, the second, ... appearance of each head: none has a head twice.
+  # The first, the second, ... appearance of each head, so that none has a head
+  # twice.
   seen: dict[int, int] = {}
   rounds: list[list[int]] = []
   for place, head in enumerate(heads):
@@ -50,11 +51,11 @@ def take_heads(x: jax.Array, heads: Sequence[int]) -> jax.Array:
 def join_heads(
   parts: Sequence[jax.Array], heads: Sequence[Sequence[int]]
 ) -> jax.Array:
-  """Returns `[batch, seq, heads, ...]` of parts that hold some heads each.
+  """Returns `[batch, seq, heads, ...]` from parts with some heads each.
 
   Args:
     parts: `[batch, seq, some heads, ...]`.
-    heads: Indices of the heads of each part; together each index once.
+    heads: Indices of the heads of each part; each index occurs once.
   """
   order = [head for of_part in heads for head in of_part]
   joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
@@ -62,10 +63,10 @@ def join_heads(
 
 
 def kv_heads_of(heads: Sequence[int], group_size: int) -> list[int]:
-  """Returns the key heads for a call of some query heads alone.
+  """Returns the key heads for a call with only some query heads.
 
-  Each is returned once if as many query heads in a row share it; otherwise one
-  is returned for each query head.
+  Each is returned once if equally many consecutive query heads share it;
+  otherwise one is returned per query head.
 
   Args:
     heads: Query heads.
@@ -79,20 +80,20 @@ def kv_heads_of(heads: Sequence[int], group_size: int) -> list[int]:
 
 
 def safe_maximum(maximum: jax.Array) -> jax.Array:
-  """Returns 0 for -inf: a row without keys must not compute inf - inf."""
+  """Returns 0 for -inf, so that a row without keys avoids inf - inf."""
   return jnp.where(maximum == -jnp.inf, 0.0, maximum)
 
 
 def finish_softmax(
   maximum: jax.Array, total: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns what to divide the weighted values by, and the log-sum-exp.
+  """Returns the divisor of the weighted values, and the log-sum-exp.
 
-  A row without keys is divided by 1, which leaves its 0, and has a log-sum-exp
+  A row without keys is divided by 1, which keeps its 0, and has a log-sum-exp
   of -inf.
 
   Args:
-    maximum: What the scores were reduced by before `exp`; finite.
+    maximum: What was subtracted from the scores before `exp`; finite.
     total: Sum of the weights.
   """
   empty = total == 0
@@ -103,10 +104,10 @@ def finish_softmax(
 def combine(
   outputs: Sequence[jax.Array], log_sums: Sequence[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns attention over all keys from that over disjoint parts of them.
+  """Returns attention over all keys from attention over disjoint parts.
 
-  The parts are weighted by their sums of exponentials (LongNet, Eq. 10 of
-  arXiv 2307.02486); a key in several parts counts as often.
+  The parts are weighted by their sums of exponentials (LongNet, Eq. 10 of arXiv
+  2307.02486); a key in several parts counts several times.
 
   Args:
     outputs: `[batch, seq, heads, head_dim]` each.
@@ -116,7 +117,7 @@ def combine(
     The output, and its log-sum-exp.
   """
   log_sum = jnp.stack(log_sums)
-  # A query that no part serves has only -inf, which must not meet itself.
+  # A query that no part serves has only -inf, and -inf - -inf must be avoided.
   maximum = jax.lax.stop_gradient(safe_maximum(jnp.max(log_sum, axis=0)))
   weights = jnp.exp(log_sum - maximum[None])
   total, combined = finish_softmax(maximum, jnp.sum(weights, axis=0))
@@ -128,11 +129,11 @@ def combine(
 
 
 def vary_alike(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
-  """Returns the arrays with one set of varying mesh axes, that of them all.
+  """Returns the arrays, all varying along the union of their mesh axes.
 
-  Inside a `jax.shard_map` with `check_vma=True` the type of an array says
-  along which axes it differs; loops and custom gradients must keep it. An
-  array that all devices hold then gets its gradient summed over them.
+  Inside a `jax.shard_map` with `check_vma=True` the type of an array says along
+  which axes it varies; loops and custom gradients must preserve it. The
+  gradient of an array that all devices hold is then summed over them.
   """
   axes: set[str] = set()
   for x in arrays:
@@ -142,12 +143,12 @@ def vary_alike(arrays: Sequence[jax.Array | None]) -> list[jax.Array | None]:
 
 
 def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
-  """Returns `x`, such as the first carry of a loop, that varies as `like`."""
+  """Returns `x`, such as a loop's first carry, varying like `like`."""
   return _vary(x, varying_axes(like))
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
-  """Returns the mesh axes that the type of an array says it varies along."""
+  """Returns the mesh axes along which an array's type says it varies."""
   return jax.typeof(x).manual_axis_type.varying
 
 

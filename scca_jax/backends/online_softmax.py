@@ -1,9 +1,9 @@
 """Softmax over keys that come in blocks, forward and backward, in float32.
 
-Milakov and Gimelshein (arXiv 1805.02867); the backward pass computes the
-weights again from the log-sum-exp (Dao et al., arXiv 2205.14135). Axes before
-the last two may be any; `[..., queries, keys]` are scores, and the subscripts
-of products say how scores and values meet.
+Milakov and Gimelshein (arXiv 1805.02867); the backward pass recomputes the
+weights from the log-sum-exp (Dao et al., arXiv 2205.14135). Scores are
+`[..., queries, keys]` with any leading axes, and the subscripts of products say
+how scores and values combine.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _precision(dtype: Any) -> jax.lax.Precision:
-  """Asks for exact float32 products, where a GPU would round operands."""
+  """Requests exact float32 products, as a GPU would round operands."""
   if dtype == jnp.float32:
     return jax.lax.Precision.HIGHEST
   return jax.lax.Precision.DEFAULT
@@ -28,8 +28,8 @@ def _precision(dtype: Any) -> jax.lax.Precision:
 def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """Returns an einsum, accumulated in float32.
 
-  A float32 `a` that meets a smaller `b` is rounded to its dtype, for the
-  matrix units of a GPU. A CPU would only widen it again: it is left exact.
+  A float32 `a` is rounded to the dtype of a narrower `b`, for the matrix units
+  of a GPU. On a CPU, which would only widen it again, it stays exact.
   """
 
   def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -52,12 +52,12 @@ def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def zeros_like(x: jax.Array) -> jax.Array:
-  """Returns float32 zeros that vary over a mesh as `x` does."""
+  """Returns float32 zeros that vary over a mesh like `x`."""
   return vary_like(jnp.zeros(x.shape, jnp.float32), x)
 
 
 def start(query: jax.Array) -> Sums:
-  """Returns the sums before any key."""
+  """Returns the initial sums."""
   zeros = zeros_like(query)
   maximum = jnp.full(query.shape[:-1], -jnp.inf, jnp.float32)
   return vary_like(maximum, query), zeros[..., 0], zeros
@@ -66,11 +66,11 @@ def start(query: jax.Array) -> Sums:
 def accumulate(
   sums: Sums, scores: jax.Array, value: jax.Array, subscripts: str
 ) -> Sums:
-  """Returns the sums with a block of keys more.
+  """Returns the sums after another block of keys.
 
   Args:
-    sums: Those of the blocks so far.
-    scores: -inf where a query does not see a key.
+    sums: The sums so far.
+    scores: Scores of the block, -inf where a query does not see a key.
     value: Values of the block.
     subscripts: Product of weights and values.
   """
@@ -100,11 +100,11 @@ def delta(
   d_output: jax.Array,
   d_log_sum: jax.Array,
 ) -> jax.Array:
-  """Returns what each query's score gradients have in common.
+  """Returns the common term of each query's score gradients.
 
   With `p` the weights, `ds = p (dp - delta)`, `delta = sum(do o) - dlse`. The
-  output is float32: where one key has nearly all the weight, the gradient is
-  what the difference leaves, and a rounded output would drown it.
+  output is float32: if one key has nearly all the weight, the gradient is a
+  small difference, which a rounded output would drown.
   """
   shared = jnp.sum(d_output.astype(jnp.float32) * output, axis=-1)
   return shared - jnp.where(log_sum == -jnp.inf, 0.0, d_log_sum)

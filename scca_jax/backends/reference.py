@@ -40,7 +40,8 @@ def attention(
   """Returns the output and the log-sum-exp; see `scca_jax.attention`.
 
   Memory and time grow with `seq * kv_seq`, whatever the pattern. Segments are
-  contiguous: one whose id appears again later starts again there, sinks too.
+  contiguous: if an id appears again later, a new segment starts there, with its
+  own sinks.
   """
   seq_len, kv_len = query.shape[1], key.shape[1]
   group_size = query.shape[2] // key.shape[2]
@@ -75,7 +76,7 @@ def attention(
   )
   attention_logits = jnp.where(seen, attention_logits, -jnp.inf)
   # A query without keys gets weights of 0 and no gradient: its maximum and its
-  # sum are replaced before they could make a NaN.
+  # sum are replaced before they can produce a NaN.
   maximum = jnp.max(attention_logits, axis=-1, keepdims=True, initial=-jnp.inf)
   maximum = jax.lax.stop_gradient(safe_maximum(maximum))
   weights = jnp.exp(attention_logits - maximum)

@@ -1,8 +1,8 @@
-"""The back ends there are, and the choice between them.
+"""The list of back ends, and the choice between them.
 
 A new back end is a module with a function `attention` and an entry here. The
-modules are imported when they are first used: kernels need the libraries of
-their GPU.
+modules are imported on first use, because kernels need the libraries of their
+GPU.
 """
 
 import functools
@@ -63,7 +63,7 @@ BACK_ENDS: dict[str, BackEnd] = {
       pattern_fields=_HEAD_FIELDS | _UNION_FIELDS,
       dtypes=_HALF,
       head_dims=(64, 128),
-      # Its instructions (wgmma) exist on Hopper alone, not on later GPUs.
+      # Its instructions (wgmma) exist only on Hopper, not on later GPUs.
       runs_on=lambda device: device.compute_capability[0] == 9,
       needs="a Hopper GPU (compute capability 9.0)",
       furthest=blocks.FAR // 2,
@@ -95,7 +95,7 @@ BACK_ENDS: dict[str, BackEnd] = {
       needs="an NVIDIA GPU of compute capability 8.0 or later",
       segments=False,
       log_sum=False,
-      # The query gradient of cuDNN's flash attention is summed by atomics.
+      # cuDNN's flash attention sums the query gradient with atomics.
       deterministic=False,
       # It serves too few calls to be worth trying.
       automatic=False,
@@ -124,7 +124,7 @@ BACK_ENDS: dict[str, BackEnd] = {
 
 
 def available() -> tuple[str, ...]:
-  """Returns the implementations to choose from on the device, best first.
+  """Returns the implementations available on the device, best first.
 
   The device is `target.current`.
   """
@@ -137,11 +137,11 @@ def available() -> tuple[str, ...]:
 
 
 def check_implementation(implementation: str | Sequence[str] | None) -> None:
-  """Checks the names early, before anything is computed.
+  """Checks the names before anything is computed.
 
   Raises:
     ValueError: A name is unknown.
-    NotImplementedError: The device runs none of them.
+    NotImplementedError: None of them runs on the device.
   """
   device = target.current()
   reasons = [b.refuses_device(device) for b in resolve(implementation)]
@@ -158,7 +158,7 @@ def resolve(
   """Returns the back ends to try, in order.
 
   Raises:
-    ValueError: A name is unknown, or there is none.
+    ValueError: A name is unknown, or no name is given.
   """
   if implementation is None:
     implementation = available()
@@ -179,14 +179,14 @@ def resolve(
 
 @functools.cache
 def _log_once(chosen: str, reasons: tuple[str, ...]) -> None:
-  """Logs what was chosen in place of something faster."""
+  """Logs what was chosen instead of something faster."""
   logging.warning(
     "attention falls back to %s here: %s.", chosen, "; ".join(reasons)
   )
 
 
 def _run(back_end: BackEnd, call: Call) -> tuple[jax.Array, jax.Array | None]:
-  """Raises NotImplementedError for a call that the back end refuses."""
+  """Runs a back end; raises NotImplementedError if it refuses the call."""
   if (
     call.is_union
     and not back_end.serves_unions(call)
@@ -226,7 +226,7 @@ def attend(
   """Returns output and log-sum-exp of the first back end that serves the call.
 
   Raises:
-    NotImplementedError: None does; the message says why each does not.
+    NotImplementedError: None does; the message gives each one's reason.
   """
   reasons: list[str] = []
   for back_end in back_ends:

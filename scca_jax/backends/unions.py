@@ -1,8 +1,8 @@
-"""Union heads as disjoint parts, for back ends that do not serve them whole.
+"""Serves union heads as disjoint parts, for back ends without unions.
 
-The first part of a head, its own chunk and the sinks are calls of their own
-(`patterns.union_parts`), joined by their log-sum-exp. Gradients are exact: a
-back end gives that of its log-sum-exp too.
+The first part of a head, its own chunk and the sinks become separate calls
+(`patterns.union_parts`), combined by their log-sum-exp. Gradients are exact,
+because back ends also differentiate their log-sum-exp.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ Run = Callable[[Call], tuple[jax.Array, jax.Array | None]]
 
 
 def refuses(call: Call) -> str | None:
-  """Returns why a call is not one of disjoint parts, or None if it is."""
+  """Returns why a call has no disjoint parts, or None if it has."""
   parts = patterns.union_parts(call.pattern)
   if any(part.before_chunk for part in parts):
-    return "own_chunk is no part of its own beside a shift below chunk_size"
+    return "own_chunk cannot be separated from a shift below chunk_size"
   has_sinks = any(part.num_keys is not None for part in parts)
   if has_sinks and call.segment_ids is not None:
-    return "sinks of segments are no part of their own"
+    return "sinks of segments cannot be separated"
   return None
 
 
@@ -44,9 +44,9 @@ def attend(
 
   Args:
     call: The call.
-    run: Serves the parts that are patterns of their own, in their order.
-    at_start: The same call with the first keys of the sequence, which sinks
-      are, where `call` does not have them; None takes `call`.
+    run: Serves the parts that are plain patterns, in order.
+    at_start: The same call with the first keys of the sequence, for sinks, if
+      `call` does not have them; None uses `call`.
   """
   parts = patterns.union_parts(call.pattern)
   at_start = call if at_start is None else at_start
@@ -83,7 +83,7 @@ def attend(
 def _attend_part(
   call: Call, part: Part, run: Run
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns what the heads of a part that is a pattern attend to."""
+  """Returns attention of the heads of a part that is a plain pattern."""
   group_size = call.query.shape[2] // call.key.shape[2]
   kv_heads = kv_heads_of(part.heads, group_size)
   output, log_sum = run(
@@ -103,14 +103,14 @@ def _attend_part(
 def _attend_first_keys(call: Call, part: Part) -> tuple[jax.Array, jax.Array]:
   """Returns attention to the few keys at the start that a part counts.
 
-  The scores of all queries and those keys are one array, which the backward
-  pass computes again.
+  The scores of all queries and these keys are one array, which the backward
+  pass recomputes.
   """
   seq_len, kv_len = call.query.shape[1], call.key.shape[1]
   num_keys = min(part.num_keys or 0, kv_len)
   group_size = call.query.shape[2] // call.key.shape[2]
   kv_heads = [head // group_size for head in part.heads]
-  # Only the keys that count are given.
+  # Only the keys that count are passed.
   counted = dataclasses.replace(part, num_keys=None)
   exact = call.query.dtype == jnp.float32
   precision = jax.lax.Precision.HIGHEST if exact else None

@@ -1,8 +1,9 @@
 """Attention of some queries over all keys of a cache, in plain XLA.
 
-Time grows with the keys times the queries, memory with their sum: blocks of
-keys meet every query in an online softmax. A pattern only masks. `attend` is
-for decoding, and `attend_sinks` for the few keys that union heads share.
+Time grows with the keys times the queries, memory with their sum: every query
+meets every block of keys in an online softmax, and the pattern is only a mask.
+`attend` is for decoding, and `attend_sinks` for the few keys that union heads
+share.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from scca_jax.patterns import AttentionPattern, Part
 
 # Keys in a block.
 _BLOCK = 512
-# The scores of one block of keys aim at no more than this, in bytes.
+# Target size for the scores of one block of keys, in bytes.
 _SCORE_BYTES = 16 * 2**20
 
 
@@ -33,8 +34,8 @@ class _Mask:
     query_ids: Segments of the queries, `[batch, seq]`.
     key_ids: Segments of the keys, `[batch, kv_seq]`; 0 for no key.
     keys: Positions of the keys, `[batch or 1, kv_seq]`.
-    starts: Where their segments start, in the same form.
-    num_keys: Keys after so many count nothing; None if all may count.
+    starts: Where their segments start, in the same shape.
+    num_keys: Only the first `num_keys` keys count; None if all may count.
   """
 
   offset: jax.Array
@@ -50,7 +51,7 @@ class _Settings:
   """What a call is compiled for.
 
   Attributes:
-    pattern: It says which keys are seen.
+    pattern: Which keys are seen.
     scale: Factor of the scores.
     dtype: Dtype of the arrays, the output and the gradients.
     operands: Dtype that queries, keys and values are multiplied in.
@@ -63,10 +64,10 @@ class _Settings:
 
 
 def _to_blocks(x: jax.Array) -> jax.Array:
-  """Returns `[blocks, batch, keys, ...]` of `[batch, kv_seq, ...]`."""
+  """Returns `[blocks, batch, keys, ...]` from `[batch, kv_seq, ...]`."""
   kv_len = x.shape[1]
   num_blocks = -(-kv_len // _BLOCK)
-  # Blocks alike in length: little is padded.
+  # Blocks of similar length need little padding.
   block = -(-kv_len // num_blocks)
   missing = num_blocks * block - kv_len
   x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
@@ -84,7 +85,7 @@ def _from_blocks(x: jax.Array, kv_len: int) -> jax.Array:
 def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
   """Returns `[batch, kv_heads, group, seq, ...]` of `[batch, seq, heads, ...]`.
 
-  Query heads that share a key head then lie together.
+  Query heads that share a key head are then neighbours.
   """
   x = jnp.moveaxis(x, 2, 1)
   return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
@@ -96,7 +97,7 @@ def _ungrouped(x: jax.Array) -> jax.Array:
 
 
 def _blocks(key: jax.Array, value: jax.Array, mask: _Mask) -> tuple[Any, ...]:
-  """Returns what a scan over the blocks of keys goes through."""
+  """Returns the inputs of a scan over the blocks of keys."""
   of_keys = (key, value, mask.key_ids, mask.keys, mask.starts)
   blocks = tuple(_to_blocks(x) for x in of_keys)
   num_blocks, _, length = blocks[0].shape[:3]
@@ -129,7 +130,7 @@ def _scores(
 
 
 def _forward(settings: _Settings, query, key, value, mask):
-  """Returns what `_attend` does, grouped and the output in float32."""
+  """Returns the results of `_attend`, grouped, with a float32 output."""
   kv_len, kv_heads = key.shape[1:3]
   query = _grouped(query, kv_heads)
 
@@ -253,7 +254,7 @@ def attend_sinks(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns attention over the sinks of a union.
 
-  Time grows with the queries times the sinks, of all segments together.
+  Time grows with the queries times the sinks of all segments together.
 
   Args:
     part: One with `num_keys`, from `patterns.union_parts`.
@@ -276,7 +277,7 @@ def attend_sinks(
     positions = jnp.arange(key.shape[1])[None]
     starts, num_keys = jnp.zeros_like(positions), None
   else:
-    # Sinks first: the blocks after them are left out.
+    # Sinks come first, so the blocks after them are left out.
     starts = segment_starts(segment_ids)
     sinks = (jnp.arange(seq_len)[None] - starts < part.num_keys) & (
       segment_ids != 0
