@@ -106,7 +106,7 @@ def test_any_reference_counts_once(path):
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    ([], "does not hold a JSON object"),
+    ([], "does not contain a JSON object"),
     ({"questions": []}, r"is not like SQuAD \(KeyError: 'data'\)"),
     ({"data": [{"paragraphs": [{"context": "a"}]}]}, "'qas'"),
     ({"data": ["text"]}, "is not like SQuAD"),
@@ -125,7 +125,7 @@ def test_a_file_of_another_form_is_refused_by_name(tmp_path, content, message):
 def test_the_file_must_be_given_and_be_there(tmp_path):
   with pytest.raises(ValueError, match="--qa_data=FILE"):
     tasks.get("qa")
-  with pytest.raises(FileNotFoundError, match="there is no"):
+  with pytest.raises(FileNotFoundError, match="does not exist"):
     tasks.get("qa", tmp_path / "no.json")
 
 

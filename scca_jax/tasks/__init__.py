@@ -41,7 +41,7 @@ TASKS: dict[str, Task] = {
     Copy(),
   )
 }
-# Those of TASKS, and the one whose texts a user has to give.
+# The names in TASKS, and the task whose texts the user has to provide.
 NAMES = (*TASKS, QuestionAnswering.name)
 
 

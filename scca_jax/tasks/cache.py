@@ -1,8 +1,9 @@
-"""Samples that are made once and kept in a file.
+"""Makes samples once and keeps them in a file.
 
 Models and patterns are compared on the same samples, which take longer to make
-than to read. A file holds those of one task, length, seed and tokenizer; its
-name has a hash of all that they follow from, this code included.
+than to read. A file contains the samples of one task, length, seed and
+tokenizer; its name has a hash of everything that they depend on, this code
+included.
 """
 
 import functools
@@ -29,17 +30,17 @@ def load_or_make(
   num_samples: int,
   seed: int,
 ) -> list[Sample]:
-  """Returns `task.samples(...)`, from a file where there is one.
+  """Returns `task.samples(...)`, from a file if there is one.
 
   A file with too few samples, or a damaged one, is replaced.
 
   Args:
     folder: Where the files are.
     task: The task.
-    tokenizer: See `Task.samples`, as all that follow.
+    tokenizer: See `Task.samples`, also for the arguments below.
     context_len: Length of prompt and answer, in tokens.
     num_samples: How many samples.
-    seed: Draws other samples.
+    seed: Seed of the samples.
 
   Raises:
     ValueError: See `Task.samples`.

@@ -21,7 +21,7 @@ class Copy(Task):
   """A segment that occurs twice.
 
   The two are 128, 256, 512, … tokens apart, or as far as the context allows.
-  The score is the loss: a model rarely gets all 120 tokens right.
+  The score is the loss, because a model rarely gets all 120 tokens right.
   """
 
   name = "copy"

@@ -1,4 +1,4 @@
-"""Text to hide needles in, and words to make needles from.
+"""Text to hide needles in, and words to make needles of.
 
 RULER downloads essays and takes words from a package. We use the embedded books
 for both **[ours]**: sentences of the test books, since models may have been

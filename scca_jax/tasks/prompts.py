@@ -1,8 +1,8 @@
 """Prompts that fill a context, assembled from parts that are tokenised once.
 
 A prompt of 32,768 tokens has thousands of sentences, but few distinct ones. So
-a task writes a prompt as a list of parts; each part is tokenised once, and
-counting the tokens of a prompt is adding up known numbers.
+a task writes a prompt as a list of parts. Each part is tokenised once, and
+counting the tokens of a prompt means adding up known numbers.
 
 A part begins with a space, or follows a part that ends with a line break.
 Tokenizers split text at these seams, so joining the ids of the parts gives the
@@ -38,9 +38,10 @@ _SEAMS = (
   " 'tis so!\n",
   "Question:",
 )
-# With more known parts than this, the encoder forgets all, to bound its memory.
+# With more known parts than this, the encoder forgets them all, to bound its
+# memory.
 _MOST_KNOWN = 1 << 18
-# Steps of the search that interpolate; later ones bisect.
+# Steps of the search that interpolate; later steps bisect.
 _NUM_INTERPOLATED = 8
 
 

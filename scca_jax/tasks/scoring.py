@@ -1,10 +1,10 @@
 """Scores of a model on samples, with one forward pass per sample.
 
 The model reads the prompt and the right answer together ("teacher forcing"). It
-is right if each token of the answer is the most likely one after all before it,
-which is when greedy decoding would write this answer.
+is right if each token of the answer is the most likely one given all tokens
+before it, so that greedy decoding would write this answer.
 
-RULER instead lets the model write, and looks for the references in its text
+RULER instead lets the model write and looks for the references in its text
 (`generated_credits`).
 """
 
@@ -47,9 +47,9 @@ class Score:
       "accuracy", "answer_loss", "num_samples", and "distance", in tokens, if
       the task has it. Empty for tasks without a depth.
     prompts_sha256: SHA-256 of the ids of all samples.
-    ruler_score: Mean share of the references in generated text, which alone is
-      comparable with RULER's scores; None if nothing was generated.
-    ruler_interval: Its interval, as `wilson_interval` has it.
+    ruler_score: Mean share of the references in generated text, the only score
+      here that is comparable with RULER's; None if nothing was generated.
+    ruler_interval: Its interval, from `wilson_interval`.
   """
 
   accuracy: float
@@ -75,7 +75,7 @@ class Answer(NamedTuple):
 
   @property
   def right(self) -> bool:
-    """Whether all were."""
+    """Whether all tokens were."""
     return bool(self.hits.all())
 
 
@@ -83,8 +83,8 @@ def wilson_interval(num_right: float, num_samples: int) -> tuple[float, float]:
   """Returns the 95 % interval of a share, after Wilson (JASA 22, 1927).
 
   Args:
-    num_right: With partial credit, the sum of the shares: the interval is then
-      wider than it need be.
+    num_right: With partial credit, the sum of the shares; the interval is then
+      wider than necessary.
     num_samples: Number of samples.
   """
   z2 = _DEVIATIONS**2
@@ -131,7 +131,7 @@ def answer_scores(
     starts: Position of the first answer token, `[batch]`, at least 1. Results
       beyond the end of an answer are meaningless.
     graphdef: The model's structure.
-    answer_len: Tokens from `starts` on.
+    answer_len: Number of tokens, starting at `starts`.
     patterns: See `Llama.hidden_states`.
     execution: See `Llama.hidden_states`.
   """
@@ -178,7 +178,7 @@ def answers(
     model: A `Llama`.
     samples: From a task's `samples`.
     context_len: Length that samples are padded to at their end, in tokens.
-    batch_size: Most samples that are run at once.
+    batch_size: Maximum number of samples per batch.
     patterns: See `Llama.hidden_states`; None is dense.
     execution: See `Llama.hidden_states`.
     on_samples: Called after every batch with the number of its samples.
@@ -193,7 +193,8 @@ def answers(
   answer_len = math.ceil(longest / _ANSWER_BUCKET) * _ANSWER_BUCKET
   batch_size = min(batch_size, len(samples))
   if execution.mesh is None:
-    # Batches of equal sizes: as many, without empty rows in the last.
+    # The same number of batches, but of equal sizes, so that the last has no
+    # empty rows.
     num_batches = math.ceil(len(samples) / batch_size)
     batch_size = math.ceil(len(samples) / num_batches)
 
@@ -239,7 +240,7 @@ def answers(
 def _one_ahead(items: Iterable[Any]) -> Iterator[Any]:
   """Yields each item once the next one is made.
 
-  So the device computes a batch while the host prepares the next.
+  This way the device computes a batch while the host prepares the next.
   """
   waiting = []
   for item in items:
@@ -261,15 +262,15 @@ def generated_credits(
 ) -> list[float]:
   """Returns the share of the references that the model writes, by sample.
 
-  It writes what is most likely, at most as many tokens as RULER allows.
+  Decoding is greedy, for at most as many tokens as RULER allows.
 
   Args:
     model: A `Llama`.
-    task: Where the samples are from.
-    tokenizer: What they were made with.
+    task: The task of the samples.
+    tokenizer: The tokenizer that they were made with.
     samples: From the task's `samples`.
-    batch_size: Samples that are continued at once.
-    patterns: What prompts and new tokens attend by; None is dense.
+    batch_size: Samples per batch.
+    patterns: Pattern for prompts and new tokens; None is dense.
     execution: See `generation.stream`; on one device.
 
   Raises:
@@ -305,7 +306,7 @@ def score(
   Args:
     model: A `Llama`.
     samples: From a task's `samples`.
-    credits: From `generated_credits`, if the model has written answers, too.
+    credits: From `generated_credits`, if the model also wrote answers.
     **settings: See `answers`.
   """
   samples = list(samples)

@@ -20,10 +20,10 @@ class Sample:
   """A prompt and the answer to it.
 
   Attributes:
-    prompt_ids: Token ids of the prompt, BOS included where prompts begin so.
+    prompt_ids: Token ids of the prompt, including BOS if prompts begin with it.
     answer_ids: Token ids of the answer, tokenised together with the prompt.
-    depth: Share of the context in front of what is asked for, from 0 to 1;
-      None if that is in several places.
+    depth: Share of the context before the needle, from 0 to 1; None if there
+      are several.
     references: The texts that a generated answer should contain.
     distance: How many tokens before the answer its source is, in tasks that are
       scored by distance.
@@ -37,14 +37,14 @@ class Sample:
 
 
 class Task(abc.ABC):
-  """A source of samples; a new one only has to define `draw`.
+  """A source of samples; a new task only has to define `draw`.
 
   Attributes:
     name: The task's key in `scca_jax.tasks.TASKS`.
-    max_new_tokens: Most tokens that a model may generate for an answer.
+    max_new_tokens: How many tokens a model may generate for an answer.
     source: Hash of the file that samples are made from, if a user gave one.
-    scored_by_loss: Whether the score is the loss: answers are too long to get
-      every token right.
+    scored_by_loss: Whether the score is the loss, because answers are too long
+      to get every token right.
   """
 
   name: str
@@ -64,7 +64,7 @@ class Task(abc.ABC):
 
     Args:
       encoder: Turns text into ids.
-      context_len: Most tokens of prompt and answer together.
+      context_len: Maximum length of prompt and answer together, in tokens.
       depth: Where the needle goes, in percent. Any 40 consecutive samples have
         all 40 depths. A task without a needle ignores it.
       rng: The only source of randomness.
@@ -78,15 +78,15 @@ class Task(abc.ABC):
   ) -> Iterator[Sample]:
     """Returns an iterator over samples.
 
-    Sample `i` depends on the seed, the task, `context_len`, `i` and the
-    tokenizer, and on nothing else.
+    Sample `i` depends only on the seed, the task, `context_len`, `i` and the
+    tokenizer.
 
     Args:
-      tokenizer: Makes the ids.
+      tokenizer: The tokenizer.
       context_len: Length of prompt and answer together, in tokens. A sample is
         exactly this long, or too short for one more sentence, line or word.
       num_samples: How many samples.
-      seed: Draws other samples.
+      seed: Seed of the samples.
 
     Raises:
       ValueError: `num_samples` is below 1, or the shortest prompt does not fit.
@@ -104,7 +104,7 @@ class Task(abc.ABC):
         self._rng(seed, context_len, index),
       )
 
-    # Draw the first sample now, so that errors are raised by this call.
+    # Draw the first sample now, so that this call raises any error.
     first = sample(0)
     return itertools.chain([first], map(sample, range(1, num_samples)))
 

@@ -21,7 +21,7 @@ _NUM_EXCHANGED = 100
 _WORD_LEN = 6
 _EXPONENT = 2.0
 _ZETA = np.pi**2 / 6  # The sum over ranks of rank ** -2.
-# From this many words on, ranks 2 to 5 have different (rounded) counts.
+# With at least this many words, ranks 2 to 5 have different (rounded) counts.
 _MIN_WORDS = 74
 
 
@@ -40,9 +40,9 @@ class CommonWords(Task):
   ) -> Sample:
     """Returns a sample; the answer lists the words in order of appearance.
 
-    All ten are equally common, so the order is our choice **[ours]**; the
-    solved example has the same. Unlike RULER's it has a space in front of its
-    answer, as the answer that is scored has.
+    All ten are equally common, so the order is our choice **[ours]**, also in
+    the solved example. Unlike RULER's, the example has a space in front of its
+    answer, like the answer that is scored.
     """
     del depth  # The words are everywhere.
     if context_len < _LONG:
