@@ -19,7 +19,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # Patterns have no arrays: `jit`, `checkpoint` and `vmap` take them as static
-# arguments. Whatever module of the package is imported first, this file runs
-# before it, so that `patterns` can do without jax.
+# arguments. They are registered here because this file runs before any module
+# of the package, and `patterns` itself does not import jax.
 for _pattern in (AttentionPattern, HeadPattern, Mixture):
   jax.tree_util.register_static(_pattern)

@@ -38,7 +38,7 @@ def _list_commands(root: pathlib.Path) -> dict[str, str]:
 
 
 def main() -> None:
-  """Runs a subcommand; does not return."""
+  """Runs a subcommand and exits."""
   root = _find_root()
   commands = _list_commands(root)
   name, *arguments = sys.argv[1:] or ["--help"]

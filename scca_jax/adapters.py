@@ -1,12 +1,12 @@
-"""Adapters to and from the files of PEFT.
+"""Reads and writes adapters in PEFT's files.
 
 An adapter folder holds what PEFT writes, `adapter_config.json` and
-`adapter_model.safetensors`, and beside them `scca_config.json`, which PEFT does
-not read. It has the rope scaling, without which an adapter tuned with it is
-worth little, and the patterns it was tuned with, both as the string that
+`adapter_model.safetensors`, and our own `scca_config.json`, which PEFT ignores.
+That file records the rope scaling, which an adapter tuned with it cannot do
+without, and the attention patterns of the tuning, both as the string that
 commands take and as the list of heads that the string stands for.
 
-The parts are: patterns as JSON, saving, what PEFT's settings mean, loading.
+Its parts: patterns as JSON, saving, the meaning of PEFT's settings, loading.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _OWN_CONFIG = "scca_config.json"
 _PREFIX = "base_model.model."
-# Settings of adapter_config.json that are read, and those that say nothing of
-# the computation, or only of a method whose own setting is refused.
+# Settings of adapter_config.json that we read, and settings that do not affect
+# the computation, or affect it only through a method that we refuse.
 _READ = (
   "peft_type",
   "r",
@@ -74,7 +74,7 @@ _WITHOUT_EFFECT = (
 # Initialisations that leave the base unchanged.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# One of the matrices that are quantised if any are.
+# Representative: if any matrix is quantised, this one is.
 _A_KERNEL = ("layers", "self_attn", "q_proj", "kernel")
 
 
@@ -122,7 +122,7 @@ def _pattern_from_json(content: dict[str, Any]) -> AttentionPattern | Mixture:
 def _file_tensors(
   path: tuple[str, ...], array: jax.Array, num_layers: int, dtype: Any
 ) -> dict[str, jax.Array]:
-  """Returns a parameter as the files have it: one tensor per layer."""
+  """Returns a parameter as it is stored: one tensor per layer."""
   names = convert.file_names(path, num_layers)
   parts = array if path[0] == "layers" else array[None]
   return {
@@ -141,18 +141,19 @@ def save_adapter(
   plain: bool = False,
   run: dict[str, Any] | None = None,
 ) -> None:
-  """Writes a model's adapters, and what was trained with them, for PEFT.
+  """Writes a model's adapters, and whatever was trained with them, for PEFT.
 
   Args:
     model: A model with adapters.
     folder: Output folder, made if missing.
     base_model: Name or path of the model they belong to.
-    patterns: Attention pattern of each layer in training, to be recorded.
+    patterns: Attention pattern of each layer in training, to record.
     dtype: Dtype of the tensors.
     plain: Whether to write the matrices of the adapters alone, for tools that
-      take nothing else. What was trained beside them, and the rope scaling,
-      then belong to the base; see `convert.save_model(..., fuse=False)`.
-    run: How it was trained and with what result, in JSON, to be recorded.
+      accept nothing else. Norms and embeddings that were trained, and the rope
+      scaling, then belong to the base; see
+      `convert.save_model(..., fuse=False)`.
+    run: How it was trained and with what result, as JSON values to record.
 
   Raises:
     OSError: A file cannot be written.
@@ -164,7 +165,7 @@ def save_adapter(
   if lora is None:
     raise ValueError("the model has no adapter to save.")
   if plain:
-    # llama.cpp divides by the rank whatever use_rslora says.
+    # llama.cpp always divides by the rank and ignores use_rslora.
     lora = dataclasses.replace(
       lora,
       alpha=lora.scaling * lora.rank,
@@ -183,12 +184,12 @@ def save_adapter(
     tensors |= _file_tensors(path, array, config.num_layers, dtype)
   ties = config.tie_embeddings and lora.train_embeddings
   if ties:
-    # PEFT keeps a tied head under both names.
+    # PEFT stores a tied head under both names.
     tensors[_PREFIX + _HEAD] = tensors[_PREFIX + _EMBEDDING]
   convert.write_tensors(folder / _WEIGHTS, tensors)
   scaling = config.rope_scaling
   if plain and scaling is not None and scaling.kind == "ntk":
-    # The base has it as a larger theta.
+    # The base expresses it as a larger theta.
     scaling = None
   layers = list(patterns) if patterns is not None else []
   distinct = list(dict.fromkeys(layers))
@@ -196,8 +197,8 @@ def save_adapter(
     folder / _OWN_CONFIG,
     {
       "context_len": config.context_len,
-      # The adapter compensates for this quantisation. A base that was written
-      # for a plain one is rounded already.
+      # The adapter compensates for this quantisation. The base that goes with a
+      # plain adapter was written with rounded weights.
       "quantize": None if plain else quantize.method_of(arrays[_A_KERNEL]),
       "rope_scaling": None
       if scaling is None
@@ -233,11 +234,11 @@ def save_adapter(
 
 
 def record_run(folder: str | os.PathLike[str], run: dict[str, Any]) -> None:
-  """Records with an adapter how it was trained and with what result.
+  """Adds to a saved adapter how it was trained and with what result.
 
   Args:
     folder: The adapter's folder, from `save_adapter`.
-    run: In JSON.
+    run: JSON values to record.
 
   Raises:
     OSError: The file cannot be read or written.
@@ -259,25 +260,25 @@ def stored_dtype(folder: str | os.PathLike[str]) -> np.dtype:
 
   Raises:
     FileNotFoundError: The file of its tensors is missing.
-    ValueError: It is damaged, or holds no adapter.
+    ValueError: It is damaged, or contains no adapter.
   """
   tensors = SafetensorsFiles([pathlib.Path(folder) / _WEIGHTS])
   for name in tensors:
     if ".lora_A." in name:
       return tensors[name]().dtype
-  raise ValueError(f"{folder} has no matrix of an adapter.")
+  raise ValueError(f"{folder} contains no LoRA matrix.")
 
 
 def _targets(
   path: pathlib.Path, wanted: str | list[str], num_layers: int
 ) -> tuple[str, ...]:
-  """Returns the projections that PEFT finds, in one order.
+  """Returns the projections that PEFT would adapt, in a fixed order.
 
-  A string is a regular expression of full names; in a list are full names or
-  their ends.
+  A string is a regular expression for full names; a list has full names or
+  their endings.
 
   Raises:
-    ValueError: One is unknown, or adapted in some of the layers only.
+    ValueError: One is unknown, or is adapted in only some of the layers.
   """
   if wanted == "all-linear":
     return TARGETS
@@ -316,9 +317,9 @@ def _targets(
 
 
 def _matcher(path: pathlib.Path, expression: str) -> Callable[[str], Any]:
-  """Returns what matches a regular expression, in time linear in the text.
+  """Returns a matcher for a regular expression that takes linear time.
 
-  A file may come from anywhere: Python's own module can take forever.
+  Files may come from anywhere, and Python's own `re` can take forever.
   """
   import re2  # Few adapters need it.
 
@@ -356,7 +357,7 @@ def _adapter_config(path: pathlib.Path, num_layers: int) -> LoraConfig:
       )
   if content.get("bias", "none") != "none":
     raise ValueError(f"{path}: bias={content['bias']!r} is not supported.")
-  # What PEFT takes for a Llama.
+  # PEFT's default for a Llama.
   targets = content.get("target_modules", ["q_proj", "v_proj"])
   try:
     if not isinstance(targets, str):
@@ -388,13 +389,13 @@ def _adapter_config(path: pathlib.Path, num_layers: int) -> LoraConfig:
 
 
 def _own_config(folder: pathlib.Path) -> dict[str, Any] | None:
-  """Returns our settings beside PEFT's; None if PEFT wrote the adapter."""
+  """Returns the settings in our own file; None if PEFT wrote the adapter."""
   path = folder / _OWN_CONFIG
   return json_file.read(path) if path.is_file() else None
 
 
 def has_settings(folder: str | os.PathLike[str]) -> bool:
-  """Returns whether an adapter says its rope scaling; those of PEFT do not.
+  """Returns whether an adapter records its rope scaling; PEFT's do not.
 
   Args:
     folder: The adapter's folder.
@@ -409,7 +410,7 @@ def load_run(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     folder: The adapter's folder.
 
   Returns:
-    What was recorded; None if the adapter does not say.
+    What was recorded; None if nothing was.
 
   Raises:
     ValueError: The file that says it is damaged.
@@ -426,7 +427,7 @@ def load_patterns(
     folder: The adapter's folder.
 
   Returns:
-    One pattern per layer; None if the adapter does not say.
+    One pattern per layer; None if none were recorded.
 
   Raises:
     ValueError: The file that says it is damaged.
@@ -440,7 +441,7 @@ def load_patterns(
   try:
     distinct = [_pattern_from_json(p) for p in content["patterns"]]
     layers = tuple(distinct[i] for i in content["pattern_of_layer"])
-    # Adapters that older versions saved have no string.
+    # Older versions did not save the string.
     if string is None:
       return layers
     read = parse(
@@ -456,8 +457,8 @@ def load_patterns(
     raise ValueError(f"{path} is damaged: {error}") from error
   if read != layers:
     raise ValueError(
-      f"{path} contradicts itself: its pattern {string!r} is not the heads that"
-      " its patterns list. Copy the adapter again."
+      f"{path} contradicts itself: its pattern {string!r} does not match the"
+      " heads under patterns. Copy the adapter again."
     )
   return layers
 
@@ -490,8 +491,8 @@ def _adapted_config(folder: pathlib.Path, base: LlamaConfig) -> LlamaConfig:
 def _stays_tied(folder: pathlib.Path, tensors: SafetensorsFiles) -> bool:
   """Whether an adapter leaves the head of a tied model tied.
 
-  Without `ensure_weight_tying`, PEFT gives the embedding, the head or each of
-  them a trained copy of its own.
+  Without `ensure_weight_tying`, PEFT trains a separate copy of the embedding,
+  of the head, or of both.
 
   Raises:
     ValueError: The adapter ties them, but they differ.
@@ -506,8 +507,9 @@ def _stays_tied(folder: pathlib.Path, tensors: SafetensorsFiles) -> bool:
     return equal or not found
   if len(found) == 2 and not equal:
     raise ValueError(
-      f"{folder}: ensure_weight_tying is true, but {_HEAD} is not {_EMBEDDING}:"
-      " set it to false in adapter_config.json, or remove the wrong tensor."
+      f"{folder}: ensure_weight_tying is true, but {_HEAD} differs from"
+      f" {_EMBEDDING}: set it to false in adapter_config.json, or remove the"
+      " wrong tensor."
     )
   return True
 
@@ -522,13 +524,14 @@ def load_adapter(
 ) -> Llama:
   """Returns a model with an adapter, its rope scaling and its context.
 
-  An adapter trained on quantised weights gets them quantised again.
+  If the adapter was trained on quantised weights, the weights are quantised the
+  same way.
 
   Args:
     base_folder: The model's folder.
     folder: The adapter's, from `save_adapter` or from PEFT.
-    config: Replaces the model's, for example for the rope scaling that an
-      adapter of PEFT was tuned with; see `has_settings`.
+    config: Replaces the model's own, for example to set the rope scaling that
+      an adapter from PEFT was tuned with; see `has_settings`.
     dtype: Dtype of the computation.
     param_dtype: Dtype of the frozen weights.
 
@@ -559,7 +562,7 @@ def load_adapter(
       _is_saved_whole(path, lora) and of_path[0] in tensors
     ):
       names[path], targets[path] = of_path, target
-  # Before a model is made that has adapters of the rank that a file asks for.
+  # Checked before a model is built with the rank that the file asks for.
   convert.check_shapes(targets, names, tensors, folder)
   used = {name for of_path in names.values() for name in of_path}
   if tied:

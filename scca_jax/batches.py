@@ -1,7 +1,7 @@
 """Batches of windows of a token file.
 
-They come from Grain, in an order that depends only on the seed and the number
-of the batch, so that a run resumes exactly where it stopped.
+Grain makes them, in an order that depends only on the seed and the batch
+number, so a run resumes exactly where it stopped.
 """
 
 import bisect
@@ -21,7 +21,7 @@ _ENDLESS = 1 << 30
 
 
 class Batches:
-  """Batches of windows in a shuffled order, from any position on.
+  """Shuffled batches of windows; iteration can resume from any position.
 
   An iterator over dicts of arrays (see `make_batches`). Its position is a small
   dict that JSON can hold.
@@ -42,13 +42,13 @@ class Batches:
     Args:
       dataset: Batches by number.
       windows_per_epoch: See above.
-      settings: What the order depends on; a position is only good for equal
-        settings.
+      settings: Everything that the order depends on; a position is valid only
+        for equal settings.
     """
     self.windows_per_epoch = windows_per_epoch
     self._settings = settings
-    # Batches are copied from mapped memory: threads would gain nothing, and
-    # none are left to stop.
+    # Batches are copied from mapped memory, so threads would gain nothing, and
+    # without them there is nothing to shut down.
     self._iterator = iter(
       dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -69,7 +69,7 @@ class Batches:
     """Resumes at a position from `get_state`, of this or another process.
 
     Raises:
-      ValueError: It is a position in other data, or in another order.
+      ValueError: It is a position in different data or in a different order.
     """
     saved = state.get("settings", {})
     for name, value in self._settings.items():
@@ -107,13 +107,12 @@ def make_batches(
   where it is not in an answer (`TokenFile.answers`); and, packed, `segment_ids`
   and `positions` int32.
 
-  "concatenate" (LongLoRA) cuts the whole corpus, document borders or not, in
-  windows of `seq_len` tokens that meet but do not overlap. Fewer than `seq_len`
-  tokens are left over; the seed decides how many of them before the first
-  window.
+  "concatenate" (LongLoRA) cuts the whole corpus, across document borders, into
+  adjacent windows of `seq_len` tokens. Fewer than `seq_len` tokens are left
+  over; the seed decides how many of them come before the first window.
 
-  "packed" cuts each document in windows of its own and fills windows with what
-  is shorter: the longest first, each into the window where it fits most
+  "packed" cuts each document into windows of its own and packs the shorter
+  remainders together, longest first, each into the window where it fits most
   tightly. Segments count from 1 in every window and positions from 0 in every
   segment; padding is segment 0, token 0. In an epoch every token of the corpus
   is seen once, and every token but the first of a document is a target once.
@@ -126,20 +125,20 @@ def make_batches(
     packing: "concatenate" or "packed".
     epochs: Passes over the corpus; None repeats forever. A batch may span
       two epochs. The very last batch is padded with windows whose mask is 0.
-    vocab_size: Vocabulary of the model, against which every id is checked; None
-      leaves that to `TokenFile.open`.
+    vocab_size: Vocabulary size of the model, which every id is checked against;
+      None leaves that check to `TokenFile.open`.
     skip_to: A longer length, for PoSE (arXiv 2309.10400): each window is cut in
-      two at a random place, and the positions of the second part move on by a
-      random distance, up to `skip_to` in all. Batches then have `positions`.
-      The text itself runs on (own choice).
+      two at a random place, and the positions of the second part are moved up
+      by a random distance, to at most `skip_to` in all. Batches then have
+      `positions`. The text itself is not interrupted (our own choice).
     shard_index: Which shard of every batch to return, from 0.
     num_shards: Number of equal shards of a batch, one for each process of a
       run over several hosts.
 
   Raises:
     ValueError: A setting is out of range, an id is outside the vocabulary, the
-      corpus is shorter than a window of "concatenate", or for "packed" document
-      ends are not known or there is no target.
+      corpus is shorter than one window ("concatenate"), or its document ends
+      are unknown or it has no target ("packed").
   """
   if packing not in PACKINGS:
     raise ValueError(
@@ -215,7 +214,7 @@ def make_batches(
 def _skip_positions(
   window: dict[str, np.ndarray], rng: np.random.Generator, *, skip_to: int
 ) -> dict[str, np.ndarray]:
-  """Returns the window with positions that skip a part (PoSE)."""
+  """Returns the window with positions that skip a stretch (PoSE)."""
   seq_len = len(window["tokens"])
   cut = rng.integers(1, seq_len) if seq_len > 1 else 0
   skipped = rng.integers(skip_to - seq_len + 1)
@@ -225,18 +224,18 @@ def _skip_positions(
 
 
 class _ConcatenatedWindows:
-  """Windows of a corpus that meet but do not overlap, by number."""
+  """Adjacent windows of a corpus, by number."""
 
   def __init__(self, token_file: TokenFile, seq_len: int, seed: int):
     if len(token_file) < seq_len + 1:
       raise ValueError(
-        f"{token_file.name} has {len(token_file)} tokens, a window of"
+        f"{token_file.name} has {len(token_file)} tokens, but a window of"
         f" seq_len={seq_len} and its last target take {seq_len + 1}: give more"
         " text or a shorter seq_len."
       )
     self._file = token_file
     self._seq_len = seq_len
-    # The last token is a target only.
+    # The last token serves only as a target.
     self._num_windows, rest = divmod(len(token_file) - 1, seq_len)
     self._offset = int(np.random.default_rng(seed).integers(rest + 1))
 
@@ -257,16 +256,16 @@ class _ConcatenatedWindows:
 class _PackedWindows:
   """Windows filled with whole or cut documents, by number.
 
-  Which documents share a window is computed once from the document ends, so
-  that any window can be made without those before it. (Grain's own
-  packing works along an iterator and does not know how many windows it makes.)
+  The document ends determine once which documents share a window, so any window
+  can be made without the ones before it. (Grain's own packing works along an
+  iterator and cannot tell how many windows it will make.)
   """
 
   def __init__(self, token_file: TokenFile, seq_len: int):
     if token_file.document_ends is None:
       raise ValueError(
         f"packing='packed' needs the document ends of {token_file.name}: make"
-        " the token file with `scca prepare_data`, or take"
+        " the token file with `scca prepare_data`, or use"
         " packing='concatenate'."
       )
     if np.max(np.diff(token_file.document_ends, prepend=0)) < 2:

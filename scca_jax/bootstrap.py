@@ -1,4 +1,4 @@
-"""Means of windows' losses, with intervals by the bootstrap.
+"""Mean losses over windows, with bootstrap intervals.
 
 Windows of one book are alike, and so are all windows under one seed: a mean
 over windows is less certain than their number suggests. A resample therefore
@@ -14,7 +14,7 @@ measure seeds where there is only one.
 
 Losses are arrays `[windows, positions]`, or `[seeds, windows, positions]`: as
 `perplexity.window_losses` returns them, where column `i` predicts token `i + 1`
-of the window. NaN marks predictions that are not scored.
+of the window. NaN marks predictions that were not scored.
 """
 
 import dataclasses
@@ -116,15 +116,15 @@ def paired_difference(
 ) -> Estimate:
   """Returns the mean of `losses - baseline` and its interval.
 
-  A window is compared with itself, a seed with the same seed: what makes some
-  windows harder than others cancels. Negative means lower losses than the
-  baseline's.
+  Each window is compared with itself and each seed with the same seed, so
+  differences in difficulty between windows cancel. A negative result means
+  lower losses than the baseline's.
 
   Args:
     losses: `[windows, positions]` or `[seeds, windows, positions]` nats.
     baseline: Losses of the same windows, with the same seeds or, without that
       axis, the same for all seeds.
-    documents: See `estimate`, as all that follows.
+    documents: See `estimate`, also for the arguments below.
     positions: The columns that count.
     seed: Seed of the resamples.
     num_resamples: How many are drawn.
@@ -232,7 +232,7 @@ def _estimates(
   num_seeds, num_windows, num_slices = sums.shape
   if documents.shape != (num_windows,):
     raise ValueError(
-      f"documents must be [{num_windows}], one a window, got"
+      f"documents must be [{num_windows}], one per window, got"
       f" {list(documents.shape)}."
     )
   if num_resamples < 1 or not 0 < confidence < 1:
@@ -247,9 +247,9 @@ def _estimates(
       or not np.array_equal(other.counts, counts)
     ):
       raise ValueError(
-        "paired losses must be of the same seeds, windows and positions, got"
-        f" {list(sums.shape[:2])} and {list(other.sums.shape[:2])} seeds and"
-        " windows, or others scored."
+        "paired losses must have the same seeds, windows and scored positions,"
+        f" got {list(sums.shape[:2])} and {list(other.sums.shape[:2])} seeds"
+        " and windows, or different positions."
       )
     sums = sums - other.sums
   rng = np.random.default_rng(seed)
@@ -258,8 +258,8 @@ def _estimates(
   denominator = np.zeros((num_resamples, num_slices))
   _, documents = np.unique(documents, return_inverse=True)
   num_documents = documents.max() + 1
-  # How often a draw with replacement takes each thing is multinomial. If a
-  # document of n windows is drawn c times, that makes c n draws of its windows.
+  # Drawing with replacement takes each item a multinomial number of times. If a
+  # document of n windows is drawn c times, c n of its windows are drawn.
   times = _draws(rng, num_documents, np.full(num_resamples, num_documents))
   for document in range(num_documents):
     inside = np.flatnonzero(documents == document)
@@ -287,8 +287,8 @@ def _draws(
   """Returns how often each item is drawn, `[resamples, items]`.
 
   Args:
-    rng: Where randomness comes from.
-    num_items: Items, all equally likely.
-    num_draws: `[resamples]` draws with replacement.
+    rng: Source of randomness.
+    num_items: Number of items, all equally likely.
+    num_draws: `[resamples]` number of draws, with replacement.
   """
   return rng.multinomial(num_draws, np.full(num_items, 1 / num_items))

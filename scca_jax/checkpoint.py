@@ -1,8 +1,8 @@
 """Checkpoints of a run: training state and data position, through Orbax.
 
-A checkpoint appears under its final name only when it is whole (Orbax writes
-beside it and renames), so a run that is killed at any moment goes on from the
-last one that is.
+A checkpoint appears under its final name only once it is complete (Orbax writes
+to a temporary name and renames), so a run that is killed at any moment resumes
+from the last complete one.
 """
 
 import errno
@@ -20,7 +20,7 @@ _DATA = "data"
 
 
 def _to_save(state: TrainState) -> dict[str, Any]:
-  """Returns the state as plain dicts and arrays, in a form that keeps."""
+  """Returns the state as plain dicts and arrays, which later code can read."""
   leaves = jax.tree_util.tree_flatten_with_path(state)[0]
   return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
 
@@ -36,7 +36,7 @@ class Checkpointer:
     """Opens or makes the folder of checkpoints.
 
     Args:
-      folder: Where they are kept, one folder a step.
+      folder: Where they are kept, one folder per step.
       keep: How many of the newest to keep; None keeps all.
 
     Raises:
@@ -60,17 +60,17 @@ class Checkpointer:
     )
 
   def latest_step(self) -> int | None:
-    """Returns the step of the newest whole checkpoint, or None."""
+    """Returns the step of the newest complete checkpoint, or None."""
     return self._manager.latest_step()
 
   def save(self, step: int, state: TrainState, data_position: Any) -> None:
-    """Starts to save a checkpoint.
+    """Starts saving a checkpoint.
 
     Args:
       step: Steps done.
       state: The training state after them.
-      data_position: What the data iterator needs to go on from there; must
-        be of JSON types.
+      data_position: What the data iterator needs to continue from there, in
+        JSON types.
 
     Raises:
       OSError: An earlier checkpoint could not be written.
@@ -96,7 +96,7 @@ class Checkpointer:
         each array goes.
 
     Raises:
-      ValueError: The checkpoint is damaged or of another model.
+      ValueError: The checkpoint is damaged or belongs to another model.
       OSError: An earlier checkpoint could not be written.
     """
     self.wait()
@@ -105,7 +105,8 @@ class Checkpointer:
       for name, leaf in _to_save(like).items()
     }
     try:
-      # Before reading: Orbax would leave other reads behind on the first error.
+      # Checked before reading, as Orbax abandons its other reads at the first
+      # error.
       saved = self._manager.item_metadata(step)[_STATE]
       for name, leaf in abstract.items():
         if tuple(saved[name].shape) != leaf.shape:
@@ -126,8 +127,8 @@ class Checkpointer:
       reason = " ".join(str(error).split())[:300] or type(error).__name__
       raise ValueError(
         f"the checkpoint {self._folder / str(step)} cannot be read: it is"
-        " damaged or of another model. Remove that folder to go on from the"
-        f" one before it, or use another output folder. ({reason})"
+        " damaged or belongs to another model. Remove that folder to resume"
+        f" from the one before it, or use another output folder. ({reason})"
       ) from error
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     state = jax.tree_util.tree_unflatten(
@@ -136,7 +137,7 @@ class Checkpointer:
     return state, position
 
   def wait(self) -> None:
-    """Waits until all that was saved is on disk.
+    """Waits until everything saved is on disk.
 
     Raises:
       OSError: A checkpoint could not be written.
@@ -144,7 +145,7 @@ class Checkpointer:
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
-    """Waits, then lets go of the folder.
+    """Waits for pending writes, then releases the folder.
 
     Raises:
       OSError: A checkpoint could not be written.
@@ -157,10 +158,10 @@ class Checkpointer:
   def _guard(self, write) -> None:
     try:
       write()
-    except Exception as error:  # The writing thread's error, of any kind.
+    except Exception as error:  # Whatever the writing thread raised.
       reason = " ".join(str(error).split())[:300] or type(error).__name__
       full = os.strerror(errno.ENOSPC)
-      if full in str(error):  # TensorStore says it behind all of its paths.
+      if full in str(error):  # TensorStore puts it after all of its paths.
         reason = full
       raise OSError(
         f"a checkpoint could not be written to {self._folder}: {reason}."

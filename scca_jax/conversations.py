@@ -1,14 +1,14 @@
-"""Instruction data: conversations to ids, and which of these are answers.
+"""Instruction data: turns conversations into ids and marks the answers.
 
-A line of a `.jsonl` is one of
+Each line of a `.jsonl` is one of
 
     {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}, …]}
     {"prompt": …, "completion": …}
     {"instruction": …, "input": …, "output": …}
 
-The second is text as it is (or two lists of messages, as in TRL); the others
-are rendered by the model's chat template. Training can then count the answers
-alone (`TokenFile.answers`).
+The second form is plain text (or two lists of messages, as in TRL); the others
+go through the model's chat template. Training can then count the loss on the
+answers alone (`TokenFile.answers`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from typing import Any
 from scca_jax.chat import ASSISTANT, ChatTemplate
 from scca_jax.tokenizer import Tokenizer
 
-# The text of a conversation, its ids, and where answers begin and end.
+# The text of a conversation, its ids, and where its answers begin and end.
 Encoded = tuple[str, list[int], list[int]]
 
 
 def _messages(record: Mapping[str, Any]) -> Any:
-  """Returns the messages of a record, None if it is text as it is."""
+  """Returns the messages of a record, None if it is plain text."""
   if "messages" in record:
     return record["messages"]
   prompt, completion = record.get("prompt"), record.get("completion")
@@ -37,8 +37,8 @@ def _messages(record: Mapping[str, Any]) -> Any:
   if isinstance(prompt, str) and isinstance(completion, str):
     return None
   raise ValueError(
-    "it has neither messages, nor prompt and completion, nor instruction and"
-    f" output, but {', '.join(record) or 'nothing'}."
+    "it needs messages, prompt and completion, or instruction and output, but"
+    f" has {', '.join(record) or 'nothing'}."
   )
 
 
@@ -67,9 +67,9 @@ def encode(
 ) -> Encoded:
   """Returns the text of a conversation, its ids, and its answers.
 
-  An answer begins where the model would begin to write, and takes in what ends
-  it: the template's mark, or EOS behind a completion. A prompt begins with BOS
-  if the tokenizer's files say so.
+  An answer begins where the model would start writing and includes what ends
+  it: the template's mark, or the EOS after a completion. A prompt begins with
+  BOS if the tokenizer's files say so.
 
   Args:
     record: See above.
@@ -78,11 +78,11 @@ def encode(
 
   Returns:
     The text, the ids, and where each answer begins and ends:
-    `[start, end, start, end, …]`, an end being the place behind the last id.
+    `[start, end, start, end, …]`, where each end is one past the last id.
 
   Raises:
-    ValueError: The record is none of these, or has no answer; there is no
-      template, or it shows an answer otherwise once more follows.
+    ValueError: The record has none of these forms or no answer; there is no
+      template, or it renders an answer differently once more messages follow.
   """
   messages = _messages(record)
   if messages is None:
@@ -95,9 +95,8 @@ def encode(
   _check(messages)
   if template is None:
     raise ValueError(
-      "messages need a chat template, and the model has none: take the"
-      " tokenizer of one that was tuned to answer, or give prompt and"
-      " completion."
+      "messages need a chat template, and the model has none: use the tokenizer"
+      " of a model that was tuned for chat, or give prompt and completion."
     )
   words = vocabulary.with_special_tokens
   text = template.render(messages, asks=False)
@@ -110,8 +109,8 @@ def encode(
     answered = words.encode(template.render(messages[: i + 1], asks=False))
     if _common(answered, ids) < len(answered):
       raise ValueError(
-        f"the chat template shows message {i + 1} otherwise once more follows:"
-        " give conversations that end with their only answer."
+        f"the chat template renders message {i + 1} differently once more"
+        " messages follow: give conversations whose only answer comes last."
       )
     answers += [_common(asked, answered), len(answered)]
   return text, ids, answers

@@ -1,8 +1,8 @@
-"""Models to and from the files of Hugging Face, and from GGUF.
+"""Reads and writes models in Hugging Face's files; reads GGUF.
 
-A model folder holds `config.json` and safetensors, whole or in shards; a GGUF
-file holds all of a model. The parts are: configurations, names of tensors,
-reading, writing. What PEFT writes is in `adapters`.
+A model folder holds `config.json` and safetensors, in one file or in shards; a
+GGUF file holds a whole model. The parts of this module: configurations, names
+of tensors, reading, writing. PEFT's files are read in `adapters`.
 """
 
 import collections
@@ -62,7 +62,7 @@ _READ = (
   "bos_token_id",
   "eos_token_id",
 )
-# Those that `Llama` serves at some values only.
+# Settings that `Llama` supports only at some values.
 _SERVED: dict[str, tuple[Any, ...]] = {
   "model_type": ("llama",),
   "architectures": (
@@ -76,9 +76,9 @@ _SERVED: dict[str, tuple[Any, ...]] = {
   "attention_dropout": (0,),
   "partial_rotary_factor": (1,),
 }
-# Those that change nothing about a Llama: where it came from, how transformers
-# runs and reports it, how it is sampled from (`generation` has settings of its
-# own), and what only other models read.
+# Settings that do not change what a Llama computes: where it came from, how
+# transformers runs and reports it, how it is sampled from (`generation` has
+# settings of its own), and settings that only other models read.
 _IGNORED = frozenset(
   """
   _name_or_path name_or_path _commit_hash transformers_version auto_map
@@ -104,8 +104,8 @@ _IGNORED = frozenset(
   assistant_confidence_threshold assistant_lookbehind target_lookbehind
   """.split()
 )
-# Settings of generation_config.json that change even which token is taken for
-# the likeliest, and where they do not; null and empty never do.
+# Settings of generation_config.json that change even greedy output, and the
+# values at which they do not; null and empty never do.
 _STEERING = {
   "repetition_penalty": 1,
   "encoder_repetition_penalty": 1,
@@ -130,9 +130,9 @@ _ORIGINAL = "original_max_position_embeddings"
 _ROPE_SETTINGS = {field.name for field in dataclasses.fields(RopeScaling)} - {
   "kind"
 }
-# What transformers cannot do without, beside the factor.
+# What transformers requires besides the factor.
 _REQUIRED = {"llama3": ("low_freq_factor", "high_freq_factor")}
-# Settings that published models carry, and the values that change nothing.
+# Settings found in published models, and the values that change nothing.
 _WITHOUT_EFFECT = {
   "partial_rotary_factor": (1,),
   "extrapolation_factor": (1,),
@@ -151,7 +151,7 @@ _TOKENIZER_SETTINGS = (
 )
 
 _MAX_COPIED_BYTES = 256 << 20
-# Tensors read at once: with four, an H200 waits only for the disk.
+# Tensors read concurrently: with four, an H200 waits only for the disk.
 _NUM_READERS = 4
 
 _Path = tuple[str, ...]
@@ -165,7 +165,7 @@ def _is_gguf(path: str | os.PathLike[str]) -> bool:
 
 
 def _rope_settings(config: dict[str, Any], name: str) -> dict[str, Any]:
-  """Returns the settings of one spelling, without those that are null."""
+  """Returns the settings under one spelling, without the null ones."""
   settings = config.get(name, {})
   if not isinstance(settings, dict):
     raise ValueError(
@@ -176,9 +176,9 @@ def _rope_settings(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _rope_scaling(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-  """Returns the base and the scaling that transformers takes."""
-  # Where both spellings say something, transformers takes the old one, and the
-  # base beside it.
+  """Returns the base and the scaling that transformers would use."""
+  # If both spellings are present, transformers uses the old one and the base
+  # next to it.
   old = _rope_settings(config, "rope_scaling")
   new = _rope_settings(config, "rope_parameters")
   settings = old or new
@@ -187,7 +187,7 @@ def _rope_scaling(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   if old and new.get("rope_theta", theta) != theta:
     raise ValueError(
       f"rope_parameters has rope_theta={new['rope_theta']!r}, but rope_scaling"
-      f" beside it makes it {theta}: remove the one that is wrong."
+      f" next to it makes it {theta}: remove the wrong one."
     )
   old_kind = settings.pop("type", "default")
   kind = settings.pop("rope_type", old_kind)
@@ -212,12 +212,12 @@ def _rope_scaling(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
   name = "max_position_embeddings"
   context_len = json_file.integer(name, config[name])
   original = config.get(_ORIGINAL, settings.pop(_ORIGINAL, context_len))
-  # "dynamic" knows no other length; "linear" needs none.
+  # "dynamic" uses no other length; "linear" needs none.
   if kind == "dynamic":
     original = context_len
   if kind != "linear":
     settings[_ORIGINAL] = json_file.integer(_ORIGINAL, original)
-  # A factor of null, unlike none, means the ratio to "yarn".
+  # To "yarn" a null factor, unlike a missing one, means the ratio of lengths.
   given = config.get("rope_scaling") or config.get("rope_parameters") or {}
   if kind == "yarn" and "factor" in given:
     settings.setdefault("factor", context_len / settings[_ORIGINAL])
@@ -258,7 +258,8 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
 
   Raises:
     FileNotFoundError: There is no such file.
-    ValueError: It is damaged, or describes what `Llama` does not compute.
+    ValueError: It is damaged, or describes a model that `Llama` does not
+      support.
   """
   if _is_gguf(source):
     return gguf_file.GgufFile(source).config
@@ -267,7 +268,7 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
   _check_settings(path, config)
   ends = _ends(path.parent)
   try:
-    # Checked even where another file decides.
+    # Checked even if another file decides.
     _token_ids("eos_token_id", config.get("eos_token_id"))
     return _config(config | ends)
   except KeyError as error:
@@ -277,7 +278,7 @@ def load_config(source: str | os.PathLike[str]) -> LlamaConfig:
 
 
 def _check_settings(path: pathlib.Path, config: dict[str, Any]) -> None:
-  """Refuses settings that may change the computation in a way unknown here."""
+  """Refuses settings that may change the computation in unknown ways."""
   for name, value in config.items():
     if name in _SERVED:
       if value not in _SERVED[name]:
@@ -299,10 +300,10 @@ def _check_settings(path: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def _ends(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the tokens that end generation; nothing if config.json decides.
+  """Returns the tokens that end generation; empty if config.json decides.
 
-  To transformers it does only where there is no generation_config.json, even if
-  that names none.
+  For transformers, config.json decides only if there is no
+  generation_config.json at all.
   """
   path = folder / _GENERATION
   if not path.is_file():
@@ -313,13 +314,13 @@ def _ends(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def unapplied_generation(source: str | os.PathLike[str]) -> dict[str, Any]:
-  """Returns the settings by which transformers generates other text.
+  """Returns the settings that make transformers generate different text.
 
-  They are those of generation_config.json that change even the likeliest
-  tokens: `generation` has none of them.
+  These are the settings of generation_config.json that change even greedy
+  output; `generation` supports none of them.
 
   Args:
-    source: A model's folder, or a GGUF file, which has none.
+    source: A model's folder, or a GGUF file, which has no such settings.
 
   Raises:
     ValueError: The file is damaged.
@@ -334,7 +335,7 @@ def unapplied_generation(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _token_ids(name: str, value: Any) -> int | tuple[int, ...] | None:
-  """Returns a token, or several of them (Llama 3 lists several ends)."""
+  """Returns one token id, or several (Llama 3 has several end tokens)."""
   if value is None:
     return None
   if isinstance(value, list):
@@ -387,11 +388,11 @@ def rope_settings(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _old_rope(rope: dict[str, Any]) -> dict[str, Any] | None:
-  """Returns the spelling of transformers before `rope_parameters`."""
+  """Returns the spelling that transformers used before `rope_parameters`."""
   if rope["rope_type"] == "default":
     return None
   if rope["rope_type"] == "linear":
-    # The first versions take these two fields and no other.
+    # The first versions accept only these two fields.
     return {"type": "linear", "factor": rope["factor"]}
   return rope
 
@@ -407,7 +408,7 @@ def config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
   context_len = config.context_len
   rope = {"rope_type": "default"}
   if scaling is not None and scaling.kind == "ntk":
-    # A larger base says the same, in terms that other tools know.
+    # A larger base is equivalent, and other tools understand it.
     theta *= scaling.factor ** (config.head_dim / (config.head_dim - 2))
   elif scaling is not None:
     # Transformers requires some of them, default or not.
@@ -417,7 +418,7 @@ def config_to_json(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
       required["high_freq_factor"] = scaling.high_freq_factor
     rope = {"rope_type": scaling.kind, **required, **rope_settings(scaling)}
     if scaling.kind == "dynamic":
-      # Transformers scales beyond this length, and knows no other.
+      # Transformers scales beyond this length and has no other setting for it.
       context_len = scaling.original_max_position_embeddings or context_len
   dtype_name = jnp.dtype(dtype).name
   return {
@@ -458,7 +459,8 @@ def file_names(path: _Path, num_layers: int) -> list[str]:
     num_layers: Number of layers of the model.
 
   Returns:
-    One name per layer for what the layers hold, stacked; one name for others.
+    One name per layer for parameters stacked over the layers; one name for the
+    others.
   """
   *modules, leaf = path
   suffix = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}.get(
@@ -487,7 +489,7 @@ def is_adapter(path: _Path) -> bool:
 def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
   """Returns the tensors of a model's folder."""
   path = folder / _INDEX
-  # Where there is a single file too, transformers takes that.
+  # If there is also a single file, transformers uses that.
   if path.is_file() and not (folder / _WEIGHTS).is_file():
     shard_of = json_file.read(path).get("weight_map")
     if (
@@ -516,8 +518,8 @@ def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
     for name in tensors:
       if name not in shard_of:
         raise ValueError(
-          f"{tensors.path_of(name)} has the tensor {name}, which {path.name}"
-          " does not list: copy both again."
+          f"{tensors.path_of(name)} contains the tensor {name}, which"
+          f" {path.name} does not list: copy both again."
         )
     return tensors
   if not (folder / _WEIGHTS).is_file():
@@ -526,9 +528,9 @@ def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
     )
     if pickled:
       raise ValueError(
-        f"{pickled[0]} is pickled, which can run any code when read: convert"
-        " the model with transformers,"
-        " model.save_pretrained(folder, safe_serialization=True)."
+        f"{pickled[0]} is pickled, and reading it could run any code: convert"
+        " the model with transformers, model.save_pretrained(folder,"
+        " safe_serialization=True)."
       )
   return SafetensorsFiles([folder / _WEIGHTS])
 
@@ -537,7 +539,7 @@ def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
 def _turn(
   value: jax.Array, dtype: jnp.dtype, is_matrix: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns a tensor of a file in our layout, and whether it is finite.
+  """Returns a tensor in our layout, and whether it is finite.
 
   Args:
     value: The tensor in the file's layout.
@@ -556,7 +558,7 @@ def _turn(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _place(stack: jax.Array, tensor: jax.Array, index: int) -> jax.Array:
-  """Returns the bits of a stack with those of a tensor put at `index`."""
+  """Returns the bits of a stack with those of a tensor copied to `index`."""
   bits = jax.lax.bitcast_convert_type(tensor, stack.dtype)
   return jax.lax.dynamic_update_index_in_dim(stack, bits, index, 0)
 
@@ -564,12 +566,13 @@ def _place(stack: jax.Array, tensor: jax.Array, index: int) -> jax.Array:
 def _room(
   target: jax.ShapeDtypeStruct, quantize_by: str | None, platform: str
 ) -> Any:
-  """Returns zeros for all layers of a parameter, to be filled by `_fill`."""
+  """Returns zeros for all layers of a parameter, for `_fill` to fill."""
 
   def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     dtype = leaf.dtype
     if platform == "cpu" and jnp.issubdtype(dtype, jnp.floating):
-      # As bits: to update 16-bit floats, a CPU converts all of them to 32.
+      # As bits: updating 16-bit floats on a CPU converts all of them to 32
+      # bits.
       dtype = jnp.dtype(f"uint{8 * dtype.itemsize}")
     return jnp.zeros(leaf.shape, dtype)
 
@@ -577,7 +580,7 @@ def _room(
 
 
 def _held(target: jax.ShapeDtypeStruct, quantize_by: str | None) -> Any:
-  """Returns the shapes of a parameter of the layers as the model holds it."""
+  """Returns the shapes in which the model holds a parameter of its layers."""
   if quantize_by is None:
     return target
   return jax.eval_shape(
@@ -600,7 +603,7 @@ def _fill(
   Reads up to `_NUM_READERS` tensors concurrently.
 
   Args:
-    room: From `_room`; None for what is not stacked by layer.
+    room: From `_room`; None for a parameter that is not stacked by layer.
     target: The parameter before it is quantised.
     path: Its path.
     names: Names of its tensors.
@@ -623,7 +626,7 @@ def _fill(
         f"{source}: the tensor {shown(name)} is {value.dtype}; float32,"
         " bfloat16 and float16 can be read."
       )
-    # A default device is set per thread.
+    # The default device is per thread.
     with jax.default_device(device):
       if is_matrix and device.platform == "cpu":
         # Transpose while copying: doing it afterwards takes twice as long.
@@ -651,8 +654,7 @@ def _fill(
         raise ValueError(f"{source}: the tensor {shown(name)} {reason}.")
       if room is None:
         return tensor
-      # A separate step: a CPU is slow if a transposition is fused into an
-      # update.
+      # A separate step: on a CPU, a transposition fused into an update is slow.
       room = jax.tree.map(functools.partial(_place, index=i), room, tensor)
   return jax.tree.map(
     lambda leaf, held: (
@@ -670,21 +672,21 @@ def check_num_layers(
   tensors: SafetensorsFiles | gguf_file.GgufFile,
   source: str | os.PathLike[str],
 ) -> None:
-  """Checks that a file has tensors for the layers that a model is said to have.
+  """Checks that a file has tensors for all layers of its configuration.
 
-  Work and memory grow with that number, so it is checked before all else.
+  Work and memory grow with the number of layers, so it is checked first.
 
   Args:
     config: Sizes of the model.
     tensors: Its tensors.
-    source: What the message names.
+    source: The file's name, for the message.
 
   Raises:
-    ValueError: It has not.
+    ValueError: It has too few.
   """
   if config.num_layers > len(tensors):
     raise ValueError(
-      f"{source} has {len(tensors)} tensors, which cannot be those of the"
+      f"{source} has {len(tensors)} tensors, too few for the"
       f" {config.num_layers:,} layers that its configuration asks for: copy it"
       " again."
     )
@@ -696,7 +698,7 @@ def check_shapes(
   tensors: SafetensorsFiles | gguf_file.GgufFile,
   source: pathlib.Path,
 ) -> None:
-  """Checks that all tensors are there in the right shape; reads none.
+  """Checks that all tensors exist with the right shape, without reading them.
 
   Args:
     targets: See `read_parameters`.
@@ -718,8 +720,8 @@ def check_shapes(
         raise ValueError(f"{source} lacks the tensor {shown}.")
       if tensors.shape(name) != wanted:
         raise ValueError(
-          f"{source}: the tensor {shown} is {list(tensors.shape(name))}, the"
-          f" model's configuration asks for {list(wanted)}."
+          f"{source}: the tensor {shown} is {list(tensors.shape(name))}, but"
+          f" the model's configuration asks for {list(wanted)}."
         )
 
 
@@ -732,8 +734,8 @@ def read_parameters(
 ) -> dict[_Path, Any]:
   """Returns parameters, read from their tensors and checked.
 
-  Nothing is allocated until all shapes are known to be right: what a
-  configuration asks for may be more than there is memory.
+  Nothing is allocated until all shapes are known to be right, because a
+  configuration may ask for more than fits into memory.
 
   Args:
     targets: Shape and dtype of each by path, before it is quantised.
@@ -751,8 +753,8 @@ def read_parameters(
   in_layers, others = [], []
   for path in sorted(targets):
     (in_layers if path[0] == "layers" else others).append(path)
-  # Allocate what stays before the temporaries of reading: a training step needs
-  # the rest of the memory in one piece.
+  # Allocate the parameters before the temporaries of reading: a training step
+  # needs the remaining memory in one piece.
   arrays = {
     path: _fill(None, targets[path], path, names[path], tensors, source)
     for path in others
@@ -836,24 +838,23 @@ def load_model(
   quantize_by: str | None = None,
   rngs: nnx.Rngs | None = None,
 ) -> Llama:
-  """Returns the model of a folder or GGUF file, with new adapters if wanted.
+  """Returns the model in a folder or GGUF file, optionally with new adapters.
 
-  Only a few tensors are in flight at a time, so that the model is never held
-  twice.
+  Only a few tensors are in flight at a time, so the model is never held twice.
 
   Args:
     source: A Hugging Face folder, which holds `config.json` and
       `model.safetensors`, or shards and their index; or a GGUF file, which is
       dequantised.
-    config: Replaces the source's, for example for a longer context. The sizes
-      must be those of the weights. If it unties a tied head, the head begins as
-      a copy of the embedding.
+    config: Replaces the source's, for example for a longer context. Its sizes
+      must match the weights. If it unties a tied head, the head starts as a
+      copy of the embedding.
     lora: New adapters, which start as zero.
     dtype: Dtype of the computation.
     param_dtype: Dtype that weights are held in.
     quantize_by: How the layers' matrices are quantised as they are read, one of
       `quantize.METHODS`; None leaves them as they are.
-    rngs: Its stream `params` draws the adapters; None uses seed 0.
+    rngs: Its stream `params` initialises the adapters; None uses seed 0.
 
   Raises:
     FileNotFoundError: A file is missing.
@@ -888,7 +889,8 @@ def load_model(
         }
   known = {name for of_path in names.values() for name in of_path}
   for name in tensors:
-    # Old files have the frequencies of RoPE, and tied ones may have the head.
+    # Old files contain RoPE's frequencies, and tied models may contain the
+    # head.
     ignored = name.endswith("rotary_emb.inv_freq") or (
       own.tie_embeddings and name == _HEAD
     )
@@ -896,7 +898,7 @@ def load_model(
       raise ValueError(
         f"{source} has a tensor that the model does not: {name}."
       )
-  # This comes first, since it checks what the configuration asks for.
+  # This comes first because it checks the sizes in the configuration.
   arrays = read_parameters(
     {path: targets[path] for path in names}, names, tensors, source, quantize_by
   )
@@ -912,9 +914,9 @@ def load_model(
 def _check_tied(
   tensors: SafetensorsFiles | gguf_file.GgufFile, source: pathlib.Path
 ) -> None:
-  """Checks that a tied head is the embedding, if both are in the file.
+  """Checks that a tied head equals the embedding, if the file has both.
 
-  Of two that differ, versions of transformers disagree which one counts.
+  If they differ, versions of transformers disagree about which one to use.
   """
   if (
     _HEAD in tensors
@@ -922,7 +924,7 @@ def _check_tied(
     and not np.array_equal(tensors[_HEAD](), tensors[_EMBEDDING]())
   ):
     raise ValueError(
-      f"{source}: tie_word_embeddings is true, but {_HEAD} is not"
+      f"{source}: tie_word_embeddings is true, but {_HEAD} differs from"
       f" {_EMBEDDING}: set it to false in config.json, or remove the wrong"
       " tensor."
     )
@@ -936,14 +938,14 @@ def file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
 
   Args:
     path: Path of the parameter in the model.
-    part: The parameter without the dimension of layers.
+    part: The parameter without the layer dimension.
     dtype: Dtype of the tensor.
 
   Raises:
     ValueError: A value is not finite, or beyond the range of float16.
   """
-  # safetensors writes memory as it lies: a transposed view in numpy would be
-  # written untransposed.
+  # safetensors writes raw memory: a transposed numpy view would be written
+  # untransposed.
   part = jnp.asarray(part)
   tensor = (part.T if _is_matrix(path) else part).astype(dtype)
   if not jnp.all(jnp.isfinite(tensor)):
@@ -957,10 +959,10 @@ def file_tensor(path: _Path, part: jax.Array, dtype: Any) -> jax.Array:
 
 
 def write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
-  """Writes a safetensors file, whole or not at all.
+  """Writes a safetensors file, completely or not at all.
 
   Raises:
-    OSError: It cannot be written; a file from before is kept.
+    OSError: It cannot be written; an existing file is kept.
   """
   # Transformers requires this metadata.
   content = safetensors.flax.save(tensors, metadata={"format": "pt"})
@@ -970,12 +972,12 @@ def write_tensors(path: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
 def fused(
   arrays: dict[_Path, jax.Array], path: _Path, layer: int, scaling: float
 ) -> jax.Array:
-  """Returns a parameter of one layer, its adapter fused into it.
+  """Returns a parameter of one layer, with its adapter fused into it.
 
   Args:
     arrays: A model's parameters, from `parameters`.
     path: Path of the parameter.
-    layer: The layer; anything for what no layer holds.
+    layer: The layer; ignored for parameters outside the layers.
     scaling: What the adapter's product is multiplied by.
   """
   array = arrays[path]
@@ -995,7 +997,7 @@ def fused(
 def _shards(
   sizes: dict[str, int], max_shard_bytes: int
 ) -> dict[str, list[str]]:
-  """Returns the names of the tensors of each file, in their order."""
+  """Returns the names of the tensors of each file, in order."""
   groups: list[list[str]] = [[]]
   used = 0
   for name, size in sizes.items():
@@ -1024,19 +1026,18 @@ def save_model(
 ) -> None:
   """Writes a model in Hugging Face's layout, adapters fused into the weights.
 
-  The products of the adapters are summed in float32. Only one shard is held
-  beside the model. `config.json` is written last: a folder without it is
-  incomplete.
+  Adapter products are computed in float32. Only one shard is in memory besides
+  the model. `config.json` is written last: a folder without it is incomplete.
 
   Args:
     model: The model.
     folder: Output folder, made if missing.
     dtype: Dtype of the tensors.
-    tokenizer_file: A `.model` or `tokenizer.json` to copy beside them.
+    tokenizer_file: A `.model` or `tokenizer.json` to copy into the folder.
     max_shard_bytes: Larger weights are written in several files of at most
       this size, with an index.
-    fuse: False leaves the adapters out: what is written is the base with the
-      norms and embeddings that were trained beside them.
+    fuse: False leaves the adapters out and writes the base, with the norms and
+      embeddings that were trained along with them.
 
   Raises:
     OSError: A file cannot be written.
@@ -1060,7 +1061,7 @@ def save_model(
   arrays = parameters(model)
   if not fuse:
     arrays = {p: array for p, array in arrays.items() if not is_adapter(p)}
-  # The parameter and layer of each tensor, in the order of other tools.
+  # The parameter and layer of each tensor, in the order that other tools use.
   places: dict[str, tuple[_Path, int]] = {}
   sizes: dict[str, int] = {}
   for path, array in arrays.items():
@@ -1088,7 +1089,7 @@ def save_model(
   atomic_file.write_json(folder / _CONFIG, config_to_json(model.config, dtype))
 
 
-# Where files beside the weights limit the length of a text, in tokens.
+# Fields that limit the length of a text, in tokens, by file.
 _LIMITS = {
   _TOKENIZER_CONFIG: ("model_max_length",),
   "tokenizer.json": ("truncation", "max_length"),
@@ -1097,7 +1098,7 @@ _LIMITS = {
 
 
 def _with_limit(name: str, content: bytes, context_len: int) -> bytes:
-  """Returns a file that limits texts to no less than `context_len` tokens."""
+  """Returns a file with any limit on texts raised to `context_len` tokens."""
   try:
     settings = json.loads(content)
     *outer, last = _LIMITS[name]
@@ -1116,17 +1117,17 @@ def _with_limit(name: str, content: bytes, context_len: int) -> bytes:
 
 
 def _read_copied(path: pathlib.Path) -> bytes:
-  """Returns a file that is copied; says so if it is a link to elsewhere.
+  """Returns the content of a file to copy; warns if it is a link to elsewhere.
 
-  A folder from elsewhere may link to a file that is not to be published.
-  Snapshots in the cache of Hugging Face link to the rest of their folder.
+  A downloaded folder may link to a private file that should not be published.
+  Snapshots in Hugging Face's cache link to other places of the same folder.
   """
   folder = path.parent.resolve()
   if folder.parent.name == "snapshots":
     folder = folder.parents[1]
   if not path.resolve().is_relative_to(folder):
     logging.getLogger(__name__).warning(
-      "%s is a link: what is copied is %s.", path, path.resolve()
+      "%s is a link: copying %s.", path, path.resolve()
     )
   if path.stat().st_size > _MAX_COPIED_BYTES:
     raise ValueError(
@@ -1142,13 +1143,13 @@ def copy_tokenizer(
   *,
   context_len: int = 1,
 ) -> None:
-  """Writes a model's tokenizer to a folder, in files that other tools read.
+  """Writes a model's tokenizer to a folder, in the files that other tools read.
 
   Args:
     source: A model's folder, whose tokenizer files are copied, or a GGUF file.
     folder: Output folder, made if missing.
-    context_len: Longest sequence of the model that they go with, in tokens.
-      Files that limit texts to less are raised to it.
+    context_len: Longest sequence of the exported model, in tokens. Lower limits
+      in the files are raised to it.
 
   Raises:
     OSError: A file cannot be written.
@@ -1174,9 +1175,10 @@ def copy_tokenizer(
 
 
 def _state_ends(folder: pathlib.Path) -> None:
-  """Adds to tokenizer_config.json how texts begin and end, if it is silent.
+  """Adds to tokenizer_config.json how texts begin and end, if it does not say.
 
-  A SentencePiece model does not say, and versions of transformers differ.
+  A SentencePiece model does not record that, and versions of transformers
+  differ.
   """
   if tokenizer.file_name(folder) != "tokenizer.model":
     return
@@ -1211,4 +1213,4 @@ def stored_dtype(source: str | os.PathLike[str]) -> np.dtype:
   for name in tensors:
     if name.endswith("_proj.weight"):
       return tensors[name]().dtype
-  raise ValueError(f"{source} has no projection of a Llama.")
+  raise ValueError(f"{source} contains no weights of a Llama's layers.")

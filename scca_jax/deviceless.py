@@ -1,8 +1,8 @@
 """Compiles for GPUs that this machine does not have.
 
-XLA compiles for a described GPU on any machine that has its CUDA plugin and the
-assembler `ptxas` (`pip install 'scca_jax[plan]'`); the programs cannot run
-there. The descriptions are in `assets/gpu_specs`.
+XLA can compile for a described GPU on any machine with its CUDA plugin and the
+assembler `ptxas` (`pip install 'scca_jax[plan]'`), though the programs cannot
+run there. The descriptions are in `assets/gpu_specs`.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from scca_jax.sharding import HOST
 _SPECS = pathlib.Path(__file__).parent / "assets" / "gpu_specs"
 _GPUS_OF_HOST = 8
 GPUS = tuple(sorted(path.stem for path in _SPECS.glob("*.txtpb")))
-_MISSING = "pip install 'scca_jax[plan]', and jax-cuda12-pjrt as jax itself"
+_MISSING = "pip install 'scca_jax[plan]', with jax-cuda12-pjrt of jax's version"
 
 
 def _spec(gpu: str) -> str:
@@ -41,13 +41,13 @@ def _spec(gpu: str) -> str:
 
 
 def _number(gpu: str, name: str) -> int:
-  """Returns a number from the description, 0 if it is left out."""
+  """Returns a number from the description, 0 if it is not given."""
   found = re.search(rf"\b{name}: (\d+)", _spec(gpu))
   return int(found[1]) if found else 0
 
 
 def target_of(gpu: str) -> target.Target:
-  """Returns what implementations need to know about a described GPU.
+  """Returns a described GPU as a target for the attention implementations.
 
   Raises:
     ValueError: The name is unknown.
@@ -74,7 +74,7 @@ def capacity_bytes(gpu: str) -> int:
 
 
 def _cuda_folder() -> pathlib.Path:
-  """Returns the folder that has bin/ptxas and nvvm/libdevice.
+  """Returns the folder with bin/ptxas and nvvm/libdevice.
 
   Raises:
     ValueError: There is none.
@@ -85,11 +85,11 @@ def _cuda_folder() -> pathlib.Path:
       folder = pathlib.Path(root) / name
       if (folder / "bin" / "ptxas").exists():
         return folder
-  raise ValueError(f"found no ptxas to compile for a GPU with: {_MISSING}.")
+  raise ValueError(f"found no ptxas, needed to compile for a GPU: {_MISSING}.")
 
 
 def devices(gpu: str, number: int = 1) -> list[Any]:
-  """Returns described GPUs, eight to a host.
+  """Returns described GPUs, eight per host.
 
   Args:
     gpu: One of `GPUS`.
@@ -102,8 +102,8 @@ def devices(gpu: str, number: int = 1) -> list[Any]:
   hosts, rest = divmod(number, _GPUS_OF_HOST)
   if hosts and rest:
     raise ValueError(
-      f"{number} GPUs do not fill whole hosts of {_GPUS_OF_HOST}: take up to"
-      f" {_GPUS_OF_HOST}, or a multiple."
+      f"{number} GPUs do not fill whole hosts of {_GPUS_OF_HOST}: use up to"
+      f" {_GPUS_OF_HOST}, or a multiple of it."
     )
   shape = f"1x{hosts or 1}x{_GPUS_OF_HOST if hosts else number}"
   _cuda_folder()
@@ -119,7 +119,7 @@ def devices(gpu: str, number: int = 1) -> list[Any]:
 
 
 def _in_host_memory(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """Returns an argument that has a sharding, in the host's memory."""
+  """Returns an argument that has a sharding, moved to the host's memory."""
   # Topology devices have no memory kinds, and a concrete sharding drops them;
   # one over an abstract mesh keeps them.
   there = NamedSharding(
@@ -130,11 +130,11 @@ def _in_host_memory(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
-  """Disables the compilation cache: programs without a device are not read."""
+  """Disables the compilation cache, which cannot load deviceless programs."""
   settings: Any = jax.config
   enabled = settings.jax_enable_compilation_cache
   jax.config.update("jax_enable_compilation_cache", False)
-  # JAX reads the setting once.
+  # JAX reads the setting only once.
   compilation_cache.reset_cache()
   try:
     yield
@@ -145,7 +145,7 @@ def _no_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _cuda_in_environment(folder: pathlib.Path) -> Iterator[None]:
-  """Lets Pallas find the assembler, which it looks for by itself."""
+  """Lets Pallas, which searches for the assembler itself, find it."""
   names = ("CUDA_ROOT", "PATH")
   before = {name: os.environ.get(name) for name in names}
   os.environ["CUDA_ROOT"] = str(folder)
@@ -175,15 +175,15 @@ def compile_for(
   Args:
     gpu: One of `GPUS`.
     function: The function.
-    *args: Its arguments, pytrees of anything with a shape and a dtype. If they
-      have a sharding too, they lie on several of `devices`.
-    on_host: Which arguments lie in the host's memory, a pytree of bools like
+    *args: Its arguments, pytrees of anything with a shape and a dtype. With a
+      sharding, they are spread over several of `devices`.
+    on_host: Which arguments are in the host's memory, a pytree of bools like
       them; None keeps all on the device.
     donate_argnums: See `jax.jit`.
     compiler_options: See `jax.jit`.
 
   Returns:
-    A `jax.stages.Compiled`, which has `memory_analysis()`.
+    A `jax.stages.Compiled`, which provides `memory_analysis()`.
 
   Raises:
     ValueError: The GPU is unknown, or the compiler is not installed.

@@ -1,6 +1,6 @@
-"""`scca_jax.attention`: checks its arguments, and computes it.
+"""`scca_jax.attention`: checks its arguments and computes attention.
 
-`segment_attention` does so for one segment of a sequence at a time.
+`segment_attention` does the same one segment of a sequence at a time.
 """
 
 import functools
@@ -95,7 +95,7 @@ def _check_rest(
       )
     if pattern.num_heads != query.shape[2]:
       raise ValueError(
-        f"the pattern has {pattern.num_heads} heads, the query"
+        f"the pattern has {pattern.num_heads} heads, but the query has"
         f" {query.shape[2]}."
       )
   if not patterns:
@@ -113,8 +113,8 @@ def _check_rest(
   if isinstance(query_offset, int):
     if query_offset < 0 or query_offset + seq_len > kv_len:
       raise ValueError(
-        f"{seq_len} queries from query_offset={query_offset} on must lie in the"
-        f" {kv_len} positions of the keys."
+        f"{seq_len} queries starting at query_offset={query_offset} must lie"
+        f" within the {kv_len} positions of the keys."
       )
   elif jnp.ndim(query_offset) or not jnp.issubdtype(
     jnp.result_type(query_offset), jnp.integer
@@ -170,12 +170,12 @@ def attention(
   mesh: Mesh | None = None,
   return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-  """Returns causal softmax attention over the keys that `pattern` shows.
+  """Returns causal softmax attention over the keys that `pattern` allows.
 
-  Scores, softmax and sums are float32 whatever the dtype of the inputs. A
-  query that sees no key gets exactly 0, a log-sum-exp of -inf and gradients of
-  exactly 0. Derivatives are those of reverse mode; forward mode (`jax.jvp`) is
-  served by `implementation="reference"` alone.
+  Scores, softmax and sums are float32 whatever the dtype of the inputs. A query
+  that sees no key gets exactly 0, a log-sum-exp of -inf and gradients of
+  exactly 0. Only reverse-mode derivatives are available; forward mode
+  (`jax.jvp`) needs `implementation="reference"`.
 
   Args:
     query: `[batch, seq, heads, head_dim]`, float32, bfloat16 or float16.
@@ -188,19 +188,19 @@ def attention(
       never see each other; segment 0, padding, sees nothing and is seen by
       nothing.
     query_offset: Position of the first query, for decoding with a cache: keys
-      have positions from 0, queries from `query_offset` on.
-    scale: Factor of the scores; None takes `head_dim ** -0.5`.
+      have positions from 0, queries from `query_offset`.
+    scale: Factor of the scores; None uses `head_dim ** -0.5`.
     implementation: "reference" (one dense mask), "xla" (any device), "cudnn",
-      "triton" or "mosaic", or several of them, tried in order; None takes the
+      "triton" or "mosaic", or several of them, tried in order; None uses the
       best that can serve the call: "mosaic" on Hopper GPUs, "triton" on other
-      GPUs from Ampere on, else "xla". What it falls back to, and why, is
+      GPUs since Ampere, otherwise "xla". A fallback, and the reason for it, is
       logged once.
     deterministic: Whether gradients must be bit-equal from run to run on one
-      device. "cudnn" cannot promise that, and "mosaic" is slower so: otherwise
-      it adds up the gradient of the query in an order that varies.
-    mesh: From `sharding.make_mesh`: sequences lie along `data` and `fsdp`,
-      heads along `tensor`, tokens along `sequence`; what cannot be divided is
-      computed by all. None is one device.
+      device. "cudnn" cannot promise that, and it makes "mosaic" slower, which
+      otherwise accumulates the query's gradient in varying order.
+    mesh: From `sharding.make_mesh`: sequences are divided along `data` and
+      `fsdp`, heads along `tensor`, tokens along `sequence`; what cannot be
+      divided is computed by every device. None means one device.
     return_lse: Whether to return the log-sum-exp of the scores as well.
 
   Returns:
@@ -256,22 +256,22 @@ def segment_attention(
 ) -> tuple[jax.Array, Messages]:
   """Returns attention of one segment of a sequence, and what later ones need.
 
-  With it a sequence is computed a segment at a time: the results are those of
-  `attention` on all of it.
+  Called for one segment after the other, it gives the results of `attention` on
+  the whole sequence.
 
   Args:
     query: Queries of the segment, `[batch, length, heads, head_dim]`.
     key: Likewise, `[batch, length, kv_heads, head_dim]`.
     value: Like `key`.
     pattern: As for `attention`; its positions are those in the sequence.
-    segment: Which segment it is.
+    segment: Which segment this is.
     received: What earlier segments sent; `parallel.no_messages` for the first.
     implementation: See `attention`.
     deterministic: See `attention`.
 
   Raises:
     ValueError: Shapes, dtypes or head counts do not fit.
-    NotImplementedError: The pattern needs more of earlier segments than is
+    NotImplementedError: The pattern needs more from earlier segments than is
       kept, or the implementation cannot serve the call.
   """
   members = members_of(pattern)

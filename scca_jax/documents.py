@@ -18,9 +18,10 @@ _COMPRESSIONS = (".gz", ".xz", ".zst")
 _TEXT_SUFFIXES = (".txt", ".jsonl")
 _KNOWN_SUFFIXES = ".txt or .jsonl, alone or with .gz, .xz or .zst"
 _BUFFER_BYTES = 1 << 20
-# A line of JSON is parsed as a whole, which may take 24 times as much memory.
+# A line of JSON is parsed in one go, which may take 24 times its size in
+# memory.
 _MAX_LINE_BYTES = 96 << 20
-# Stored bytes that are decompressed at once: four may stand for 128 KiB.
+# Stored bytes to decompress at once: four of them can expand to 128 KiB.
 _STORED_BYTES = 1 << 10
 
 
@@ -29,7 +30,7 @@ class Part(NamedTuple):
 
   Attributes:
     text: The text.
-    ends: Whether the document ends with it.
+    ends: Whether it is the last part of its document.
   """
 
   text: str
@@ -37,7 +38,7 @@ class Part(NamedTuple):
 
 
 class _ZstdReader(io.RawIOBase):
-  """Decompresses zstd frames; unlike the library's, refuses half a frame."""
+  """Decompresses zstd frames; unlike the library, refuses a cut frame."""
 
   def __init__(self, file: BinaryIO):
     self._file = file
@@ -69,7 +70,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 def _suffixes(path: pathlib.Path) -> tuple[str, str]:
-  """Returns the (text, compression) suffixes, empty where there is none."""
+  """Returns the (text, compression) suffixes, each empty if missing."""
   suffixes = [suffix.lower() for suffix in path.suffixes]
   compression = ""
   if suffixes and suffixes[-1] in _COMPRESSIONS:
@@ -89,20 +90,23 @@ def document_files(path: str | os.PathLike[str]) -> list[pathlib.Path]:
 
   Raises:
     FileNotFoundError: No such path, or no text file in the folder.
-    ValueError: The name of a single file ends otherwise.
+    ValueError: The name of a single file has another ending.
   """
   path = pathlib.Path(path)
   if not path.exists():
-    raise FileNotFoundError(f"there is no {path}: name a text file or folder.")
+    raise FileNotFoundError(
+      f"{path} does not exist: name a text file or folder."
+    )
   if not path.is_dir():
     if not _suffixes(path)[0]:
       raise ValueError(
-        f"{path} is of no known kind: its name must end in {_KNOWN_SUFFIXES}."
+        f"{path} is not of a known kind: its name must end in"
+        f" {_KNOWN_SUFFIXES}."
       )
     if not path.is_file():
       raise ValueError(
-        f"{path} is a pipe or device: write the text to a file, as it is read"
-        " more than once."
+        f"{path} is a pipe or device: write the text to a file, since it is"
+        " read more than once."
       )
     return [path]
   found = [
@@ -114,7 +118,7 @@ def document_files(path: str | os.PathLike[str]) -> list[pathlib.Path]:
   ]
   if not found:
     raise FileNotFoundError(
-      f"the folder {path} holds no file that ends in {_KNOWN_SUFFIXES}."
+      f"the folder {path} contains no file that ends in {_KNOWN_SUFFIXES}."
     )
   return found
 
@@ -128,16 +132,16 @@ def read_documents(
 ) -> Iterator[str]:
   """Yields the text of every document of a file or folder.
 
-  A `.txt` is one document, a line of a `.jsonl` another; blank lines of the
-  latter are skipped. The text is kept as it is, line ends included; only a byte
-  order mark at the start of a file is dropped. A line ends at LF or CRLF, not
-  at the other characters that Unicode counts as line breaks.
+  A `.txt` is one document, and so is each line of a `.jsonl`, except blank
+  ones. The text is kept as it is, line ends included; only a byte order mark at
+  the start of a file is dropped. Lines end at LF or CRLF, not at the other
+  characters that Unicode counts as line breaks.
 
   Args:
     path: See `document_files`.
     text_field: Name of the field that holds the text, in `.jsonl`.
-    by_line: Makes each line of a `.txt` a document too, without its line end;
-      blank lines are skipped.
+    by_line: Makes each line of a `.txt` a document too, without its line end,
+      except blank ones.
     on_read: Called with the number of stored bytes read since the last call.
 
   Raises:
@@ -163,7 +167,7 @@ def read_parts(
 ) -> Iterator[Part]:
   """Yields the documents of `read_documents` in parts.
 
-  A `.txt` of any size is held a little at a time.
+  Only a small part of a `.txt`, whatever its size, is in memory at a time.
 
   Args:
     path: See `read_documents`.
@@ -179,7 +183,7 @@ def read_parts(
 
 
 def as_parts(documents: Iterable[str | Part]) -> Iterator[Part]:
-  """Yields documents, whole or in parts, as parts."""
+  """Yields documents, given whole or in parts, as parts."""
   for document in documents:
     yield Part(document, True) if isinstance(document, str) else document
 
@@ -189,7 +193,7 @@ def read_records(
   *,
   on_read: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Yields every line of JSON Lines as an object, with file and line by name.
+  """Yields every line of JSON Lines as an object, with its file and line.
 
   Args:
     path: See `document_files`; text files are refused.
@@ -197,7 +201,7 @@ def read_records(
 
   Raises:
     FileNotFoundError: See `document_files`.
-    ValueError: See `read_documents`; or a line is no object.
+    ValueError: See `read_documents`; or a line is not an object.
   """
   for file in document_files(path):
     if _suffixes(file)[0] == ".txt":
@@ -214,7 +218,7 @@ def _read_file(
   kind, compression = _suffixes(path)
   whole = kind == ".txt" and not by_line
   with open(path, "rb") as stored:
-    # Some readers accept an empty file as an archive of nothing.
+    # Some readers accept an empty file as an empty archive.
     if compression and not stored.peek(1):
       raise ValueError(f"{path} is cut short: an archive is never empty.")
     stream: Any = stored
@@ -254,7 +258,7 @@ def _read_file(
 def _whole(
   path: pathlib.Path, pieces: Iterator[tuple[str, bytes]]
 ) -> Iterator[Part]:
-  """Yields the parts of a file that is one document."""
+  """Yields the parts of a file that is a single document."""
   decoder, line, last = codecs.getincrementaldecoder("utf-8")(), 1, None
 
   def decode(content: bytes, final: bool = False) -> str:
@@ -277,7 +281,7 @@ def _whole(
 def _pieces(
   path: pathlib.Path, stream: BinaryIO, *, by_line: bool
 ) -> Iterator[tuple[str, bytes]]:
-  """Yields the stream in lines or blocks, each with a name for messages."""
+  """Yields the stream in lines or blocks, each with its place for messages."""
   number = 0
   while True:
     try:
@@ -293,7 +297,7 @@ def _pieces(
       zlib.error,
       zstandard.ZstdError,
     ) as error:
-      behind = f" behind line {number}" if by_line else ""
+      behind = f" after line {number}" if by_line else ""
       raise ValueError(
         f"{path} is damaged or cut short{behind}: {error}."
       ) from error
@@ -351,10 +355,10 @@ def _json_text(where: str, content: bytes, text_field: str) -> str:
 
 
 def check_text(name: str, text: str) -> None:
-  """Checks that a text can be encoded: JSON and flags can hold what cannot.
+  """Checks that a text can be encoded, which not all JSON or flags can.
 
   Args:
-    name: What the message calls it.
+    name: Its name in the message.
     text: The text.
 
   Raises:
@@ -365,5 +369,5 @@ def check_text(name: str, text: str) -> None:
   except UnicodeEncodeError as error:
     raise ValueError(
       f"{name}: half a surrogate pair, U+{ord(text[error.start]):04X}, is not a"
-      " character: take it out."
+      " character: remove it."
     ) from error

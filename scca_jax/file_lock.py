@@ -1,8 +1,8 @@
-"""Locks on files, which are free again once their process is gone.
+"""File locks that are released when their process ends.
 
-The kernel holds them (flock), so nothing is left of a lock after a crash. They
-work between hosts where the file system has locks: NFS does with its usual
-lock service. A file system without them grants every lock.
+The kernel holds them (flock), so a crash leaves no lock behind. They work
+between hosts if the file system has locks, as NFS does with its usual lock
+service. On a file system without locks every attempt succeeds.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import platform
 from collections.abc import Iterator
 
 _LOCK = ".lock"
-# What a file system without locks answers.
+# Errors from a file system without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -22,7 +22,7 @@ def try_lock(descriptor: int) -> bool:
   """Locks an open file, unless it is locked already.
 
   Args:
-    descriptor: The file, open for writing. To close it frees the lock.
+    descriptor: The file, open for writing. Closing it releases the lock.
 
   Returns:
     Whether the lock is ours.
@@ -48,10 +48,10 @@ def _open(path: pathlib.Path) -> int:
         holder = os.read(descriptor, 300).decode("utf8", "replace").strip()
         raise ValueError(
           f"{path.parent} is in use by {holder or 'another process'}: wait"
-          " until that ends, or name another folder."
+          " until that ends, or use another folder."
         )
       with contextlib.suppress(FileNotFoundError):
-        # The process before may have removed it since we opened it.
+        # The previous process may have removed it since we opened it.
         if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
           os.ftruncate(descriptor, 0)
           name = f"process {os.getpid()} on {platform.node()}\n"
@@ -65,13 +65,14 @@ def _open(path: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def only_process(folder: str | os.PathLike[str]) -> Iterator[None]:
-  """Keeps other processes that call this out of a folder, in a `with` block.
+  """Claims a folder for this process during a `with` block.
 
-  The folder is made if it is missing, and removed again if the block leaves it
+  The folder is created if missing, and removed again if the block leaves it
   empty.
 
   Raises:
-    ValueError: Another process is in it; the message names host and process.
+    ValueError: Another process has claimed it; the message names host and
+      process.
     OSError: The folder cannot be made or written to; the message names it.
   """
   folder = pathlib.Path(folder)

@@ -1,4 +1,4 @@
-"""Text from a model, token by token, with a cache of keys and values."""
+"""Generates text token by token, with a cache of keys and values."""
 
 import dataclasses
 import functools
@@ -19,11 +19,12 @@ from scca_jax.llama import (
   Patterns,
 )
 
-# What a finished sequence yields.
+# Yielded for a finished sequence.
 FINISHED = -1
-# In place of a token where a logit is not finite.
+# Stands for a token when a logit is not finite.
 _NOT_FINITE = -2
-# Prompts are padded to multiples, so that few lengths are compiled, in tokens.
+# Prompts are padded to multiples of this many tokens, so that few lengths are
+# compiled.
 _BUCKET = 64
 
 
@@ -35,11 +36,12 @@ class Sampling:
   `top_p`.
 
   Attributes:
-    temperature: Divides the logits; 0 takes the likeliest token.
-    top_k: Only this many of the likeliest tokens; None has no limit.
-    top_p: Only the likeliest tokens that together reach this probability;
-      1 has no limit.
-    seed: Draws other tokens.
+    temperature: Divides the logits; 0 picks the likeliest token.
+    top_k: Draws only from this many of the likeliest tokens; None sets no
+      limit.
+    top_p: Draws only from the likeliest tokens that together reach this
+      probability; 1 sets no limit.
+    seed: Seed of the draws.
   """
 
   temperature: float = 0.0
@@ -59,7 +61,7 @@ class Sampling:
 
 
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-  """Returns the logits that tokens are drawn from, -inf where none may be.
+  """Returns the logits that tokens are drawn from, -inf where excluded.
 
   Args:
     logits: Float32 `[batch, vocab]`.
@@ -74,7 +76,7 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     probabilities = jax.nn.softmax(
       jnp.take_along_axis(logits, order, axis=-1), axis=-1
     )
-    # A token stays if those before it do not reach the sum yet.
+    # A token stays if the ones before it have not reached the sum yet.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     dropped = jnp.take_along_axis(
       before >= sampling.top_p, jnp.argsort(order, axis=-1), axis=-1
@@ -89,7 +91,8 @@ def _draw(logits: jax.Array, sampling: Sampling, draw: jax.Array) -> jax.Array:
     return jnp.argmax(logits, axis=-1)
   seed, step = draw
   rng = jax.random.fold_in(jax.random.key(seed), step)
-  # One for each sequence: what it draws does not depend on the rest of a batch.
+  # One for each sequence, so that its draws do not depend on the rest of the
+  # batch.
   rngs = jax.vmap(lambda i: jax.random.fold_in(rng, i))(
     jnp.arange(logits.shape[0])
   )
@@ -117,9 +120,9 @@ def next_tokens(
 ) -> tuple[jax.Array, Cache]:
   """Returns the token after `tokens[:, last]` and the cache with `tokens`.
 
-  The token is -2 where a logit is not finite. What is drawn depends on `draw`,
-  the seed and the number of the step, int32 `[2]`; the seed of `sampling`,
-  which is static, is ignored.
+  The token is -2 if a logit is not finite. Randomness comes from `draw`, the
+  seed and the number of the step, int32 `[2]`; the seed in `sampling`, which is
+  static, is ignored.
   """
   model = nnx.merge(graphdef, state)
   hidden, cache = model.cached_hidden_states(
@@ -140,10 +143,10 @@ def _check(
       f"max_new_tokens must be at least 1, got {max_new_tokens}."
     )
   if not prompts:
-    raise ValueError("got no prompt: give at least one.")
+    raise ValueError("no prompt was given: give at least one.")
   for i, prompt in enumerate(prompts):
     if not prompt:
-      raise ValueError(f"prompt {i} has no token: give it some text.")
+      raise ValueError(f"prompt {i} has no tokens: give it some text.")
     token_file.check_ids(
       np.asarray(prompt), model.config.vocab_size, f"prompt {i}"
     )
@@ -182,10 +185,10 @@ class _Decoder:
     """Returns the token after each sequence, int32 `[batch]`.
 
     Args:
-      tokens: What the cache does not have yet, `[batch, seq]`; what stands
-        behind the end of a sequence is padding.
-      lengths: Tokens of each whole sequence, `[batch]`.
-      patterns: What the tokens attend by.
+      tokens: Tokens that the cache does not have yet, `[batch, seq]`, padded
+        after the end of a sequence.
+      lengths: Length of each whole sequence in tokens, `[batch]`.
+      patterns: Attention patterns for these tokens.
       first: Whether `tokens` are the whole sequences.
     """
     config = self._config
@@ -227,21 +230,21 @@ def stream(
 ) -> Iterator[np.ndarray]:
   """Yields the next token of every sequence, step by step, int32 `[batch]`.
 
-  A sequence ends with a token of `eos_ids`; from then on it yields `FINISHED`.
+  A sequence ends with a token of `eos_ids` and yields `FINISHED` after that.
   The iterator ends with the last sequence.
 
   Args:
     model: The model.
     prompts: Token ids, of any lengths.
-    max_new_tokens: Most new tokens per sequence.
-    sampling: How tokens are drawn; None takes the likeliest.
-    prefill_patterns: What the tokens of the prompts attend by; None is dense.
-    decode_patterns: What new tokens attend by; None is dense. Both as in
-      `Llama.hidden_states`, with position causality.
-    eos_ids: Tokens that end a sequence; None takes the model's.
+    max_new_tokens: Maximum number of new tokens per sequence.
+    sampling: How tokens are drawn; None picks the likeliest.
+    prefill_patterns: Attention patterns for the prompts; None is dense.
+    decode_patterns: Attention patterns for new tokens; None is dense. Both as
+      in `Llama.hidden_states`, with position causality.
+    eos_ids: Tokens that end a sequence; None uses the model's.
     execution: As in `Llama.hidden_states`, on one device.
-    prompt_len: Room for each prompt, in tokens; None takes what the longest
-      needs. Calls with the same room share what is compiled.
+    prompt_len: Padded length of the prompts, in tokens; None uses what the
+      longest needs. Calls with the same length share a compiled program.
 
   Raises:
     ValueError: A prompt is empty or beyond the vocabulary, a setting is out of
@@ -253,8 +256,8 @@ def stream(
   )
   lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
   longest = int(lengths.max())
-  # Padded at their ends: no token of a prompt sees the padding, and new tokens
-  # overwrite it. Positions stay what they are in training.
+  # Padded at the end: no token of a prompt sees the padding, and new tokens
+  # overwrite it. Positions are the same as in training.
   if prompt_len is None:
     prompt_len = longest
   elif prompt_len < longest:

@@ -1,12 +1,13 @@
-"""Models in GGUF files: sizes and weights.
+"""Reads models from GGUF files: sizes and weights.
 
-The `gguf` library reads the file and dequantises; here are the names, and what
-llama.cpp changes when it writes a LLaMA: query and key rows are permuted to
-rotate neighbouring channels, and the rope scaling of Llama 3.1 is a tensor.
-What the metadata means is what llama.cpp takes it for; keys of which that is
-not known are refused. `gguf_tokenizer` makes a tokenizer of the vocabulary.
+The `gguf` library reads the file and dequantises. This module translates the
+names and undoes what llama.cpp changes when it writes a LLaMA: query and key
+rows are permuted to rotate neighbouring channels, and Llama 3.1's rope scaling
+becomes a tensor. Metadata is interpreted as llama.cpp interprets it; keys with
+an unknown effect are refused. `gguf_tokenizer` turns the vocabulary into a
+tokenizer.
 
-The parts are: keys and tokens as llama.cpp knows them, names and channels of
+The parts: keys and tokens as llama.cpp knows them, names and channels of
 weights, and `GgufFile`.
 """
 
@@ -39,8 +40,8 @@ _GGUF_NAMES = {theirs: own for own, theirs in _NAMES.items()}
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 ROPE_FACTORS = "rope_freqs.weight"
 _PIECE = re.compile(r"(.*)-\d{5}-of-(\d{5})\.gguf")
-# Keys that are read, then those that may stand beside them with the values that
-# change nothing. Others must be off: 0, false or empty.
+# Keys that we read, then keys that are allowed at the values that change
+# nothing. All others must be off: 0, false or empty.
 _READ = (
   "vocab_size",
   "context_length",
@@ -60,7 +61,7 @@ _READ = (
   "rope.scaling.factor",
   "rope.scaling.original_context_length",
   "rope.scaling.attn_factor",
-  # Tells how the file came about.
+  # Only says how the file was made.
   "tensor_data_layout",
   "rope.scaling.finetuned",
 )
@@ -74,14 +75,13 @@ _WITHOUT_EFFECT = {
   "rope.scaling.yarn_beta_fast": (32.0,),
   "rope.scaling.yarn_beta_slow": (1.0,),
 }
-# Tokens that llama.cpp takes where a file does not name them, by the kind of
-# vocabulary.
+# llama.cpp's default special tokens, by the kind of vocabulary.
 _USUAL_IDS = {
   "llama": {"bos": 1, "eos": 2, "unknown": 0},
   "gpt2": {"bos": 11, "eos": 11},
 }
-# Tokens that llama.cpp ends at whatever the metadata says, by their text: ends
-# of a text or turn, then the padding and separators of infilling.
+# Tokens that always end generation in llama.cpp, whatever the metadata says:
+# ends of a text or turn, then the padding and separators of infilling.
 _END_TEXTS = (
   "</s>",
   "<eos>",
@@ -106,7 +106,8 @@ _END_TEXTS = (
   "<|tool_response>",
   "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
-# Of those, the ones that are none beside all the others of a set.
+# Of these, tokens that do not end generation if the vocabulary has all tokens
+# of one of the sets.
 _NO_END_BESIDE = {
   "<|end|>": ({"<|return|>", "<|call|>"}, {"<|calls|>", "<|flush|>"}),
   "</s>": ({"<|tool_response>"},),
@@ -122,7 +123,7 @@ _INFILL_TEXTS = {
   ),
   "fim_sep": ("<|file_sep|>",),
 }
-# Vocabularies of byte pairs whose texts begin with BOS by default.
+# Byte-pair vocabularies whose texts begin with BOS by default.
 LLAMA_3_PRE_TOKENIZERS = ("llama-bpe", "llama3", "llama-v3")
 
 
@@ -138,7 +139,7 @@ def _hugging_face_name(name: str) -> str:
 def gguf_name(name: str) -> str:
   """Returns a tensor's name in GGUF files, given its Hugging Face name.
 
-  What has no such name keeps its own.
+  Names without a counterpart are returned unchanged.
   """
   layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
   stem = layer.group(2) if layer else name.removesuffix(".weight")
@@ -151,8 +152,8 @@ def gguf_name(name: str) -> str:
 def _channels_apart(weight: np.ndarray, num_heads: int) -> np.ndarray:
   """Undoes llama.cpp's order of query and key rows.
 
-  It rotates channels `2i` and `2i + 1` of a head; ours are `i` and
-  `i + head_dim / 2`.
+  llama.cpp rotates channels `2i` and `2i + 1` of a head together; we rotate `i`
+  and `i + head_dim / 2`.
   """
   pairs = weight.reshape(num_heads, -1, 2, weight.shape[-1])
   return pairs.swapaxes(1, 2).reshape(weight.shape)
@@ -176,7 +177,7 @@ def _open(path: pathlib.Path) -> Any:
 
   Raises:
     FileNotFoundError: There is no such file.
-    ValueError: It is damaged, or of the other byte order.
+    ValueError: It is damaged or has the other byte order.
   """
   import gguf
 
@@ -188,7 +189,7 @@ def _open(path: pathlib.Path) -> Any:
       return super()._build_fields(*args)
 
   if not path.is_file():
-    raise FileNotFoundError(f"there is no GGUF file {path}.")
+    raise FileNotFoundError(f"the GGUF file {path} does not exist.")
   try:
     reader = Reader(path)
     for name, field in reader.fields.items():
@@ -202,7 +203,7 @@ def _open(path: pathlib.Path) -> Any:
   if reader.byte_order == "S":
     order = reader.endianess.name.lower()
     raise ValueError(
-      f"{path} is {order}-endian, which this machine is not: convert it with"
+      f"{path} is {order}-endian, unlike this machine: convert it with"
       f" `gguf-convert-endian {path.name} native` of the gguf package."
     )
   return reader
@@ -211,14 +212,15 @@ def _open(path: pathlib.Path) -> Any:
 def _fitted_bounds(
   factors: np.ndarray, plain: np.ndarray, length: int
 ) -> Iterator[tuple[float, float]]:
-  """Yields the low and high frequency factor of Llama 3 that explain a file.
+  """Yields Llama 3's low and high frequency factors that explain a file.
 
-  Between the two, the share of a frequency that is kept is linear in it.
+  Between the two, the share of a frequency that is kept is linear in the
+  frequency.
 
   Args:
-    factors: What the frequencies are divided by, `[head_dim / 2]`.
-    plain: The frequencies, like `factors`.
-    length: The pretrained length in tokens, to which the bounds are relative.
+    factors: Divisors of the frequencies, `[head_dim / 2]`.
+    plain: The unscaled frequencies, like `factors`.
+    length: The pretrained length in tokens, which the bounds are relative to.
   """
   largest = factors.max()
   between = (factors > 1) & (factors < largest)
@@ -253,7 +255,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       FileNotFoundError: There is no such file.
       ValueError: It is damaged, or not a model of the Llama architecture.
     """
-    # Imported here, so that only those who read GGUF pay for it.
+    # Imported here because only GGUF files need it.
     import gguf
 
     self.path = pathlib.Path(path)
@@ -261,7 +263,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     self._fields = {
       name: field.contents()
       for name, field in self._reader.fields.items()
-      # Long, and mostly for the tokenizer.
+      # Long, and mostly needed by the tokenizer.
       if not name.startswith("tokenizer.ggml.")
     }
     self._tensors = {}
@@ -276,7 +278,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     total = self._fields.get("split.tensors.count", len(self._tensors))
     if total != len(self._tensors):
       raise ValueError(
-        f"{self.path}: its pieces have {len(self._tensors)} tensors, not"
+        f"{self.path}: its pieces have {len(self._tensors)} tensors instead of"
         f" {total}: copy all of them again."
       )
     self._dequantize = gguf.dequantize
@@ -316,7 +318,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       yield piece
 
   def name_in_file(self, name: str) -> str:
-    """Returns the name in the file of a tensor, given its Hugging Face name."""
+    """Returns a tensor's name in the file, given its Hugging Face name."""
     return self._names.get(name) or gguf_name(name)
 
   def shape(self, name: str) -> tuple[int, ...]:
@@ -345,7 +347,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
         ("q_proj.weight", self.config.num_heads),
         ("k_proj.weight", self.config.num_kv_heads),
       ):
-        # A tensor of another size is refused by the caller.
+        # The caller refuses a tensor of another size.
         if name.endswith(suffix) and values.shape[0] == (
           num_heads * self.config.head_dim
         ):
@@ -465,11 +467,11 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
   def _read_rope_scaling(
     self, head_dim: int, theta: float, context_len: int
   ) -> RopeScaling | None:
-    # A file that says only a factor means linear.
+    # A factor alone means linear.
     kind = self._field("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
       raise ValueError(f"unknown rope scaling {kind!r}.")
-    # The key of files from before there were kinds.
+    # The key used before there were kinds.
     factor = self._number("rope.scale_linear", 0.0)
     factor = self._number("rope.scaling.factor", factor)
     if not factor and self._field("rope.scaling.type") in ("linear", "yarn"):
@@ -498,17 +500,17 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       kind="yarn",
       factor=factor,
       original_max_position_embeddings=length,
-      # On top of what YaRN does by itself.
+      # Applied on top of YaRN's own factor.
       attention_factor=None
       if attention == 1
       else attention * (0.1 * math.log(factor) + 1),
     )
 
   def _llama_3_scaling(self, head_dim: int, theta: float) -> RopeScaling:
-    """Returns the scaling whose frequencies the file holds, divided out."""
+    """Returns the scaling that the file's frequency divisors come from."""
     factors = self._values(ROPE_FACTORS)
     plain, _ = rope.frequencies(head_dim, theta, None, 1)
-    # The converter of llama.cpp leaves it out: 8,192 in Llama 3.1 to 3.3.
+    # llama.cpp's converter leaves it out; Llama 3.1 to 3.3 have 8,192.
     length = self._size("rope.scaling.original_context_length", 8192)
     if factors.shape == plain.shape:
       for low, high in ((1.0, 4.0), *_fitted_bounds(factors, plain, length)):
@@ -522,9 +524,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
         scaled, _ = rope.frequencies(head_dim, theta, scaling, 1)
         if np.allclose(plain / factors, scaled, rtol=1e-4, atol=0):
           return scaling
-    raise ValueError(
-      f"{ROPE_FACTORS} is not a rope scaling of the kind of Llama 3."
-    )
+    raise ValueError(f"{ROPE_FACTORS} is not a rope scaling of Llama 3's kind.")
 
   # The vocabulary.
 
@@ -554,8 +554,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
   def special_id(self, kind: str) -> int | None:
     """Returns the id of the "bos", "eos" or another token, or None.
 
-    Like llama.cpp, takes the usual one where the file names none of its
-    vocabulary.
+    Like llama.cpp, falls back to the default of the kind of vocabulary.
     """
     token = self.vocabulary(f"{kind}_token_id")
     if token is not None and (type(token) is not int or token < 0):
@@ -567,7 +566,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
       return token
     model = self.vocabulary("model")
     if model == "gpt2" and kind == "bos" and not self.adds_bos:
-      # Where it is not used, a token that begins no text helps nobody.
+      # A token that never begins a text is of no use here.
       return None
     usual = _USUAL_IDS.get(model, {}).get(kind)
     return usual if usual is not None and usual < self._num_tokens else None
@@ -577,7 +576,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
     return len(self.vocabulary("tokens", ()))
 
   def end_ids(self) -> tuple[int, ...]:
-    """Returns the tokens at which llama.cpp ends, that of the text first."""
+    """Returns the tokens that end generation in llama.cpp, EOS first."""
     id_of: dict[str, int] = {}
     for i, token in enumerate(self.vocabulary("tokens", [])):
       id_of.setdefault(token, i)
@@ -598,7 +597,7 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
 
   @property
   def chat_template(self) -> str | None:
-    """The template of chats, in Jinja; None if the file has none."""
+    """The chat template, in Jinja; None if the file has none."""
     return self._fields.get("tokenizer.chat_template")
 
   @property

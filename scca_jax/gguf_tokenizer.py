@@ -1,7 +1,8 @@
-"""The vocabulary of a GGUF file as the tokenizer files that other tools read.
+"""Turns a GGUF file's vocabulary into the tokenizer files of other tools.
 
-`tokenizer_file` gives SentencePiece's `tokenizer.model` or a `tokenizer.json`
-of byte pairs; `tokenizer_settings` the `tokenizer_config.json` beside it.
+`tokenizer_file` returns SentencePiece's `tokenizer.model` or a byte-pair
+`tokenizer.json`; `tokenizer_settings` returns the `tokenizer_config.json` that
+goes with it.
 """
 
 import collections
@@ -12,19 +13,19 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from scca_jax.gguf_file import LLAMA_3_PRE_TOKENIZERS, GgufFile
 
-# How text is split before byte pairs are merged, by GGUF's name for it; the
-# expressions are those of the models' own tokenizer.json.
+# How text is split before byte pairs are merged, by GGUF's name for the method;
+# the expressions come from the models' own tokenizer.json.
 _LLAMA_3_SPLIT = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PRE_TOKENIZERS = ("gpt-2", "smollm", *LLAMA_3_PRE_TOKENIZERS)
-# Types of tokens; GGUF uses SentencePiece's numbers.
+# Token types; GGUF uses SentencePiece's numbers.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 
 def tokenizer_file(file: GgufFile) -> tuple[str, bytes]:
-  """Returns the tokenizer as the file that other tools read.
+  """Returns the tokenizer as a file that other tools read.
 
   Returns:
     The file's name, `tokenizer.model` (SentencePiece) or `tokenizer.json`
@@ -44,7 +45,7 @@ def tokenizer_file(file: GgufFile) -> tuple[str, bytes]:
       f"{file.path}: the vocabulary is damaged ({error}): copy it again."
     ) from error
   raise ValueError(
-    f"{file.path} has a tokenizer of the kind {kind!r}, only 'llama' and"
+    f"{file.path} has a tokenizer of the kind {kind!r}, but only 'llama' and"
     " 'gpt2' can be read: give --tokenizer=tokenizer.json."
   )
 
@@ -60,7 +61,7 @@ def _pieces(file: GgufFile) -> tuple[list[str], list[int]]:
       f"{file.path}: {len(tokens)} tokens have {len(kinds)} types: copy it"
       " again."
     )
-  # As llama.cpp names those without a text.
+  # llama.cpp's names for tokens without a text.
   tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
   twice = [t for t, n in collections.Counter(tokens).items() if n > 1]
   if twice:
@@ -76,7 +77,7 @@ def _pieces(file: GgufFile) -> tuple[list[str], list[int]]:
 
 
 def added_tokens(file: GgufFile) -> dict[int, tokenizers.AddedToken]:
-  """Returns the tokens that llama.cpp cuts out of a text first, by id."""
+  """Returns the tokens that llama.cpp splits off from a text first, by id."""
   tokens, kinds = _pieces(file)
   return {
     i: tokenizers.AddedToken(token, normalized=False)
@@ -106,12 +107,12 @@ def _sentencepiece(file: GgufFile) -> bytes:
       token_id = list(kinds).index(_UNKNOWN)
     setattr(trainer, f"{field}_id", -1 if token_id is None else token_id)
     if token_id is not None:
-      # SentencePiece finds them by their names.
+      # SentencePiece looks them up by name.
       setattr(trainer, f"{field}_piece", tokens[token_id])
   normalizer = model.normalizer_spec
   normalizer.name = "identity"
   normalizer.add_dummy_prefix = file.flag("add_space_prefix", True)
-  # Whatever the key of that name says: llama.cpp reads it for T5 only.
+  # The GGUF key of that name does not matter: llama.cpp reads it only for T5.
   normalizer.remove_extra_whitespaces = False
   normalizer.escape_whitespaces = True
   return model.SerializeToString()
@@ -125,8 +126,8 @@ def _byte_pairs(file: GgufFile) -> bytes:
   name = file.vocabulary("pre", "")
   if name not in PRE_TOKENIZERS:
     raise ValueError(
-      f"{file.path}: how {name!r} cuts text is not known, only how"
-      f" {', '.join(PRE_TOKENIZERS)} do: give --tokenizer=tokenizer.json."
+      f"{file.path}: unknown pre-tokenizer {name!r}, known are"
+      f" {', '.join(PRE_TOKENIZERS)}: give --tokenizer=tokenizer.json."
     )
   is_llama_3 = name in LLAMA_3_PRE_TOKENIZERS
   processor = tokenizers.Tokenizer(
@@ -144,7 +145,8 @@ def _byte_pairs(file: GgufFile) -> bytes:
       pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3_SPLIT), "isolated")
     )
   steps.append(
-    # Whatever add_space_prefix says: llama.cpp reads it for SentencePiece only.
+    # add_space_prefix does not matter: llama.cpp reads it only for
+    # SentencePiece.
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not is_llama_3)
   )
   processor.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore
@@ -166,9 +168,9 @@ def _byte_pairs(file: GgufFile) -> bytes:
 def _add_ends(
   file: GgufFile, processor: tokenizers.Tokenizer, tokens: list[str]
 ) -> None:
-  """Lets a tokenizer begin a text with BOS, or end it with EOS, as llama.cpp.
+  """Makes a tokenizer add BOS and EOS to a text as llama.cpp does.
 
-  Transformers takes this from here and not from `tokenizer_config.json`.
+  Transformers reads this from here, not from `tokenizer_config.json`.
   """
   bos, eos = (
     [] if token is None or not wanted else [(tokens[token], token)]
@@ -197,8 +199,8 @@ def tokenizer_settings(file: GgufFile) -> dict[str, Any]:
   }
   if file.vocabulary("model") == "llama":
     settings |= {
-      # No class: transformers' own for LLaMA puts no space in front of what
-      # follows a special token.
+      # No class is named: transformers' class for LLaMA adds no space after a
+      # special token.
       "added_tokens_decoder": {
         str(i): {
           "content": token,
@@ -213,7 +215,7 @@ def tokenizer_settings(file: GgufFile) -> dict[str, Any]:
       },
     }
   else:
-    # Not LlamaTokenizer, which knows no byte pairs.
+    # Not LlamaTokenizer, which does not support byte pairs.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
   for name, kind in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown")):
     token_id = file.special_id(kind)

@@ -1,9 +1,9 @@
-"""Tokenizers into the metadata of GGUF files, as llama.cpp reads it.
+"""Writes tokenizers into the metadata of GGUF files, for llama.cpp.
 
-`fields` gives the vocabulary of a folder or of another GGUF file. llama.cpp
-knows a few ways to cut text, by name; that of a tokenizer is the one that
-gives the same ids for texts of many kinds and for every token by itself. A
-tokenizer that no way agrees with is refused.
+`fields` returns the vocabulary of a folder or of another GGUF file. llama.cpp
+knows a few named ways to split text; we choose the one that gives the
+tokenizer's ids for many kinds of text and for every token by itself. A
+tokenizer that none of them agrees with is refused.
 """
 
 import json
@@ -20,11 +20,11 @@ from scca_jax.llama_config import LlamaConfig
 # Types of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _PREFIX = "tokenizer.ggml."
-# Below the score of any piece that is used.
+# Below the score of any piece in use.
 _LEAST = -1e6
 _TEMPLATE = "tokenizer.chat_template"
-# What tells ways to cut text apart: contractions, runs of digits and spaces,
-# line ends, scripts, emoji, characters that normalisation would change.
+# Texts that distinguish ways of splitting: contractions, runs of digits and
+# spaces, line ends, scripts, emoji, characters that normalisation would change.
 _PROBES = (
   "It's the best of times; we'll see: I'VE 'S they'RE.",
   "1 12 123 1234 12345 3.14159 1,234,567 ١٢٣ ½ x2y33",
@@ -45,7 +45,7 @@ _PROBES = (
 
 
 class _Metadata:
-  """Metadata as the gguf library gives it that of a file."""
+  """Metadata with the interface of the gguf library's reader."""
 
   def __init__(self, fields: dict[str, Any]):
     self._fields = fields
@@ -59,10 +59,10 @@ class _Metadata:
 
 
 class _Vocabulary(gguf_file.GgufFile):
-  """What a file with some metadata would be read as; it has no tensors."""
+  """How a file with this metadata would be read; it has no tensors."""
 
   def __init__(self, path: pathlib.Path, fields: dict[str, Any]):
-    """Takes the metadata, and the path that messages name."""
+    """Stores the metadata, and the path for messages."""
     self.path = path
     self._reader = _Metadata(fields)
     self._fields = {}
@@ -76,8 +76,8 @@ def _of_pieces(words: tokenizer.SentencePieceTokenizer) -> dict[str, Any]:
   model.ParseFromString(words.processor.serialized_model_proto())
   if model.trainer_spec.model_type != model.trainer_spec.BPE:
     raise ValueError(
-      "it is not made of byte pairs, as llama.cpp's SentencePiece models are:"
-      " export for transformers (hf)."
+      "it does not use byte pairs, and llama.cpp supports no other"
+      " SentencePiece models: export for transformers (hf)."
     )
   tokens = [piece.piece for piece in model.pieces]
   scores = [piece.score for piece in model.pieces]
@@ -102,7 +102,7 @@ def _of_pieces(words: tokenizer.SentencePieceTokenizer) -> dict[str, Any]:
 def _of_json(
   words: tokenizer.HuggingFaceTokenizer,
 ) -> Iterator[dict[str, Any]]:
-  """Yields what the vocabulary of a `tokenizer.json` may be to llama.cpp."""
+  """Yields the ways llama.cpp may read the vocabulary of a `tokenizer.json`."""
   content = json.loads(words.processor.to_str())
   model = content["model"]
   if model["type"] != "BPE":
@@ -132,7 +132,7 @@ def _of_json(
         "merges": [" ".join(merge) for merge in merges],
       }
     return
-  # SentencePiece's: what is merged first has the highest score.
+  # As in SentencePiece, what is merged first has the highest score.
   scores = [-float(len(merges))] * size
   for rank, merge in reversed(list(enumerate(merges))):
     scores[model["vocab"]["".join(merge)]] = -float(rank)
@@ -154,7 +154,7 @@ def _of_json(
 
 
 def _candidates(words: tokenizer.Tokenizer) -> Iterator[dict[str, Any]]:
-  """Yields what a vocabulary may be to llama.cpp."""
+  """Yields the ways llama.cpp may read a vocabulary."""
   if isinstance(words, tokenizer.SentencePieceTokenizer):
     yield _of_pieces(words)
   elif isinstance(words, tokenizer.HuggingFaceTokenizer):
@@ -164,7 +164,7 @@ def _candidates(words: tokenizer.Tokenizer) -> Iterator[dict[str, Any]]:
 def _special_tokens(
   words: tokenizer.Tokenizer, config: LlamaConfig
 ) -> dict[str, Any]:
-  """Returns which tokens begin and end a text or a turn."""
+  """Returns the tokens that begin and end a text or a turn."""
   ends = list(config.eos_token_ids)
   eos = words.eos_id if words.eos_id is not None else next(iter(ends), None)
   turns = [i for i in ends if i != eos]
@@ -179,7 +179,7 @@ def _special_tokens(
 
 
 def _parts(words: Any, text: str) -> Any:
-  """Returns a text as a `tokenizer.json` cuts it before it merges pairs."""
+  """Returns a text as a `tokenizer.json` splits it before merging pairs."""
   step = words.processor.pre_tokenizer
   return text if step is None else step.pre_tokenize_str(text)
 
@@ -187,17 +187,17 @@ def _parts(words: Any, text: str) -> Any:
 def _difference(
   theirs: tokenizer.Tokenizer, ours: tokenizer.Tokenizer, size: int
 ) -> str | None:
-  """Returns a text that two tokenizers cut differently, None if none."""
+  """Returns a text that two tokenizers split differently, or None."""
   probes = list(_PROBES)
   tokens = [theirs.decode([i]) for i in range(size)]
   if isinstance(ours, tokenizer.HuggingFaceTokenizer):
-    # Before pairs are merged, which may hide a difference in these texts.
+    # Compared before pairs are merged, which may hide a difference.
     for text in probes:
       if _parts(theirs, text) != _parts(ours, text):
         return text
   else:
-    # llama.cpp puts a space in front of any text; transformers in front of one
-    # that begins with a space only if its tokenizer is of the old kind.
+    # llama.cpp puts a space in front of any text. For a text that begins with a
+    # space, transformers does so only with tokenizers of the old kind.
     probes, tokens = (
       [text for text in texts if not text.startswith((" ", "\u2581"))]
       for texts in (probes, tokens)
@@ -238,15 +238,15 @@ def fields(
   """Returns the metadata of GGUF that holds a model's tokenizer.
 
   Args:
-    source: The model's folder, or a GGUF file, whose tokenizer is kept as it
-      is.
+    source: The model's folder, or a GGUF file, whose tokenizer is copied
+      unchanged.
     config: The model. Tokens that its tokenizer lacks are marked as unused.
 
   Raises:
     FileNotFoundError: There is no tokenizer.
-    ValueError: A file is damaged, or llama.cpp would cut text differently.
-      (What SentencePiece cuts may begin with a space: there transformers and
-      llama.cpp differ, whatever is exported.)
+    ValueError: A file is damaged, or llama.cpp would split text differently.
+      (With SentencePiece, transformers and llama.cpp always differ on texts
+      that begin with a space, whatever is exported.)
   """
   source = pathlib.Path(source)
   if source.suffix == gguf_file.SUFFIX:
@@ -270,6 +270,6 @@ def fields(
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from error
   raise ValueError(
-    f"{path}: llama.cpp has no name for the way it cuts text, such as"
+    f"{path}: llama.cpp has no name for the way it splits text, such as"
     f" {reprlib.repr(difference)}: export for transformers (hf)."
   )

@@ -1,8 +1,8 @@
-"""Models into GGUF files, adapters fused into the weights.
+"""Writes models as GGUF files, with adapters fused into the weights.
 
-The `gguf` library writes; here is what llama.cpp wants of a LLaMA: its names,
-its order of query and key rows, and the rope scaling as it knows it. The
-vocabulary comes from `gguf_vocabulary`.
+The `gguf` library does the writing. This module provides what llama.cpp expects
+of a LLaMA: names, order of query and key rows, and rope scaling. The vocabulary
+comes from `gguf_vocabulary`.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ def _rope(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None]:
   head_dim = config.head_dim
   _, attention = rope.frequencies(head_dim, theta, scaling, 1)
   if scaling.kind == "ntk":
-    # A larger base says the same.
+    # A larger base is equivalent.
     theta *= scaling.factor ** (head_dim / (head_dim - 2))
     return {"rope.freq_base": theta}, None
   fields: dict[str, Any] = {"rope.freq_base": theta}
   if scaling.kind == "llama3":
-    # The length is for readers of ours; llama.cpp needs the tensor alone.
+    # The length is for our own reader; llama.cpp needs only the tensor.
     fields["rope.scaling.original_context_length"] = scaling.pretrained_len
     plain, _ = rope.frequencies(head_dim, theta, None, 1)
     scaled, _ = rope.frequencies(head_dim, theta, scaling, 1)
@@ -56,7 +56,7 @@ def _rope(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None]:
   fields["rope.scaling.type"] = scaling.kind
   fields["rope.scaling.factor"] = scaling.factor
   if scaling.kind == "yarn":
-    # llama.cpp rounds the bounds, and reads no others for a LLaMA.
+    # llama.cpp rounds the bounds and reads no others for a LLaMA.
     usual = RopeScaling(kind="linear")
     for name in ("beta_fast", "beta_slow", "truncate"):
       if getattr(scaling, name) != getattr(usual, name):
@@ -66,7 +66,7 @@ def _rope(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None]:
           " transformers (hf)."
         )
     fields["rope.scaling.original_context_length"] = scaling.pretrained_len
-    # What comes on top of YaRN's own.
+    # The factor on top of YaRN's own.
     own = 0.1 * np.log(scaling.factor) + 1
     if not np.isclose(attention, own, rtol=1e-6):
       fields["rope.scaling.attn_factor"] = float(attention / own)
@@ -74,7 +74,7 @@ def _rope(config: LlamaConfig) -> tuple[dict[str, Any], np.ndarray | None]:
 
 
 def _sizes(config: LlamaConfig) -> dict[str, int | float]:
-  """Returns the metadata of a model, RoPE apart."""
+  """Returns the metadata of a model, except RoPE's."""
   return {
     "vocab_size": config.vocab_size,
     "context_length": config.context_len,
@@ -92,7 +92,7 @@ def _sizes(config: LlamaConfig) -> dict[str, int | float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-  """Where a tensor of the file is in a model.
+  """Where a tensor of the file comes from in a model.
 
   Attributes:
     name: Its Hugging Face name.
@@ -124,7 +124,7 @@ def _places(model: Llama) -> list[_Place]:
 def _values(
   model: Llama, arrays: dict[tuple[str, ...], jax.Array], place: _Place
 ) -> np.ndarray:
-  """Returns a tensor as llama.cpp has it, float32."""
+  """Returns a tensor in llama.cpp's layout, float32."""
   scaling = model.lora.scaling if model.lora is not None else 0.0
   part = convert.fused(arrays, place.path, place.layer, scaling)
   values = np.asarray(convert.file_tensor(place.path, part, np.float32))
@@ -166,7 +166,7 @@ def _announce(
 
 
 def _add(writer: Any, name: str, value: Any) -> None:
-  """Adds an entry of the metadata, of the type that llama.cpp expects."""
+  """Adds an entry to the metadata, with the type that llama.cpp expects."""
   if isinstance(value, bool):
     writer.add_bool(name, value)
   elif isinstance(value, int):
@@ -212,17 +212,17 @@ def save_gguf(
   vocabulary: Mapping[str, Any],
   kind: str = "F16",
 ) -> None:
-  """Writes a model in a GGUF file for llama.cpp, whole or not at all.
+  """Writes a model as a GGUF file for llama.cpp, completely or not at all.
 
-  Norms are float32, and so are products of adapters before they are rounded.
-  Only one tensor is held beside the model.
+  Norms are float32, and so are adapter products before rounding. Only one
+  tensor is in memory besides the model.
 
   Args:
     model: The model.
     path: The `.gguf` file; its folder is made if missing.
     vocabulary: Metadata of the tokenizer, from `gguf_vocabulary.fields`.
-    kind: Type of the matrices, one of `KINDS`. Those whose rows are not
-      divisible into blocks of 32 stay F16 in Q8_0, as in llama.cpp.
+    kind: Type of the matrices, one of `KINDS`. With Q8_0, matrices whose rows
+      are not divisible by 32 stay F16, as in llama.cpp.
 
   Raises:
     OSError: The file cannot be written.

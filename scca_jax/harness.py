@@ -1,14 +1,14 @@
 # pyright: reportMissingImports=false
 """The model `scca_jax` of lm-evaluation-harness, for its three request types.
 
-Importing this module registers the model. Numbers are those of the harness's
-own model `hf` on the exported model: both cut texts into the same tokens, begin
-them alike, drop the same tokens of what is too long, and roll over long texts
-in the same windows. Only batches differ: here they have few shapes, so that
-little is compiled.
+Importing this module registers the model. It gives the numbers of the harness's
+own model `hf` on the exported model: both tokenize alike, begin texts alike,
+drop the same tokens of texts that are too long, and roll over long texts in the
+same windows. Only the batches differ: here they have few shapes, to save
+compilation.
 
-Needs the extra `lm_eval`; PyTorch is not needed. The parts are: scoring, the
-arguments of the model, and `SccaLM` with the three request types.
+Needs the extra `lm_eval`, but not PyTorch. The parts: scoring, the arguments of
+the model, and `SccaLM` with the three request types.
 """
 
 import functools
@@ -54,11 +54,11 @@ _SMALLEST = 64
 _LOGITS_CHUNK = 512
 # Tokens of a batch with `batch_size=auto`.
 _AUTO_TOKENS = 8192
-# New tokens where a task sets no limit, as in `hf`.
+# New tokens if a task sets no limit, as in `hf`.
 _MAX_GEN_TOKS = 256
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 
-# Text of a request, if it is to be cached, its context and what follows.
+# Text of a request if it should be cached, its context, and the continuation.
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 _logger = logging.getLogger(__name__)
@@ -77,16 +77,16 @@ def _score(
   patterns: Patterns,
   execution: Execution,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns loss in nats and rightness of targets, both `[batch, targets]`.
+  """Returns loss in nats and correctness of targets, both `[batch, targets]`.
 
-  A target is right if it is the most likely token.
+  A target is correct if it is the most likely token.
 
   Args:
     state: The model's variables.
     tokens: What the model reads, `[batch, seq]` int32.
     starts: Position that predicts the first target, `[batch]`.
-    targets: `[batch, targets]` int32. Results for what stands behind the end
-      of a row are meaningless.
+    targets: `[batch, targets]` int32. Results for the padding of a row are
+      meaningless.
     graphdef: The model's structure.
     patterns: See `Llama.hidden_states`.
     execution: See `Llama.hidden_states`.
@@ -117,7 +117,7 @@ def _load_tokenizer(source: pathlib.Path, add_bos_token: bool | None) -> Any:
     source
   ):
     raise FileNotFoundError(
-      f"{source} has no tokenizer: name a folder with tokenizer.json or"
+      f"{source} has no tokenizer: give a folder with tokenizer.json or"
       " tokenizer.model, or a GGUF file."
     )
   settings = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
@@ -140,7 +140,7 @@ def _read_patterns(
     layers = adapters.load_patterns(adapter) if adapter else None
     if layers is None:
       raise ValueError(
-        f"pattern={_TRAINING} needs an adapter that says what pattern it was"
+        f"pattern={_TRAINING} needs an adapter that records the pattern it was"
         f" tuned with, got adapter={adapter}: name the pattern."
       )
   else:
@@ -162,9 +162,9 @@ def _read_patterns(
 
 
 def _check_device(device: str | None) -> None:
-  """Checks that the harness was not asked for a device that jax does not use.
+  """Checks that the requested device is the one that jax uses.
 
-  It asks for "cuda:0" where the user says nothing.
+  By default the harness asks for "cuda:0".
   """
   platform = jax.default_backend()
   if device not in (None, "cuda", "cuda:0", platform):
@@ -175,7 +175,7 @@ def _check_device(device: str | None) -> None:
 
 
 def _positive(name: str, value: Any) -> int | None:
-  """Returns a number that may be given as text; None stays None."""
+  """Returns a number that may have been given as text; None stays None."""
   if value is None:
     return None
   if not str(value).isdecimal() or int(value) < 1:
@@ -185,9 +185,9 @@ def _positive(name: str, value: Any) -> int | None:
 
 @register_model("scca_jax")
 class SccaLM(TemplateLM):
-  """A model of scca_jax as lm-evaluation-harness wants it.
+  """A model of scca_jax with lm-evaluation-harness's interface.
 
-  Its settings are what `--model_args` takes.
+  Its settings are the ones that `--model_args` accepts.
   """
 
   def __init__(
@@ -212,24 +212,23 @@ class SccaLM(TemplateLM):
 
     Args:
       model: Hugging Face folder or GGUF file; None is the embedded model.
-      adapter: Folder of an adapter; None takes the model as it is.
-      pattern: What layers attend by, as `scca_jax.patterns.parse` reads it, or
+      adapter: Folder of an adapter; None uses the model as it is.
+      pattern: Attention pattern, as `scca_jax.patterns.parse` reads it, or
         "training" for the adapter's; None is dense. Sizes left out follow from
         `max_length`.
-      tokenizer: Folder or GGUF file with a tokenizer; None takes the model's.
+      tokenizer: Folder or GGUF file with a tokenizer; None uses the model's.
       dtype: Of weights and computation: float32, bfloat16 or float16.
-      implementation: Attention back end; None takes the best for the device.
-      batch_size: Sequences that are run at once; "auto" takes as many as have
-        8,192 tokens.
-      max_batch_size: Most sequences that "auto" takes.
-      max_length: Longest sequence that the model reads, in tokens; None takes
+      implementation: Attention back end; None picks the best for the device.
+      batch_size: Sequences per batch; "auto" fits as many as make 8,192 tokens.
+      max_batch_size: Upper limit for "auto".
+      max_length: Longest sequence that the model reads, in tokens; None uses
         its context length.
-      add_bos_token: Whether texts get a BOS in front; None does as the
-        tokenizer's files say.
-      prefix_token_id: Token in front of a text without a context; None takes
-        BOS, or EOS where there is no BOS.
-      device: What jax runs on; it is only checked.
-      trust_remote_code: Ignored: the harness means data sets as well.
+      add_bos_token: Whether texts begin with BOS; None follows the tokenizer's
+        files.
+      prefix_token_id: Token in front of a text without a context; None uses
+        BOS, or EOS if there is no BOS.
+      device: The device that jax runs on, only checked.
+      trust_remote_code: Ignored, as the harness also sets it for data sets.
       **unknown: Refused.
 
     Raises:
@@ -274,7 +273,7 @@ class SccaLM(TemplateLM):
       self._model = convert.load_model(source, **dtypes)
     else:
       self._model = adapters.load_adapter(source, adapter, **dtypes)
-    # GPUs would round float32 to 10 bits in products, which `hf` does not.
+    # By default GPUs round float32 to 10 bits in products; `hf` does not.
     self._precision = "highest" if dtype == "float32" else None
     config = self._model.config
     self.max_length = config.context_len if max_length is None else max_length
@@ -286,12 +285,12 @@ class SccaLM(TemplateLM):
 
   @property
   def eot_token_id(self) -> int | None:
-    """Token that ends a text; None where there is none."""
+    """Token that ends a text; None if there is none."""
     return self.tokenizer.eos_token_id
 
   @property
   def prefix_token_id(self) -> int | None:
-    """Token in front of a text without a context; None where there is none."""
+    """Token in front of a text without a context; None if there is none."""
     for token in (self._prefix_token_id, self.tokenizer.bos_token_id):
       if token is not None:
         return token
@@ -299,7 +298,7 @@ class SccaLM(TemplateLM):
 
   @property
   def tokenizer_name(self) -> str:
-    """What requests that the harness caches are filed under."""
+    """Name under which the harness caches requests."""
     return self.tokenizer.name_or_path.replace("/", "__")
 
   def _prefix(self) -> int:
@@ -316,10 +315,10 @@ class SccaLM(TemplateLM):
     """Returns the ids of a text.
 
     Args:
-      string: The text; what looks like a special token is one.
-      add_special_tokens: Whether BOS and the like are added; None does as the
-        tokenizer's files and `add_bos_token` say, but never adds a second BOS.
-      **ignored: What the harness passes to others.
+      string: The text, in which special tokens are recognised.
+      add_special_tokens: Whether to add BOS and the like; None follows the
+        tokenizer's files and `add_bos_token`, but never adds a second BOS.
+      **ignored: Arguments that the harness passes to other models.
     """
     del ignored
     adds = self._add_bos_token
@@ -339,8 +338,8 @@ class SccaLM(TemplateLM):
 
     Args:
       chat_history: Messages with "role" and "content".
-      add_generation_prompt: Whether the model's answer begins behind it;
-        otherwise the last message goes on.
+      add_generation_prompt: Whether to end where the model's answer begins;
+        otherwise the model continues the last message.
     """
     render = functools.partial(
       self.tokenizer.apply_chat_template,
@@ -376,11 +375,11 @@ class SccaLM(TemplateLM):
   ) -> Iterator[tuple[Any, int, list[int]]]:
     """Yields key, rows and members of each batch, the longest sequences first.
 
-    All batches of a length have as many rows, however few requests are left,
-    so that they share what is compiled.
+    All batches of one length have the same number of rows, even if few requests
+    are left, so that they share a compiled program.
 
     Args:
-      groups: Requests by a key that begins with the padded length.
+      groups: Requests by a key that starts with the padded length.
     """
     num_requests = sum(map(len, groups.values()))
     for key, group in sorted(groups.items(), reverse=True):
@@ -402,8 +401,7 @@ class SccaLM(TemplateLM):
   ) -> list[tuple[float, bool]]:
     """Returns log likelihood in nats and greediness of every continuation.
 
-    What is too long is cut at its left, so that the model reads `max_length`
-    tokens.
+    Requests that are too long are cut on the left, to `max_length` tokens.
 
     Raises:
       ValueError: A continuation is empty, or longer than `max_length`.
@@ -414,9 +412,9 @@ class SccaLM(TemplateLM):
     for i, (text, context, continuation) in enumerate(requests):
       if not context or not 0 < len(continuation) <= self.max_length:
         raise ValueError(
-          f"request {text} has {len(context):,} tokens of context, of which it"
-          f" needs 1, and {len(continuation):,} of continuation, of which there"
-          f" may be 1 to max_length={self.max_length:,}."
+          f"request {text} has {len(context):,} tokens of context, where at"
+          f" least 1 is needed, and {len(continuation):,} of continuation,"
+          f" where 1 to max_length={self.max_length:,} are allowed."
         )
       for token in (*context, *continuation):
         if not 0 <= token < self._model.config.vocab_size:
@@ -432,7 +430,7 @@ class SccaLM(TemplateLM):
     if num_cut:
       _logger.warning(
         "%d of %d requests are longer than the %d tokens that the model reads:"
-        " cut at their left.",
+        " cut on the left.",
         num_cut,
         len(requests),
         self.max_length,
@@ -484,8 +482,9 @@ class SccaLM(TemplateLM):
   ) -> list[float]:
     """Returns the log likelihood of every text in nats.
 
-    A text is cut into windows of `max_length`, each of which predicts what no
-    earlier one did; the first token is predicted from `prefix_token_id`.
+    A text is cut into windows of `max_length`, each of which predicts the
+    tokens that no earlier one did; the first token is predicted from
+    `prefix_token_id`.
     """
     owners, windows = [], []
     for i, request in enumerate(requests):
@@ -511,7 +510,7 @@ class SccaLM(TemplateLM):
   ) -> list[str]:
     """Returns the text that continues every context, up to a stop string.
 
-    Contexts are cut at their left, so that `max_gen_toks` more tokens fit into
+    Contexts are cut on the left, so that `max_gen_toks` more tokens fit into
     `max_length`.
 
     Raises:
@@ -534,7 +533,7 @@ class SccaLM(TemplateLM):
       disable=disable_tqdm,
     )
     for number, (key, rows, part) in enumerate(self._batched(groups)):
-      # A batch that is short has its last prompt several times.
+      # A short batch is filled up with copies of its last prompt.
       filled = [*part, *[part[-1]] * (rows - len(part))]
       with jax.default_matmul_precision(self._precision):
         answers = self._generate(
@@ -552,7 +551,7 @@ class SccaLM(TemplateLM):
     return results
 
   def _generation_settings(self, given: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a request with nothing left open."""
+    """Returns the settings of a request, with defaults filled in."""
     settings: dict[str, Any] = dict(
       model_utils.normalize_gen_kwargs(given, _MAX_GEN_TOKS)
     )
@@ -592,9 +591,9 @@ class SccaLM(TemplateLM):
     max_gen_toks: int,
     **sampling: Any,
   ) -> Iterable[str]:
-    """Returns what continues each of the first `num_wanted` prompts."""
+    """Returns the continuations of the first `num_wanted` prompts."""
     stops = [stop for stop in until if stop]
-    # A stop string may be written with other tokens than it is read with.
+    # The model may write a stop string with other tokens than its encoding has.
     looked_at = 2 + max(
       (len(self.tok_encode(stop, add_special_tokens=False)) for stop in stops),
       default=0,

@@ -1,7 +1,8 @@
-"""Models by their names on Hugging Face, such as "HuggingFaceTB/SmolLM2-135M".
+"""Finds models by their names on Hugging Face.
 
-huggingface_hub downloads them, once, into its own cache. HF_HOME,
-HF_HUB_OFFLINE and HF_TOKEN mean what they mean to transformers.
+A name is like "HuggingFaceTB/SmolLM2-135M". huggingface_hub downloads a model
+once, into its own cache. HF_HOME, HF_HUB_OFFLINE and HF_TOKEN have their usual
+meaning.
 """
 
 import pathlib
@@ -10,13 +11,13 @@ import re
 import huggingface_hub
 from huggingface_hub import errors
 
-# Without folders of other formats: weights, settings and tokenizer.
+# Weights, settings and tokenizer, but no folders of other formats.
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 _NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/(.+\.gguf))?")
 
 
 def is_name(text: str) -> bool:
-  """Whether a text may be the name of a model: nothing here is called so.
+  """Whether a text may name a model on Hugging Face: no local file matches.
 
   Args:
     text: ORGANISATION/NAME, or ORGANISATION/NAME/FILE.gguf.
@@ -25,13 +26,13 @@ def is_name(text: str) -> bool:
 
 
 def find(name: str) -> pathlib.Path:
-  """Returns the folder or GGUF file of a model, downloaded if need be.
+  """Returns the folder or GGUF file of a model, downloaded if necessary.
 
   Args:
-    name: See `is_name`; any other text is a path already.
+    name: See `is_name`; any other text is returned as a path.
 
   Raises:
-    ValueError: There is no such model, or it is neither in the cache nor can be
+    ValueError: There is no such model, or it is not in the cache and cannot be
       downloaded.
   """
   if not is_name(name):
@@ -47,7 +48,7 @@ def find(name: str) -> pathlib.Path:
     return pathlib.Path(folder)
   except errors.GatedRepoError as error:
     raise ValueError(
-      f"{repository} asks for its licence to be accepted: do so on its page at"
+      f"{repository} requires its licence to be accepted: do so on its page at"
       " huggingface.co, then run `hf auth login`."
     ) from error
   except (
@@ -56,8 +57,8 @@ def find(name: str) -> pathlib.Path:
     errors.HFValidationError,
   ) as error:
     raise ValueError(
-      f"there is neither a folder {name} here nor such a model on Hugging Face;"
-      " a private one needs `hf auth login`."
+      f"{name} is neither a local folder nor a model on Hugging Face; for a"
+      " private model run `hf auth login` first."
     ) from error
   except (
     errors.HfHubHTTPError,
@@ -66,7 +67,7 @@ def find(name: str) -> pathlib.Path:
   ) as error:
     command = f"hf download {repository}" + (f" {file}" if file else "")
     raise ValueError(
-      f"there is no folder {name} here, the cache of Hugging Face does not have"
-      " the model, and it cannot be downloaded now: run"
-      f" `{command}` where there is a network, or name a folder."
+      f"{name} is neither a local folder nor in Hugging Face's cache, and it"
+      f" cannot be downloaded now: run `{command}` on a machine with a network,"
+      " or name a folder."
     ) from error

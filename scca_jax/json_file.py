@@ -1,6 +1,6 @@
-"""JSON objects in files, and the types of their values.
+"""Reads JSON objects and checks the types of their values.
 
-A null in an object means the same as no entry: the default.
+A null means the same as a missing entry: the default.
 """
 
 import json
@@ -8,28 +8,29 @@ import pathlib
 import reprlib
 from typing import Any
 
-# Sizes and ids are below it.
+# Sizes and ids must be below it.
 _LIMIT = 1 << 31
-# Largest file.
+# Largest file that is read.
 _MAX_BYTES = 96 << 20
 
 
 def value(path: pathlib.Path, *, max_bytes: int = _MAX_BYTES) -> Any:
-  """Returns what a file holds.
+  """Returns the content of a JSON file.
 
   Args:
     path: The file.
-    max_bytes: Its largest size; what it holds may take 24 times as much memory.
+    max_bytes: Largest size allowed; the content may take 24 times as much
+      memory.
 
   Raises:
     FileNotFoundError: There is no such file.
-    ValueError: It does not hold JSON, is no regular file or too large.
+    ValueError: It is not JSON, not a regular file, or too large.
   """
   if path.exists() and not path.is_file():
     raise ValueError(f"{path} is a folder, pipe or device, not a JSON file.")
   if path.stat().st_size > max_bytes:
     raise ValueError(
-      f"{path} is larger than {max_bytes >> 20} MiB, which no such file is."
+      f"{path} is larger than {max_bytes >> 20} MiB, the most that is read."
     )
   try:
     return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -38,29 +39,29 @@ def value(path: pathlib.Path, *, max_bytes: int = _MAX_BYTES) -> Any:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object in a file, without the entries that are null.
+  """Returns the object in a file, without its null entries.
 
   Raises:
     FileNotFoundError: There is no such file.
-    ValueError: It does not hold a JSON object.
+    ValueError: It does not contain a JSON object.
   """
   if not path.is_file():
     raise FileNotFoundError(
-      f"there is no {path}: name a folder that holds {path.name}."
+      f"{path} does not exist: name a folder with {path.name}."
     )
   try:
     content = value(path)
   except ValueError as error:
     raise ValueError(f"{str(error).rstrip('.')}: copy it again.") from error
   if not isinstance(content, dict):
-    raise ValueError(f"{path} does not hold a JSON object: copy it again.")
+    raise ValueError(f"{path} does not contain a JSON object: copy it again.")
   return {name: entry for name, entry in content.items() if entry is not None}
 
 
 def is_on(value: Any) -> bool:
-  """Returns whether a setting asks for something; null, false and empty do not.
+  """Returns whether a setting is on; null, false and empty are off.
 
-  The integer 0 may: it can be the number of a layer.
+  The integer 0 counts as on, as it may be the number of a layer.
 
   Args:
     value: From JSON.
@@ -74,7 +75,7 @@ def integer(name: str, value: Any, at_least: int = 1) -> int:
   Args:
     name: What the message calls it.
     value: From JSON.
-    at_least: The smallest that is allowed.
+    at_least: The smallest allowed value.
 
   Raises:
     ValueError: It is not, or it is too small or too large.
@@ -99,7 +100,7 @@ def number(name: str, value: Any) -> float:
   Raises:
     ValueError: It is not.
   """
-  # Integers of JSON may exceed what a float holds.
+  # JSON integers may exceed the range of a float.
   if type(value) not in (int, float) or not -1e300 < value < 1e300:
     raise ValueError(f"{name} must be a number, got {reprlib.repr(value)}.")
   return float(value)

@@ -1,4 +1,4 @@
-"""The linear map of all matrices of the model, with or without an adapter."""
+"""The model's linear layer, with or without an adapter."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from scca_jax.lora import LoraConfig, LoraParam, init_lora_a
 
 
 class Linear(nnx.Module):
-  """A linear map without bias, with a LoRA adapter if it has one.
+  """A linear map without bias, optionally with a LoRA adapter.
 
   Attributes:
-    kernel: `[in, out]` in `param_dtype`, or a quantised one.
+    kernel: `[in, out]` in `param_dtype`, or quantised.
     lora_a: `[in, rank]`, float32, or None.
-    lora_b: `[rank, out]`, float32, 0 at first, or None.
+    lora_b: `[rank, out]`, float32, initially 0, or None.
   """
 
   def __init__(
@@ -30,7 +30,7 @@ class Linear(nnx.Module):
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    """Draws the weights.
+    """Initialises the weights.
 
     Args:
       num_inputs: Channels of the input.
@@ -39,8 +39,8 @@ class Linear(nnx.Module):
       stddev: Standard deviation of the new kernel.
       dtype: Dtype of the computation.
       param_dtype: Dtype that the kernel is held in.
-      rngs: Its stream `params` draws the weights. The kernel does not depend
-        on whether there is an adapter.
+      rngs: Its stream `params` initialises the weights. The kernel does not
+        depend on whether there is an adapter.
     """
     rng = rngs.params()
     self.kernel = nnx.Param(

@@ -1,7 +1,7 @@
-"""The Llama architecture in Flax NNX, with the attention pattern an argument.
+"""The Llama architecture in Flax NNX, with the attention pattern as argument.
 
-Parameters are named as in Hugging Face's files; those of the layers are stacked
-along a first axis, so that the layers compile once.
+Parameters are named as in Hugging Face's files. The layers' parameters are
+stacked along a first axis, so that only one layer is compiled.
 
 In order:
 
@@ -36,7 +36,7 @@ from scca_jax.lora import LoraConfig
 from scca_jax.parallel import Messages, Segment, no_messages
 from scca_jax.patterns import AttentionPattern, Mixture, dense, members
 
-# What one layer attends by.
+# The attention pattern of one layer.
 LayerPattern = AttentionPattern | Mixture
 # One for all layers or a tuple with one per layer; None is dense.
 Patterns = LayerPattern | tuple[LayerPattern, ...] | None
@@ -48,10 +48,10 @@ REMAT = (
   "layer",
   "offload",
 )
-# Those that recompute no product with a matrix.
+# The ones that recompute no product with a weight matrix.
 RUN_ONCE = ("none", "projections", "offload_projections")
-# Names by which `jax.checkpoint` keeps what enters a layer, or half of one, and
-# what its projections give.
+# Names under which `jax.checkpoint` saves the input of a layer, or of half a
+# layer, and the outputs of its projections.
 _INPUT, _PROJECTED = "scca_input", "scca_projected"
 
 
@@ -60,28 +60,29 @@ class Execution:
   """How the layers are computed; results agree up to rounding.
 
   Attributes:
-    implementation: Attention back end, or several to be tried in order; None
-      takes the best for the device.
-    remat: What is saved of each layer for the backward pass. "none": all
-      activations. "attention": the layer's input and what the attention kernels
-      for GPUs save, so that these run forward only once (the same as "layer"
-      with other back ends). "projections": besides, rotated queries and keys,
-      values, the residual stream after attention, and what enters SwiGLU, so
-      that no product with a frozen matrix runs forward twice; norms, SwiGLU and
-      LoRA's small products do. "layer": its input, from which the rest is
-      recomputed. "offload": the inputs of attention and MLP, kept in the host's
-      memory. "offload_projections": what "projections" saves, kept there.
-    mlp_chunk: Tokens of each sequence whose MLP is computed at a time, and
-      recomputed in the backward pass; None takes all. Where a sequence is cut
+    implementation: Attention back end, or several to try in order; None picks
+      the best for the device.
+    remat: What each layer saves for the backward pass. "none": all activations.
+      "attention": the layer's input and what the attention kernels for GPUs
+      save, so that these run forward only once (the same as "layer" with other
+      back ends). "projections": in addition, rotated queries and keys, values,
+      the residual stream after attention, and the inputs of SwiGLU, so that no
+      product with a frozen matrix runs forward twice; norms, SwiGLU and LoRA's
+      small products do. "layer": only its input, from which the rest is
+      recomputed. "offload": the inputs of attention and MLP, in the host's
+      memory. "offload_projections": the same as "projections", in the host's
+      memory.
+    mlp_chunk: How many tokens of each sequence the MLP processes at a time, and
+      recomputes in the backward pass; None means all. If a sequence is split
       over devices, this counts the tokens of each shard.
-    mesh: From `sharding.make_mesh`, if parameters and tokens lie on several
-      devices; None is one device.
+    mesh: From `sharding.make_mesh`, if parameters and tokens are spread over
+      several devices; None means one device.
     deterministic: Whether attention has bit-equal gradients from run to run.
     segment_len: Tokens of a sequence that training and perplexity compute at a
-      time, one segment after another (`segments`); None takes the whole
-      sequence, as all other calls do.
-    offload_segments: Whether the keys and values that later segments see wait
-      for the backward pass in the host's memory.
+      time, one segment after another (`segments`); None computes the whole
+      sequence at once, as all other calls do.
+    offload_segments: Whether the keys and values that later segments see are
+      kept in the host's memory until the backward pass.
   """
 
   implementation: str | tuple[str, ...] | None = None
@@ -103,10 +104,10 @@ class Execution:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
   def save_projected(self, projected: Any) -> Any:
-    """Returns its argument, which the backward pass finds if `remat` says so.
+    """Returns its argument, marked to be saved if `remat` says so.
 
     Args:
-      projected: Arrays that projections gave.
+      projected: Outputs of projections.
     """
     if self.remat not in ("projections", "offload_projections"):
       return projected
@@ -122,7 +123,7 @@ class RMSNorm(nnx.Module):
   """Division by the root mean square, then a scale (arXiv 1910.07467)."""
 
   def __init__(self, size: int, *, eps: float, dtype: Any):
-    """Makes the scale, 1 in float32, `[size]`."""
+    """Initialises the scale to 1, float32 `[size]`."""
     self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
     self.eps = eps
     self.dtype = jnp.dtype(dtype)
@@ -148,7 +149,7 @@ class Embedding(nnx.Module):
     param_dtype: Any,
     rngs: nnx.Rngs,
   ):
-    """Draws the vectors, `[vocab, hidden]` in `param_dtype`."""
+    """Initialises the vectors, `[vocab, hidden]` in `param_dtype`."""
     self.embedding = nnx.Param(
       stddev
       * jax.random.normal(rngs.params(), (vocab_size, hidden_size), param_dtype)
@@ -176,7 +177,7 @@ class _Making:
   param_dtype: Any
 
   def projection(self, name: str, rngs: nnx.Rngs) -> Linear:
-    """Returns one of `PROJECTIONS`, adapted if its name is a target."""
+    """Returns one of `PROJECTIONS`, with an adapter if its name is a target."""
     adapted = self.lora is not None and name in self.lora.targets
     return Linear(
       *self.config.projection_shape(name),
@@ -212,7 +213,7 @@ class SelfAttention(nnx.Module):
     dropout_rngs: Any,
     before: "_Before",
   ) -> tuple[jax.Array, "_After"]:
-    """Returns what it adds to the residual stream, and what comes after."""
+    """Returns what it adds to the residual stream, and what it sends."""
     batch, seq_len, _ = x.shape
     heads = (batch, seq_len, -1, self.head_dim)
     query = self.q_proj(x, dropout_rngs["q_proj"]).reshape(heads)
@@ -272,7 +273,7 @@ class MLP(nnx.Module):
     Args:
       x: `[batch, seq, hidden]`.
       dropout_rngs: Randomness of the dropout by projection, or None.
-      execution: Says how many tokens are computed at once, and what is saved.
+      execution: How many tokens to compute at once, and what to save.
     """
 
     def of_chunk(x, dropout_rngs):
@@ -302,15 +303,16 @@ class MLP(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """What all layers of one call share.
+  """Arguments that all layers of one call share.
 
   Attributes:
-    rotation: Positions, frequencies and factor: arguments of `rope.apply`.
+    rotation: Positions, frequencies and factor, the arguments of `rope.apply`.
     execution: How the layers are computed.
     segment_ids: `[batch, seq]` or None.
     starts: With a cache, the position of the first token of each sequence,
-      `[batch]`; None where all sequences start and the cache is empty.
-    segment: Which segment of the sequence it is, if that is cut.
+      `[batch]`; None if all sequences are new and the cache is empty.
+    segment: Which segment of the sequence this is, if it is computed in
+      segments.
   """
 
   rotation: tuple[jax.Array, np.ndarray | jax.Array, float]
@@ -323,11 +325,11 @@ class _Call:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of earlier tokens, so that they are computed once.
+  """Keys and values of earlier tokens, so that they are computed only once.
 
   Attributes:
     key: Rotated keys, `[layers, batch, capacity, kv_heads, head_dim]`.
-    value: Values, in the same form.
+    value: Values, with the same shape.
   """
 
   key: jax.Array
@@ -336,7 +338,7 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class _LayerCache:
-  """One layer of a cache that is carried along."""
+  """One layer of a cache that is carried through the layers."""
 
   cache: Cache
   layer: Any
@@ -344,7 +346,7 @@ class _LayerCache:
   def write(
     self, key: jax.Array, value: jax.Array, starts: jax.Array | None
   ) -> "_LayerCache":
-    """Writes keys and values, `[batch, seq, ...]`, from `starts` on."""
+    """Writes keys and values, `[batch, seq, ...]`, starting at `starts`."""
     batch, seq_len = key.shape[:2]
     rows = jnp.arange(batch)[:, None]
     columns = jnp.arange(seq_len)[None, :]
@@ -363,8 +365,8 @@ class _LayerCache:
   ) -> jax.Array:
     """Returns attention over the cache, each sequence from its own start.
 
-    Slots that are not written yet lie after every query, where no pattern with
-    position causality looks.
+    Slots that are still empty come after every query, where a pattern with
+    position causality never looks.
     """
 
     def of_sequence(query, key, value, start):
@@ -385,8 +387,8 @@ class _LayerCache:
     )
 
 
-# What a layer has of earlier tokens, and what it leaves for later ones: a
-# cache, or messages from segment to segment.
+# What a layer gets from earlier tokens and passes on to later ones: a cache, or
+# messages from segment to segment.
 _Before = _LayerCache | Messages | None
 _After = _LayerCache | Messages | None
 
@@ -418,7 +420,7 @@ class Layer(nnx.Module):
     dropout_rng: jax.Array | None,
     before: _Before = None,
   ) -> tuple[jax.Array, _After]:
-    """Returns the residual stream, `[batch, seq, hidden]`, and what follows."""
+    """Returns the residual stream, `[batch, seq, hidden]`, and what to send."""
     x, after = self.attend(x, pattern, call, dropout_rng, before)
     return self.feed_forward(x, call, dropout_rng), after
 
@@ -430,7 +432,7 @@ class Layer(nnx.Module):
     dropout_rng: jax.Array | None,
     before: _Before = None,
   ) -> tuple[jax.Array, _After]:
-    """Returns the residual stream after attention, and what follows."""
+    """Returns the residual stream after attention, and what to send."""
     attended, after = self.self_attn(
       self.input_layernorm(x),
       pattern,
@@ -458,15 +460,15 @@ def _project_primal(
   JAX's own rule for a product with a float32 result multiplies in float32 in
   the backward pass: slow on a GPU, with a float32 copy of the head and a
   gradient rounded to the compute dtype. Here the operands of both products have
-  the compute dtype, and the gradient of the head leaves the accumulators as
-  float32.
+  the compute dtype, and the gradient of the head comes out of the accumulators
+  as float32.
 
   Args:
     axis: The axis of the head that is summed over.
     hidden: `[..., hidden]`.
-    kernel: The parameter, `[hidden, vocab]` or `[vocab, hidden]`; it gets the
-      gradient.
-    cast: `kernel` in the dtype of `hidden`; it enters the products.
+    kernel: The parameter, `[hidden, vocab]` or `[vocab, hidden]`, which
+      receives the gradient.
+    cast: `kernel` in the dtype of `hidden`, which the products use.
   """
   del kernel
   return jax.lax.dot_general(
@@ -506,7 +508,7 @@ _project.defvjp(_project_save, _project_backward)
 def by_layer(
   patterns: Patterns, config: LlamaConfig
 ) -> tuple[LayerPattern, ...]:
-  """Returns what each layer attends by.
+  """Returns the attention pattern of each layer.
 
   Raises:
     ValueError: It is neither a pattern nor a tuple with one for each layer.
@@ -558,23 +560,23 @@ def _scan_layers(
   cycle_len: int,
   received: Any = None,
 ) -> tuple[Any, Any]:
-  """Returns what the last layer leaves; one cycle of layers is compiled.
+  """Runs the layers as a scan that compiles one cycle of patterns.
 
   This is jax.lax.scan over the pure state, not nnx.scan: layers change no
   variable, and nnx.scan has one body for one layer where a schedule needs a
   cycle of layers, each with its own static pattern.
 
   Args:
-    run: Maps what the layer before left, a cycle of `of_layers`, the layer's
-      index in it and what it received to what the layer leaves, and sends.
-    carry: What the first layer starts from.
+    run: Maps the carry, a cycle of `of_layers`, the layer's index in it and
+      what it received to the new carry and what the layer sends.
+    carry: The first layer's carry.
     of_layers: A tree of arrays `[layers, ...]`.
-    cycle_len: Layers of a cycle.
-    received: What the layers receive: for each of a cycle a tree of arrays
-      `[cycles, ...]`; None is nothing.
+    cycle_len: Layers per cycle.
+    received: What the layers receive: for each layer of a cycle a tree of
+      arrays `[cycles, ...]`; None means nothing.
 
   Returns:
-    What the last layer leaves; what the layers send, like `received`.
+    The last layer's carry; what the layers send, like `received`.
   """
   received = (None,) * cycle_len if received is None else received
   of_cycles = jax.tree.map(
@@ -607,7 +609,7 @@ def default_positions(seq_len: int, segment_ids: jax.Array | None) -> jax.Array:
 
 
 def check_tokens(tokens: Any, positions: Any, vocab_size: int) -> None:
-  """Checks what `Llama.hidden_states` is given.
+  """Checks the arguments of `Llama.hidden_states`.
 
   Raises:
     ValueError: A shape, dtype or id does not fit.
@@ -617,8 +619,8 @@ def check_tokens(tokens: Any, positions: Any, vocab_size: int) -> None:
       "tokens must be integers [batch, seq], got"
       f" {tokens.dtype} {list(tokens.shape)}."
     )
-  # A lookup beyond the embedding would give its last row. Under jit, whoever
-  # makes the tokens checks them.
+  # A lookup beyond the embedding would silently give its last row. Under jit,
+  # whoever makes the tokens has to check them.
   is_here = not isinstance(tokens, Tracer) and (
     isinstance(tokens, np.ndarray) or tokens.is_fully_addressable
   )
@@ -657,15 +659,15 @@ class Llama(nnx.Module):
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
   ):
-    """Draws the weights.
+    """Initialises the weights.
 
     Args:
       config: Sizes.
       lora: Adapters; None adds none.
       dtype: Dtype of the computation: float32, bfloat16 or float16.
       param_dtype: Dtype that weights are held in. Norms and adapters are
-        float32, and so are embeddings that are trained beside adapters.
-      rngs: Its stream `params` draws the weights.
+        float32, and so are embeddings that are trained along with adapters.
+      rngs: Its stream `params` initialises the weights.
     """
     self.config = config
     self.lora = lora
@@ -739,19 +741,19 @@ class Llama(nnx.Module):
     segment_ids: jax.Array | None = None,
     rngs: nnx.Rngs | None = None,
   ) -> jax.Array:
-    """Returns what the output head reads, `[batch, seq, hidden]`.
+    """Returns the input of the output head, `[batch, seq, hidden]`.
 
     Args:
       tokens: Integers, `[batch, seq]`.
-      patterns: What all layers attend by, or a tuple with one pattern per
-        layer; None is dense. Static under jit: a schedule that repeats compiles
-        one cycle of it.
+      patterns: Pattern of all layers, or a tuple with one per layer; None is
+        dense. Static under jit; only one cycle of a repeating schedule is
+        compiled.
       execution: How the layers are computed; static under jit.
       positions: Integers for RoPE, `[batch, seq]`; None counts from 0 at the
-        start of each segment. Patterns go by the place in the sequence instead.
+        start of each segment. Patterns use the place in the sequence instead.
       segment_ids: Documents packed in one sequence, `[batch, seq]`; see
         `scca_jax.attention`.
-      rngs: Its stream `dropout` draws what dropout drops; None drops nothing.
+      rngs: Its stream `dropout` decides what dropout drops; None drops nothing.
 
     Raises:
       ValueError: Shapes or the number of patterns do not fit.
@@ -783,14 +785,15 @@ class Llama(nnx.Module):
       tokens: Integers of the segment, `[batch, length]`.
       patterns: As in `hidden_states`.
       execution: As in `hidden_states`, without a mesh.
-      segment: Which segment it is.
-      received: What earlier segments sent; `first_messages` in the first.
+      segment: Which segment this is.
+      received: What earlier segments sent; `first_messages` for the first.
       positions: Integers for RoPE, `[batch or 1, length]`.
-      seq_len: Tokens of the whole sequence, which some rope scalings go by.
+      seq_len: Length of the whole sequence in tokens, which some rope scalings
+        depend on.
       rngs: As in `hidden_states`.
 
     Raises:
-      NotImplementedError: A pattern needs more of earlier segments than is
+      NotImplementedError: A pattern needs more from earlier segments than is
         kept.
     """
     rotation = (positions, *self._frequencies(seq_len))
@@ -802,7 +805,7 @@ class Llama(nnx.Module):
   ) -> tuple[Messages, ...]:
     """Returns what the layers of the first segment receive: zeros.
 
-    They are arrays `[cycles, ...]` for each layer of the cycle of patterns.
+    For each layer of the cycle of patterns, they are arrays `[cycles, ...]`.
 
     Args:
       patterns: As in `hidden_states`.
@@ -829,7 +832,7 @@ class Llama(nnx.Module):
     return tuple(of_layer(pattern) for pattern in cycle)
 
   def _frequencies(self, seq_len: int) -> tuple[Any, float]:
-    """Returns the frequencies of RoPE and its factor at a length."""
+    """Returns RoPE's frequencies and factor for a length."""
     config = self.config
     return rope.frequencies(
       config.head_dim, config.rope_theta, config.rope_scaling, seq_len
@@ -843,7 +846,7 @@ class Llama(nnx.Module):
     rngs: nnx.Rngs | None,
     received: tuple[Messages, ...] | None = None,
   ) -> tuple[jax.Array, Any]:
-    """Returns the hidden states, and what the layers send if they receive."""
+    """Returns the hidden states, and what the layers send (if they receive)."""
     config, execution = self.config, call.execution
     mesh, remat = execution.mesh, execution.remat
     cycle = _period(patterns, config)
@@ -868,7 +871,7 @@ class Llama(nnx.Module):
       return sharding.constrain(x, mesh, "batch", "seq", None), sent
 
     # Offloaded inputs take no room on the device. With one for each half of a
-    # layer, the backward pass of one half needs nothing of the other's.
+    # layer, the backward pass of one half needs nothing from the other.
     parts = (attend, feed_forward) if remat == "offload" else (whole,)
     if remat != "none":
       # XLA inlines a scan of one step, and may then merge what is recomputed
@@ -942,11 +945,10 @@ class Llama(nnx.Module):
       patterns: As in `hidden_states`, with position causality.
       execution: As in `hidden_states`, on one device.
       starts: Position of the first token of each sequence, integers `[batch]`;
-        what the cache holds from there on is overwritten. None starts the
-        sequences, and costs what the pattern does: later calls read the whole
-        cache.
-      inv_freq: Frequencies of RoPE, `[head_dim / 2]`; None takes those of the
-        cache's capacity, which matters to "dynamic" scaling only.
+        later entries of the cache are overwritten. None starts new sequences,
+        at the cost of the pattern; calls with `starts` read the whole cache.
+      inv_freq: Frequencies of RoPE, `[head_dim / 2]`; None uses those for the
+        cache's capacity, which matters only for "dynamic" scaling.
 
     Returns:
       `[batch, seq, hidden]` and the cache with the tokens in it.
@@ -958,7 +960,7 @@ class Llama(nnx.Module):
     """
     check_tokens(tokens, None, self.config.vocab_size)
     if execution.mesh is not None:
-      raise NotImplementedError("a cache lies on one device: give no mesh.")
+      raise NotImplementedError("a cache is on one device: leave out the mesh.")
     config = self.config
     cycle = _period(patterns, config)
     for pattern in cycle:
@@ -971,8 +973,8 @@ class Llama(nnx.Module):
     seq_len = tokens.shape[1]
     if cache.key.shape[1] != tokens.shape[0] or cache.key.shape[2] < seq_len:
       raise ValueError(
-        f"the cache has {cache.key.shape[1]} sequences of"
-        f" {cache.key.shape[2]} tokens, the tokens are {list(tokens.shape)}."
+        f"the cache has {cache.key.shape[1]} sequences of {cache.key.shape[2]}"
+        f" tokens, but the tokens are {list(tokens.shape)}."
       )
     default, attention_scaling = rope.frequencies(
       config.head_dim,
@@ -1001,7 +1003,7 @@ class Llama(nnx.Module):
       assert isinstance(of_layer, _LayerCache)
       return (x, of_layer.cache), None
 
-    # The cache is carried, not scanned over: it is written in place.
+    # The cache is carried, not scanned over, so that it is updated in place.
     (x, cache), _ = _scan_layers(
       run_layer,
       (self.embed_tokens(tokens), cache),
@@ -1017,7 +1019,7 @@ class Llama(nnx.Module):
     return jax.random.split(rngs.dropout(), self.config.num_layers)
 
   def _head(self) -> tuple[jax.Array, int]:
-    """Returns the output head and its axis that hidden states multiply."""
+    """Returns the output head, and its axis that is summed over."""
     if self.lm_head is None:
       return self.embed_tokens.embedding[...], 1
     return self.lm_head.kernel[...], 0

@@ -1,4 +1,4 @@
-"""Sizes of a Llama, and the table of the matrices of its layers."""
+"""The sizes of a Llama, and a table of the matrices in its layers."""
 
 import dataclasses
 
@@ -10,10 +10,10 @@ class Projection:
   """One of the matrices of every layer.
 
   Attributes:
-    module: The part of the layer that has it, "self_attn" or "mlp".
+    module: The part of the layer that contains it, "self_attn" or "mlp".
     inputs: Logical axis of its inputs: "hidden", "heads", "kv_heads" or
-      "inner". `LlamaConfig.axis_size` gives their number, `sharding` the
-      devices that share them.
+      "inner". `LlamaConfig.axis_size` gives its size, `sharding` how devices
+      share it.
     outputs: Logical axis of its outputs.
     gguf_name: Its name in GGUF files.
   """
@@ -24,7 +24,7 @@ class Projection:
   gguf_name: str
 
 
-# By the name that Hugging Face, LoRA targets and the modules of `llama` share.
+# Keyed by the name that Hugging Face, LoRA targets and `llama` share.
 PROJECTIONS = {
   "q_proj": Projection("self_attn", "hidden", "heads", "attn_q"),
   "k_proj": Projection("self_attn", "hidden", "kv_heads", "attn_k"),
@@ -35,8 +35,8 @@ PROJECTIONS = {
   "down_proj": Projection("mlp", "inner", "hidden", "ffn_down"),
 }
 
-# Beyond these a configuration is damaged: work grows with layers and heads
-# before any tensor is looked at.
+# A configuration beyond these is damaged. They are checked because work grows
+# with layers and heads before any tensor is read.
 _MAX_LAYERS = _MAX_HEADS = 4096
 _MAX_SIZE = 1 << 31
 _MAX_PARAMS = 10**13
@@ -47,21 +47,21 @@ class LlamaConfig:
   """Sizes of a model.
 
   Attributes:
-    vocab_size: Tokens of the vocabulary.
+    vocab_size: Number of tokens in the vocabulary.
     hidden_size: Width of the residual stream.
     intermediate_size: Width of the MLP.
-    num_layers: Layers.
-    num_heads: Query heads, a multiple of `num_kv_heads`.
-    num_kv_heads: Key and value heads.
+    num_layers: Number of layers.
+    num_heads: Number of query heads, a multiple of `num_kv_heads`.
+    num_kv_heads: Number of key and value heads.
     head_dim: Width of a head, even.
     context_len: Longest sequence that the model is meant for, in tokens.
     rope_theta: Base of the rotary frequencies.
-    rope_scaling: How they are fitted to the context; None leaves them.
+    rope_scaling: How they are adapted to the context; None leaves them alone.
     rms_norm_eps: Added to the mean square in the norms.
     tie_embeddings: Whether the output head is the embedding.
     initializer_range: Standard deviation of new weights.
     bos_token_id: Token that starts a document, if there is one.
-    eos_token_id: Token that ends it, or several of them, if there is one.
+    eos_token_id: Token, or several, that ends a document, if there is one.
   """
 
   vocab_size: int
@@ -116,8 +116,8 @@ class LlamaConfig:
 
     if self._num_params() > _MAX_PARAMS:
       raise ValueError(
-        f"the sizes are those of a model of {self._num_params():,} parameters:"
-        f" more than {_MAX_PARAMS:,} are not supported."
+        f"these sizes make a model of {self._num_params():,} parameters: more"
+        f" than {_MAX_PARAMS:,} are not supported."
       )
 
   def _num_params(self) -> int:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) and what a run trains."""
+"""Settings of low-rank adapters (LoRA, arXiv 2106.09685): what is trained."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ TARGETS = tuple(PROJECTIONS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-  """Adapters, and what is trained beside them; the defaults are LongLoRA's.
+  """Adapters and what else is trained; the defaults are LongLoRA's.
 
   Attributes:
     rank: Inner size of the adapters.
@@ -58,7 +58,7 @@ class LoraConfig:
 
   @property
   def scaling(self) -> float:
-    """What the adapter's output is multiplied by."""
+    """Factor of the adapter's output."""
     return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -67,10 +67,10 @@ class LoraParam(nnx.Param):
 
 
 def init_lora_a(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Returns the first matrix of new adapters, as PEFT draws it.
+  """Returns the first matrix of new adapters, initialised as in PEFT.
 
-  That is `kaiming_uniform` with `a = sqrt(5)`: uniform within the inverse
-  square root of the number of inputs.
+  That is `kaiming_uniform` with `a = sqrt(5)`: uniform within plus or minus the
+  inverse square root of the number of inputs.
 
   Args:
     rng: Randomness.
@@ -83,7 +83,8 @@ def init_lora_a(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def trainable(config: LoraConfig | None) -> Any:
   """Returns the `nnx` filter of the trained parameters.
 
-  `nnx.split(model, trainable(config), ...)` separates them from what is frozen.
+  `nnx.split(model, trainable(config), ...)` separates them from the frozen
+  ones.
 
   Args:
     config: The adapter; None trains every parameter.

@@ -1,8 +1,8 @@
-"""Files of the losses of windows, by position: what `--positions` saves.
+"""Files of window losses by position, written by `--positions`.
 
-An `.npz` with, for every length `L` that was measured, the arrays of
+Each is an `.npz`. For every measured length `L` it has the arrays of
 `perplexity.WindowLosses` as `losses_L`, `starts_L` and so on, and a JSON string
-`about`: protocol, stride, hash of the tokens, and what else the writer adds.
+`about` with protocol, stride, hash of the tokens, and whatever the writer adds.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from scca_jax import atomic_file
 from scca_jax.perplexity import WindowLosses
 
 _ARRAYS = [field.name for field in dataclasses.fields(WindowLosses)]
-# What must agree between losses that are compared, and the name of each.
+# What must agree between losses to compare, with its name for messages.
 _SAME = {
   "tokens_sha256": "tokens",
   "protocol": "protocol",
@@ -33,9 +33,9 @@ class LossFile:
 
   Attributes:
     by_length: The losses at each context length, in tokens.
-    about: What JSON can hold; "protocol" and "tokens_sha256" (see
-      `token_file.ids_sha256`) are what `check_pair` compares.
-    name: What messages call it.
+    about: JSON values; `check_pair` compares "protocol" and "tokens_sha256"
+      (see `token_file.ids_sha256`).
+    name: Its name in messages.
   """
 
   by_length: dict[int, WindowLosses]
@@ -61,7 +61,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> LossFile:
-  """Returns what a file of losses holds.
+  """Returns the content of a file of losses.
 
   Raises:
     FileNotFoundError: There is no such file.
@@ -69,10 +69,10 @@ def read(path: str | os.PathLike[str]) -> LossFile:
   """
   path = pathlib.Path(path)
   if not path.is_file():
-    raise FileNotFoundError(f"there is no file of losses {path}.")
+    raise FileNotFoundError(f"the file of losses {path} does not exist.")
   try:
     _refuse_compressed(path)
-    # numpy closes only what it opened and understood.
+    # numpy closes only files that it opened and understood.
     with path.open("rb") as stored, np.load(stored) as file:
       arrays = dict(file)
     about = json.loads(str(arrays["about"]))
@@ -92,7 +92,7 @@ def read(path: str | os.PathLike[str]) -> LossFile:
     AttributeError,
     EOFError,
     KeyError,
-    MemoryError,  # For an array whose header asks for more than there is.
+    MemoryError,  # For an array whose header asks for too much.
     NotImplementedError,
     RecursionError,
     TypeError,
@@ -107,7 +107,7 @@ def read(path: str | os.PathLike[str]) -> LossFile:
 
 
 def _refuse_compressed(path: pathlib.Path) -> None:
-  """Refuses an archive of more than its size: we write none."""
+  """Refuses a compressed archive, as we never write one."""
   with zipfile.ZipFile(path) as archive:
     if sum(x.file_size for x in archive.infolist()) > path.stat().st_size:
       raise ValueError("it is compressed.")
@@ -120,7 +120,7 @@ def _windows(arrays: dict[str, np.ndarray]) -> WindowLosses:
   if any(
     x.shape != losses.shape[:1] for x in arrays.values() if x is not losses
   ):
-    raise ValueError("there must be one of each for a window.")
+    raise ValueError("there must be one of each per window.")
   return WindowLosses(**arrays)
 
 
@@ -128,8 +128,7 @@ def check_pair(a: LossFile, b: LossFile) -> list[int]:
   """Returns the lengths at which two models ran on the same windows.
 
   Raises:
-    ValueError: They ran on other tokens, by another protocol, at other lengths
-      or on other windows.
+    ValueError: They ran on different tokens, protocols, lengths or windows.
   """
   for key, name in _SAME.items():
     if a.about[key] != b.about[key]:
@@ -137,8 +136,8 @@ def check_pair(a: LossFile, b: LossFile) -> list[int]:
         f": {a.about[key]} and {b.about[key]}" if key == "protocol" else ""
       )
       raise ValueError(
-        f"{a.name} and {b.name} are not of the same {name}{found}; run"
-        " `scca evaluate` with the same --data and --protocol for both."
+        f"{a.name} and {b.name} do not have the same {name}{found}; run `scca"
+        " evaluate` with the same --data and --protocol for both."
       )
   lengths = [length for length in a.by_length if length in b.by_length]
   if not lengths:
@@ -151,7 +150,7 @@ def check_pair(a: LossFile, b: LossFile) -> list[int]:
     for name in _ARRAYS[1:]:
       if not np.array_equal(getattr(one, name), getattr(other, name)):
         raise ValueError(
-          f"{a.name} and {b.name} are not of the same windows of {length:,}"
+          f"{a.name} and {b.name} do not have the same windows of {length:,}"
           f" tokens ({name} differ): run `scca evaluate` with the same"
           " --num_windows and --stride for both."
         )

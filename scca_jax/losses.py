@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, of training and evaluation, in bounded memory."""
+"""Next-token cross-entropy for training and evaluation, in bounded memory."""
 
 from collections.abc import Callable
 
@@ -35,8 +35,8 @@ def token_losses(
       `[batch, n, vocab]`.
     hidden: `[batch, seq, hidden]`.
     targets: `[batch, seq]`, int32.
-    chunk_len: Tokens of each sequence whose logits are held at once; the last
-      chunk may be shorter.
+    chunk_len: How many tokens of each sequence have their logits in memory at
+      once; the last chunk may be shorter.
 
   Returns:
     The loss of each target in nats, float32 `[batch, seq]`.

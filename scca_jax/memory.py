@@ -1,14 +1,14 @@
-"""How much GPU memory training, evaluation or generation takes, without a GPU.
+"""Plans the GPU memory of training, evaluation or generation without a GPU.
 
 The function that would run is compiled for a described GPU (`deviceless`), and
-XLA's buffer assignment read. That leaves out the CUDA context, the workspace of
-libraries and what a fragmented pool loses. XLA may use what jax gives it: three
+XLA's buffer assignment is read. That leaves out the CUDA context, the workspace
+of libraries and losses to fragmentation. XLA may use what jax gives it: three
 quarters of the card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 
-Models have shapes in place of arrays, as `flax.nnx.eval_shape` gives them.
+Models have shapes instead of arrays, as `flax.nnx.eval_shape` returns them.
 
-The parts are: results and cards, bytes of what was compiled, plans of a step,
-of evaluation and of generation, and the search for the largest size that fits.
+The parts: results and cards, bytes of a compiled program, plans of a step, of
+evaluation and of generation, and the search for the largest size that fits.
 """
 
 import dataclasses
@@ -47,19 +47,19 @@ class Plan:
   Attributes:
     task: One of `TASKS`.
     gpu: Name of the described GPU.
-    seq_len: Tokens of a sequence; of a prompt, in generation.
-    batch_size: Sequences of a step, or of a batch.
-    mesh: How a step is laid out, such as "sequence=8"; empty is one GPU.
-    peak_bytes: Most that is allocated at once, on each GPU.
+    seq_len: Tokens per sequence, or per prompt in generation.
+    batch_size: Sequences per step or batch.
+    mesh: How a step is laid out, such as "sequence=8"; empty means one GPU.
+    peak_bytes: Peak allocation on each GPU.
     capacity_bytes: Memory of the card.
-    pool_bytes: What jax may use of it.
+    pool_bytes: The share of it that jax may use.
     moved_bytes: Floats that a GPU receives from others, in bytes, by kind of
       collective; see `traffic.moved_bytes`.
-    host_bytes: Bytes in the host's memory beside them.
-    parts: Parts of `peak_bytes`, in bytes, by name. `residuals` are what remat
-      saves on the device, of layers and their projections (what attention
-      kernels save is not counted); without remat they cannot be told from the
-      workspace, which is the rest.
+    host_bytes: Bytes used in the host's memory.
+    parts: Parts of `peak_bytes`, in bytes, by name. `residuals` is what remat
+      saves on the device for layers and their projections (without what
+      attention kernels save); without remat they cannot be told apart from the
+      workspace, which is the remainder.
   """
 
   task: str
@@ -76,7 +76,7 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    """Whether it fits in what jax may use."""
+    """Whether it fits into the memory that jax may use."""
     return self.peak_bytes <= self.pool_bytes
 
 
@@ -106,12 +106,12 @@ class Card:
 
   @property
   def pool_bytes(self) -> int:
-    """What jax may use of it."""
+    """Memory that jax may use."""
     return int(self.memory_fraction * self.capacity_bytes)
 
 
 def _size(tree: Any) -> int:
-  """Returns the bytes of a tree, on each device if it lies on several."""
+  """Returns the bytes of a tree, per device if it is spread over several."""
   # In bits: two numbers of four bits share a byte.
   return sum(
     math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
@@ -138,11 +138,11 @@ def device_bytes(compiled: Any) -> int:
   Compare it with `measured_bytes` on the GPU itself.
 
   Args:
-    compiled: A `jax.stages.Compiled`: of `deviceless.compile_for`, or, on the
-      GPU at hand, of `jax.jit(...).lower(...).compile()`.
+    compiled: A `jax.stages.Compiled`, from `deviceless.compile_for` or, for a
+      local GPU, from `jax.jit(...).lower(...).compile()`.
   """
-  # Not peak_memory_in_bytes: where the host's memory is used too, it counts
-  # whichever of the two temporary buffers is larger.
+  # Not peak_memory_in_bytes: if the host's memory is used too, that counts the
+  # larger of the two temporary buffers.
   stats = compiled.memory_analysis()
   return (
     stats.argument_size_in_bytes
@@ -157,7 +157,8 @@ def measured_bytes(devices: Sequence[Any]) -> int | None:
   """Returns the peak allocation of this process on the fullest of `devices`.
 
   Args:
-    devices: GPUs of this process; CPUs keep no count, and give None.
+    devices: GPUs of this process; the result for CPUs, which keep no count, is
+      None.
   """
   peaks = [
     (device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices
@@ -196,11 +197,11 @@ def _make_plan(
 
   Args:
     card: The GPU.
-    compiled: What was compiled.
+    compiled: The compiled task.
     held: Buffers that live from start to end, in bytes, by name.
     temporary: Transient buffers in bytes, most important first; each is counted
       up to what remains of the peak.
-    task: See `Plan`, as are the rest.
+    task: See `Plan`, also for the arguments below.
     batch_size: Sequences.
     seq_len: Tokens of each.
     mesh: How the task is laid out.
@@ -237,12 +238,12 @@ def _check_sizes(batch_size: int, seq_len: int) -> None:
 def _saved_of_token(
   config: LlamaConfig, remat: str, mesh_config: MeshConfig
 ) -> int:
-  """Returns how many numbers of a token all layers save on a device."""
+  """Returns how many numbers per token all layers save on a device."""
   if remat not in ("projections", "layer", "attention"):
     return 0
   saved = config.hidden_size
   if remat == "projections":
-    # The residual stream after attention; then what `tensor` cuts.
+    # The residual stream after attention; then what `tensor` divides.
     saved += config.hidden_size
     outputs = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
     saved += (
@@ -266,13 +267,12 @@ def plan_step(
 
   Args:
     card: The GPU.
-    model: What is trained; its adapters say which parameters.
+    model: The model; its adapters determine which parameters are trained.
     optimizer: Its optimiser.
     step: The step, on one device.
     batch_size: Sequences.
     seq_len: Tokens of each.
-    mesh_config: Number of GPUs along each axis to lay the step out on; None is
-      one.
+    mesh_config: Number of GPUs along each axis of the mesh; None means one GPU.
 
   Raises:
     ValueError: The compiler is not installed, or a size is out of range.
@@ -343,7 +343,7 @@ def plan_step(
     )
   )
   if mesh_config is not None:
-    # Every axis but this one cuts the tokens.
+    # Every axis but this one divides the tokens.
     residuals //= mesh_config.num_devices // mesh_config.tensor
   return _make_plan(
     card,
@@ -408,7 +408,7 @@ def plan_evaluation(
   Args:
     card: The GPU.
     model: The model.
-    batch_size: Windows at once.
+    batch_size: Windows per batch.
     seq_len: Tokens of each.
     execution: See `perplexity.perplexity`.
     loss_chunk: See `perplexity.perplexity`.
@@ -450,8 +450,8 @@ def plan_generation(
 ) -> Plan:
   """Returns the memory that reading prompts and generating from them takes.
 
-  That is what the prompts take or what one new token takes, whichever is more,
-  with dense attention and greedy sampling. `parts` includes the `cache`.
+  That is the larger of what the prompts take and what one new token takes, with
+  dense attention and greedy sampling. `parts` includes the `cache`.
 
   Args:
     card: The GPU.
@@ -516,8 +516,8 @@ def search(
   """Returns the plan of the largest size that fits, or None if none does.
 
   Args:
-    plan: Gives the plan of a size.
-    start: Size to begin with, a multiple of `multiple`.
+    plan: Returns the plan for a size.
+    start: Size to start from, a multiple of `multiple`.
     multiple: Sizes tried are multiples of it.
   """
   best, low, high, size = None, 0, None, start

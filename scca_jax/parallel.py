@@ -1,8 +1,8 @@
 """Attention over a mesh: batch, heads and the sequence are sharded.
 
 Every device calls a back end on its shard. Shards of the batch and of the heads
-need nothing from each other. Where the sequence is sharded, a head's pattern
-says what a shard needs of the others:
+are independent. If the sequence is sharded, a head's pattern determines what a
+shard needs from the others:
 
 * chunks within a shard need nothing;
 * a head that looks back by less than a shard needs the keys just before it, a
@@ -17,16 +17,16 @@ A halo is put before the shard's own keys, with as many idle queries: chunk
 borders, shifts and distances stay as they are, positions stay in order, and any
 back end can serve the call. A short halo matters only to the first few queries
 of a shard: all queries are served with the shard's own keys, then those few
-once more with the halo. Where they are most of a shard, one call with the halo
-serves all, and segment 0 hides what would lie before the first token. Gradients
-travel back along the messages.
+again with the halo. If they are most of a shard, a single call with the halo
+serves all, and segment 0 hides whatever would come before the first token.
+Gradients travel back along the messages.
 
-Everything sent to the device `d` shards ahead goes in one `ppermute`, whatever
-heads it is for. Where devices have heads of different patterns (`tensor`), each
-takes its own branch; messages have one size.
+Everything sent to the device `d` shards ahead goes in one `ppermute`, whichever
+heads it is for. If devices have heads with different patterns (`tensor`), each
+takes its own branch; all messages have the same size.
 
-A sequence that is computed a segment at a time, on one device, is served by the
-same plan: a segment is a shard in time. It receives what earlier segments sent
+A sequence that is computed a segment at a time, on one device, uses the same
+plan: a segment is a shard in time. It receives what earlier segments sent
 (`attend_segment`), and no head can be exchanged whole.
 
 The parts of this module: the plan (`_plan`), messages, local calls, heads
@@ -56,8 +56,8 @@ from scca_jax.patterns import (
   union_parts,
 )
 
-# Fields of a head that `_local_pattern` knows; a head that uses another one is
-# exchanged whole.
+# Fields of a head that `_local_pattern` handles; heads that use any other field
+# are exchanged whole.
 _LOCAL_FIELDS = frozenset(
   {"chunk_size", "offset", "shift", "dilation", "window", "select"}
 )
@@ -83,7 +83,7 @@ class _Halo:
   """Keys that a shard needs from the shards before it.
 
   Attributes:
-    start: How many tokens before the shard they begin.
+    start: How many tokens before the shard they start.
     length: Number of tokens, at most a shard.
     kv_heads: Key heads.
   """
@@ -95,7 +95,8 @@ class _Halo:
   def sources(self, split: _Split) -> list[tuple[int, int, int]]:
     """Returns where the keys are, in order.
 
-    Each entry is the distance in shards, and the first token and the end there.
+    Each entry has the distance in shards, and the first token and the end
+    within that shard.
     """
     found = []
     for distance in range(-(-self.start // split.length), -1, -1):
@@ -115,9 +116,9 @@ class _LocalCall:
   Attributes:
     heads: Their indices on the device.
     patterns: Pattern of each head relative to its halo.
-    starts: Where the halo of each begins, in tokens before the shard.
-    length: Length of the halos, in tokens; 0 is no halo.
-    num_queries: How many queries are served, the first of the shard; 0 is all.
+    starts: Where each head's halo starts, in tokens before the shard.
+    length: Length of the halos, in tokens; 0 means no halo.
+    num_queries: How many of the shard's first queries are served; 0 means all.
     boundary: See `AttentionPattern`.
   """
 
@@ -135,13 +136,13 @@ class _Plan:
 
   Attributes:
     calls: Local calls; each head that is not exchanged is in one.
-    repeated: Local calls that serve the first queries of a shard again, with a
-      halo, in all shards but the first.
+    repeated: Local calls that serve a shard's first queries again, with a halo,
+      in all shards but the first.
     fallbacks: Heads that serve some queries without the shift
-      (`boundary="local"`), in one more call, and their patterns, which say
-      which queries.
+      (`boundary="local"`), in an additional call, and their patterns, which
+      determine the queries.
     whole: Heads that need the whole sequence.
-    halos: What the calls need of other shards.
+    halos: What the calls need from other shards.
   """
 
   calls: tuple[_LocalCall, ...]
@@ -156,8 +157,8 @@ def _local_pattern(
 ) -> tuple[HeadPattern, int, int, int] | None:
   """Returns the head's pattern relative to its halo, and what it needs.
 
-  That is the halo's start and length, and how many queries of a shard depend on
-  it, from the first on. None if the head needs the whole sequence.
+  The need is the halo's start and length, and how many of a shard's first
+  queries depend on it. None if the head needs the whole sequence.
   """
   size, length = head.chunk_size, split.length
   if pattern.causality == "slot" or head.in_use() - _LOCAL_FIELDS:
@@ -173,8 +174,9 @@ def _local_pattern(
     return None
   elif head.offset % size == 0:
     start = head.shift
-    # With a shift below a chunk, causality is up to positions, and the shard's
-    # own keys must stay where they are. From a chunk on, all keys are earlier.
+    # With a shift below a chunk, positions decide causality, and the shard's
+    # own keys must stay where they are. With a chunk or more, all keys are
+    # earlier.
     halo, queries = (start, size) if start < size else (length, length)
   elif head.shift == 0:
     start = halo = -head.offset % size
@@ -226,7 +228,7 @@ def _plan(
         key = (halo, queries, None)
         calls.setdefault(key, []).append((place, local, start))
       continue
-    # Heads whose halos begin together share a call; other heads do if their
+    # Heads whose halos start at the same place share a call; others do if their
     # patterns relative to the halo are equal.
     key = (halo, 0, None if start == halo else local)
     calls.setdefault(key, []).append((place, local, start))
@@ -275,8 +277,8 @@ class _MeshCall:
     has_segments: Whether there are segment ids.
     needs_log_sum: Whether the log-sum-exp is needed.
     deterministic: See `scca_jax.attention`.
-    index: The shard's place in the sequence where shards are segments in time;
-      None where they are devices.
+    index: The shard's place in the sequence if shards are segments in time;
+      None if they are devices.
   """
 
   patterns: tuple[AttentionPattern, ...]
@@ -300,7 +302,7 @@ class _MeshCall:
 
   @property
   def shard_index(self) -> Any:
-    """Which shard of the sequence the device has, from 0."""
+    """Index of the device's shard of the sequence, from 0."""
     if self.index is not None:
       return self.index
     return 0 if self.axes[1] is None else lax.axis_index(self.axes[1])
@@ -354,7 +356,7 @@ def _switch(
 def _messages(
   plan: _Plan, split: _Split
 ) -> dict[int, list[tuple[_Halo, slice]]]:
-  """Returns what a shard needs of each earlier shard, by distance."""
+  """Returns what a shard needs from each earlier shard, by distance."""
   found: dict[int, list[tuple[_Halo, slice]]] = {}
   for halo in plan.halos:
     for distance, first, last in halo.sources(split):
@@ -424,7 +426,7 @@ def _segments_before(
 ) -> dict[int, jax.Array]:
   """Returns the segment ids of this shard and of earlier ones, by distance.
 
-  Before the first shard they are 0: padding.
+  Before the first shard they are 0, for padding.
   """
   length, shards = call.split.length, call.split.num_shards
   distances = {0}
@@ -555,8 +557,9 @@ def _run_local_call(
       ids = jnp.concatenate([halo.segment_ids, segment_ids], axis=1)
     result = call.attend(query, keys, values, pattern, ids)
     return tuple(x[:, local.length :] for x in result)
-  # Heads whose halos begin apart have equal patterns but segments of their own:
-  # each becomes a sequence of the batch. They see no key of their own shard.
+  # Heads whose halos start at different places have equal patterns but their
+  # own segment ids, so each becomes a sequence of the batch. They see no key of
+  # their own shard.
   assert segment_ids is not None
   batch, num_heads = query.shape[0], len(local.heads)
   own = ((0, 0), (0, query.shape[1] - local.length), (0, 0), (0, 0))
@@ -630,11 +633,12 @@ def _attend_local(
     places.append(plan.whole)
   result = tuple(join_heads(x, places) for x in zip(*results, strict=True))
   if plan.repeated:
-    # Lets keys travel while the calls above run: XLA would not schedule it so.
+    # Lets keys travel while the calls above run, which XLA would not do by
+    # itself.
     received, result = lax.optimization_barrier((received, result))
     halos = _unpack(call, plan, key, value, segments, received)
   for local in plan.repeated:
-    # The first shard has no halo: the first results stand.
+    # The first shard has no halo, so its results are final.
     again = _run_local_call(
       call, plan, local, query, key, value, own_ids, halos
     )
@@ -729,7 +733,7 @@ def _assign(call: _MeshCall) -> tuple[_Assignment, ...] | None:
     call.plans, call.patterns, by_group, strict=True
   ):
     units = groups if grouped and groups else [(h,) for h in plan.whole]
-    # Equal heads are dealt in turn, so that devices get equal work.
+    # Equal heads are dealt out in turn, so that devices get equal work.
     alike = {
       tuple(pattern.heads[h] for h in unit): i for i, unit in enumerate(units)
     }
@@ -892,8 +896,8 @@ def attend(
 ) -> tuple[jax.Array, jax.Array | None]:
   """Returns the output of a call on a mesh, and the log-sum-exp if needed.
 
-  Sequences lie along `data` and `fsdp`, heads along `tensor`, tokens along
-  `sequence`; what cannot be divided is computed by all.
+  Sequences are divided along `data` and `fsdp`, heads along `tensor`, tokens
+  along `sequence`; what cannot be divided is computed by every device.
 
   Args:
     call: The call, with all sequences, heads and tokens.
@@ -901,13 +905,13 @@ def attend(
     back_ends: What the calls on each device try, in order.
 
   Raises:
-    NotImplementedError: No back end serves a call; there is a cache; or a
-      pattern that wraps round meets a length that cannot be divided.
+    NotImplementedError: No back end serves a call; there is a cache; or the
+      pattern wraps round and the length is not divisible.
   """
   if call.has_cache:
     raise NotImplementedError(
-      "attention over a mesh serves query_offset=0 and as many keys as queries,"
-      f" not query_offset={call.query_offset}, {call.key.shape[1]} keys and"
+      "attention over a mesh needs query_offset=0 and as many keys as queries,"
+      f" got query_offset={call.query_offset}, {call.key.shape[1]} keys and"
       f" {call.query.shape[1]} queries."
     )
   if (
@@ -929,7 +933,7 @@ def attend(
       f" tokens are not divisible by {shards} devices, take another length."
     )
   if padding:
-    # Behind the sequence, where no query sees it.
+    # Padded after the end of the sequence, where no query sees it.
     query, key, value = (
       jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0)))
       for x in (query, key, value)
@@ -964,7 +968,7 @@ def attend(
     mesh=mesh,
     in_specs=(spec, spec, spec, None if segment_ids is None else batch_seq),
     out_specs=outputs if call.needs_log_sum else outputs[:1],
-    # Kernels do not say along which axes their results differ.
+    # Kernels do not declare along which axes their results vary.
     check_vma=False,
   )(query, key, value, segment_ids)
   output, *log_sum = (x[:, :seq_len] for x in result)
@@ -983,8 +987,8 @@ def bytes_received(
 ) -> int:
   """Returns the bytes that a device receives for one layer's attention.
 
-  They are those of the forward pass, for a device in the middle; the first ones
-  need less. The backward pass moves as many. Segment ids are not counted.
+  They are counted for the forward pass and a device in the middle; the first
+  ones need less. The backward pass moves as many. Segment ids are not counted.
 
   Args:
     pattern: Pattern of the layer.
@@ -1032,7 +1036,7 @@ def bytes_received(
   numbers = sum(_message_sizes(call, head_dim).values())
   assignments = _assign(call)
   if assignments is not None:
-    # Queries and outputs, keys and values; a share of them stays.
+    # Queries and outputs, keys and values; some of them stay.
     heads = 2 * len(assignments[0].heads) + 2 * len(assignments[0].kv_heads)
     numbers += split.length * heads * head_dim * (num_shards - 1) // num_shards
   return batch * numbers * itemsize
@@ -1044,14 +1048,14 @@ def bytes_received(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """Which segment of a sequence is computed.
+  """A segment of a sequence.
 
   Attributes:
-    index: Its place, from 0; it may be traced.
-    count: Segments of the sequence.
-    length: Tokens of each.
-    document_ids: Segment ids, those of packed documents, of the whole sequence,
-      `[batch, count * length]`, or None.
+    index: Its place, from 0; may be traced.
+    count: Number of segments in the sequence.
+    length: Tokens per segment.
+    document_ids: Segment ids in the sense of packed documents, for the whole
+      sequence, `[batch, count * length]`, or None.
   """
 
   index: Any
@@ -1078,10 +1082,11 @@ class Messages:
   """Keys and values that travel from a segment to later ones, in one layer.
 
   Attributes:
-    by_distance: For each call of `attend_segment` that is made of them, and by
-      the distance in segments that they travel, `[batch, numbers]`.
-    first: Those of the first tokens of the sequence, for sinks in any later
-      segment, `[2, batch, tokens, kv_heads, head_dim]`; None without sinks.
+    by_distance: For each call of `attend_segment`, by the distance in segments
+      that they travel, `[batch, numbers]`.
+    first: Keys and values of the first tokens of the sequence, for sinks in any
+      later segment, `[2, batch, tokens, kv_heads, head_dim]`; None without
+      sinks.
   """
 
   by_distance: tuple[dict[int, jax.Array], ...]
@@ -1089,7 +1094,7 @@ class Messages:
 
 
 def _num_sinks(patterns: Sequence[AttentionPattern]) -> int:
-  """Returns how many tokens at the start all segments see."""
+  """Returns how many tokens at the start are seen by all segments."""
   return max(head.sinks for pattern in patterns for head in pattern.heads)
 
 
@@ -1099,7 +1104,7 @@ def _segment_call(
   segment: Segment,
   **settings: Any,
 ) -> _MeshCall:
-  """Returns a call of which every segment is a shard."""
+  """Returns a call whose shards are the segments."""
   return _make_call(
     pattern,
     num_kv_heads,
@@ -1168,14 +1173,14 @@ def attend_segment(
     calls: Queries, keys and values of the segment with its segment ids, one
       call for each member of a mixture.
     segment: The segment.
-    received: What earlier segments sent: zeros where there are none.
+    received: What earlier segments sent; zeros if there are none.
     back_ends: What the calls try, in order.
 
   Returns:
     The output and the log-sum-exp, if it is needed, of each call; the messages.
 
   Raises:
-    NotImplementedError: No back end serves a call, or a pattern needs more of
+    NotImplementedError: No back end serves a call, or a pattern needs more from
       earlier segments than can be kept (`refuses_segments`).
   """
   sent: list[dict[int, jax.Array]] = []
@@ -1241,25 +1246,26 @@ def attend_segment(
 def refuses_segments(
   pattern: AttentionPattern, length: int, *, packed: bool = False
 ) -> str | None:
-  """Returns why segments in time do not serve a pattern, or None if they do.
+  """Returns why a pattern cannot be computed in segments, or None if it can.
 
   Args:
     pattern: Pattern of a layer, or a member of its mixture.
     length: Tokens of a segment.
-    packed: Whether there are segment ids, of packed documents.
+    packed: Whether there are segment ids, for packed documents.
   """
   for part in union_parts(pattern):
     if part.before_chunk:
-      return "own_chunk beside a shift below chunk_size is not served"
+      return "own_chunk with a shift below chunk_size is not supported"
     if part.num_keys is not None:
       if packed:
         return "sinks of packed documents are not kept"
       if part.num_keys > length:
         return (
-          f"it has {part.num_keys} sinks, more than a segment: take longer ones"
+          f"it has {part.num_keys} sinks, more than a segment: use longer"
+          " segments"
         )
       continue
-    # Two segments show all that more do.
+    # Two segments show everything that more would.
     split = _Split(2, length)
     for head in part.pattern.head_groups():
       if _local_pattern(head, part.pattern, split) is None:
@@ -1274,7 +1280,7 @@ def _why_whole(
   if pattern.causality == "slot":
     return 'with causality="slot" keys wrap round the end of the sequence'
   if unknown := head.in_use() - _LOCAL_FIELDS:
-    return f"{', '.join(sorted(unknown))} of {head} is not served"
+    return f"{', '.join(sorted(unknown))} of {head} is not supported"
   if head.select is not None and length % head.dilation:
     return (
       f"a segment must be a multiple of the dilation, {head.dilation} tokens"
@@ -1283,13 +1289,17 @@ def _why_whole(
   if size is not None:
     if length % size:
       return f"a segment must be a multiple of the chunk, {size} tokens"
-    return f"chunks that are moved and shifted, as in {head}, are not served"
+    return (
+      f"chunks that are both moved and shifted, as in {head}, are not supported"
+    )
   if head.window is None:
     return (
-      "it has heads that see the whole sequence before them: take a pattern"
-      " that looks back only so far, such as scca_fixed, or no segments"
+      "it has heads that see the whole sequence before them: use a pattern with"
+      " limited reach, such as scca_fixed, or no segments"
     )
   if head.shift and head.dilation > 1 and pattern.boundary == "local":
-    return 'boundary="local" of dilated heads without chunks is not served'
+    return 'boundary="local" of dilated heads without chunks is not supported'
   reach = head.shift + (head.window - 1) * head.dilation
-  return f"it reaches back by {reach} tokens: take segments of at least as many"
+  return (
+    f"it reaches back by {reach} tokens: use segments of at least that length"
+  )

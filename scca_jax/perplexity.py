@@ -5,24 +5,24 @@ score predictions of the next token. They differ in which windows and
 predictions count, so do not compare their numbers with each other:
 
 * "longlora" (the evaluation of LongLoRA, arXiv 2309.12307): the corpus is one
-  flat array, document borders or not; windows start at
-  `range(0, len - L, 256)`, without the last one; no BOS is put in front. The
-  loss is the mean over windows of the mean loss of their `L - 1` predictions.
-  Most tokens count up to `L / 256` times, some with little context.
-* "strided": the same windows, their distance `stride` an option, but a window
-  scores only the tokens that no earlier one scored: every token but those of
-  the first window has at least `L - stride` tokens of context. The loss is the
-  mean over tokens.
-* "document": each document by itself, with BOS at its start and nowhere else.
-  Windows start every `stride` tokens, the last one stands flush with the end of
-  the document, and each scores only new tokens. Documents of fewer than `L`
-  tokens, BOS not counted, are left out. The loss is the mean over tokens.
+  flat array, regardless of document borders; windows start at
+  `range(0, len - L, 256)`, without the last one; no BOS is added. The loss is
+  the mean over windows of the mean loss of their `L - 1` predictions. Most
+  tokens count up to `L / 256` times, some with little context.
+* "strided": the same windows, at a distance of `stride`, but a window scores
+  only the tokens that no earlier one scored, so every token except those of the
+  first window has at least `L - stride` tokens of context. The loss is the mean
+  over tokens.
+* "document": each document by itself, with BOS only at its start. Windows start
+  every `stride` tokens, the last one ends with the document, and each scores
+  only new tokens. Documents of fewer than `L` tokens, BOS not counted, are left
+  out. The loss is the mean over tokens.
 
-A lower perplexity at a greater length may come from adaptation to the text
-alone: `context_gain` says what the longer context is worth on the same tokens.
+A lower perplexity at a greater length may just reflect adaptation to the text;
+`context_gain` measures what the longer context is worth on the same tokens.
 
-The parts are: results, windows of the three protocols, their losses,
-`perplexity`, and `context_gain`.
+The parts: results, windows of the three protocols, their losses, `perplexity`,
+and `context_gain`.
 """
 
 import dataclasses
@@ -40,11 +40,11 @@ from scca_jax.llama import DEFAULT_EXECUTION, Execution, Patterns
 from scca_jax.token_file import TokenFile
 
 PROTOCOLS = ("longlora", "strided", "document")
-# Tokens between windows: fixed in LongLoRA's evaluation, so in its protocol.
+# Tokens between windows, which LongLoRA's evaluation fixes.
 LONGLORA_STRIDE = 256
-# Tokens of a window whose logits are held at once.
+# Tokens of a window whose logits are in memory at once.
 LOSS_CHUNK = 512
-# What `context_gain` scores at once, as a share of the short context.
+# `context_gain` scores the short context divided by this at once.
 _GAIN_STRIDE = 8
 
 
@@ -57,10 +57,10 @@ class WindowLosses:
       `i + 1` of the window, whether the protocol scores it or not.
     starts: `[windows]` offset of each window's first token in the corpus.
     firsts: `[windows]` position in the window of the first token it scores.
-    begins: `[windows]` whether the first token is a BOS that the corpus does
-      not have; it stands for the token before the document.
-    documents: `[windows]` index of the document that holds the token in the
-      middle of the window; all 0 for a corpus whose documents are not known.
+    begins: `[windows]` whether the first token is a BOS that is not in the
+      corpus; it replaces the token before the document.
+    documents: `[windows]` index of the document with the token in the middle of
+      the window; all 0 for a corpus whose documents are not known.
   """
 
   losses: np.ndarray
@@ -90,19 +90,19 @@ class Perplexity:
   Attributes:
     perplexity: `exp(loss)`.
     loss: Mean loss in nats, averaged as the protocol says.
-    last_quarter: The perplexity over those scored predictions whose token
-      stands in the last `context_len // 4` positions of its window; None if
-      there are none. Under "longlora" these are the last predictions of every
-      window, each with at least three quarters of the context. Under the
-      others a window scores new tokens only, and with `stride` up to
-      `context_len // 4` the last quarter is all but the first windows.
+    last_quarter: The perplexity over the scored predictions of tokens in the
+      last `context_len // 4` positions of their window; None if there are none.
+      Under "longlora" these are the last predictions of every window, each with
+      at least three quarters of the context. Under the others a window scores
+      only new tokens, so with `stride` up to `context_len // 4` these are all
+      predictions except those of the first windows.
     num_windows: Windows that were run.
     num_tokens: Predictions that were scored.
     num_skipped: Documents left out because they are shorter than a window;
       0 unless the protocol is "document".
     protocol: "longlora", "strided" or "document".
     context_len: Length of a window, in tokens.
-    by_window: Every loss, if it was asked for.
+    by_window: Every loss, if requested.
   """
 
   perplexity: float
@@ -118,10 +118,10 @@ class Perplexity:
 
 @dataclasses.dataclass(frozen=True)
 class _Windows:
-  """Where windows lie in the corpus, and which tokens they score.
+  """Where windows are in the corpus, and which tokens they score.
 
   Attributes:
-    starts: See `WindowLosses`, as the next two.
+    starts: See `WindowLosses`, also for the next two.
     firsts: `[windows]`.
     begins: `[windows]`.
     num_skipped: Documents left out.
@@ -151,7 +151,7 @@ def check_settings(
   num_windows: int | None = None,
   stride: int = LONGLORA_STRIDE,
 ) -> None:
-  """Checks the settings of `perplexity` that need neither model nor corpus.
+  """Checks those settings of `perplexity` that need no model and no corpus.
 
   Raises:
     ValueError: One is unknown or out of range.
@@ -174,7 +174,7 @@ def check_settings(
     if stride != LONGLORA_STRIDE:
       raise ValueError(
         f"the longlora protocol has a stride of {LONGLORA_STRIDE}, got"
-        f" {stride}: use the protocol strided for another."
+        f" {stride}: use the protocol strided for other strides."
       )
   elif stride > context_len:
     raise ValueError(
@@ -189,7 +189,7 @@ def _flat_windows(
   starts = np.arange(0, num_tokens - context_len, stride)[:-1]
   if not len(starts):
     raise ValueError(
-      f"{name} has {num_tokens:,} tokens, windows of {context_len:,} need"
+      f"{name} has {num_tokens:,} tokens, but windows of {context_len:,} need"
       f" {context_len + stride + 1:,}: use more text or a shorter context_len."
     )
   firsts = np.ones_like(starts)
@@ -209,16 +209,16 @@ def _document_windows(
   """Returns the windows of each document.
 
   Args:
-    document_ends: `[documents]` offset behind each document's last token.
+    document_ends: `[documents]` offset after each document's last token.
     context_len: Length of a window, in tokens.
     stride: Tokens between windows.
-    add_bos: Whether BOS must be put in front; otherwise the corpus has it.
-    name: What messages call the corpus.
+    add_bos: Whether BOS must be added; otherwise the corpus has it.
+    name: The corpus's name in messages.
   """
   starts, firsts, begins = [], [], []
   previous_end = longest = num_skipped = 0
   for end in document_ends.tolist():
-    # BOS stands in front of the document's text, in the corpus or before it.
+    # BOS comes before the document's text, inside the corpus or added.
     begin = previous_end - 1 if add_bos else previous_end
     previous_end = end
     size = end - begin
@@ -235,7 +235,7 @@ def _document_windows(
     begins.append((inside == 0) & add_bos)
   if not starts:
     raise ValueError(
-      f"no document of {name} has {context_len:,} tokens, the longest has"
+      f"no document of {name} has {context_len:,} tokens, and the longest has"
       f" {longest:,}: use longer documents or a shorter context_len."
     )
   return _Windows(
@@ -249,9 +249,8 @@ def _document_windows(
 def _evenly_spaced(windows: _Windows, num_windows: int) -> _Windows:
   """Returns the middle window of each of `num_windows` equal parts.
 
-  From the middle: the first window of "strided" scores more tokens than the
-  others, and those with little context, so it is only taken when its share of
-  the windows is.
+  The middle one, because the first window of "strided" scores more tokens than
+  the others, with little context, and should be taken only in proportion.
   """
   count = min(num_windows, len(windows))
   return windows[(2 * np.arange(count) + 1) * len(windows) // (2 * count)]
@@ -271,7 +270,7 @@ def window_losses(
 ) -> jax.Array:
   """Returns the loss of each prediction in nats, float32 `[batch, seq - 1]`.
 
-  Compiled once for each shape and setting, whatever the weights.
+  Compiled once for each shape and setting, independently of the weights.
 
   Args:
     state: The model's variables.
@@ -290,7 +289,7 @@ def window_losses(
     hidden, targets = (sharding.by_shard(x, mesh) for x in (hidden, targets))
     return losses.token_losses(model.logits, hidden, targets, loss_chunk)
 
-  # The last token has no target in the window: its loss is cut off below.
+  # The last token has no target in the window; its loss is cut off below.
   targets = jnp.roll(tokens, -1, axis=1)
   found = segments.map_hidden_states(
     losses_of, model, tokens, (targets,), patterns, execution
@@ -331,7 +330,7 @@ def _find_windows(
   document_ends: np.ndarray | None,
   bos_id: int | None,
 ) -> tuple[np.ndarray, _Windows, np.ndarray | None, int | None]:
-  """Returns the ids, the windows to run, document ends and the BOS in front."""
+  """Returns the ids, the windows to run, document ends and the BOS to add."""
   check_settings(protocol, context_len, num_windows=num_windows, stride=stride)
   name = "the corpus"
   add_bos = True
@@ -355,7 +354,8 @@ def _find_windows(
     document_ends = np.asarray(document_ends)
     if not token_file.rises_to(document_ends, len(ids)):
       raise ValueError(
-        f"document_ends must rise to the {len(ids):,} tokens of the corpus."
+        f"document_ends must increase up to the {len(ids):,} tokens of the"
+        " corpus."
       )
   if protocol == "document":
     if document_ends is None:
@@ -366,8 +366,8 @@ def _find_windows(
       )
     if add_bos and (bos_id is None or not 0 <= bos_id < vocab_size):
       raise ValueError(
-        f"the document protocol puts BOS in front of the documents of {name}:"
-        f" give bos_id within the vocabulary of {vocab_size:,}, got {bos_id}."
+        f"the document protocol adds BOS to the documents of {name}: give a"
+        f" bos_id within the vocabulary of {vocab_size:,}, got {bos_id}."
       )
     windows = _document_windows(
       document_ends, context_len, stride, add_bos=add_bos, name=name
@@ -447,7 +447,7 @@ def count_windows(
   """Returns how many windows `perplexity` would run, and checks its input.
 
   Args:
-    tokens: The corpus; this and all that follows as for `perplexity`.
+    tokens: The corpus; all arguments are as in `perplexity`.
     vocab_size: Vocabulary of the model.
     context_len: Length of a window, in tokens.
     protocol: "longlora", "strided" or "document".
@@ -476,7 +476,7 @@ def count_windows(
 def read_windows(
   tokens: TokenFile, context_len: int, num_windows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns windows of "longlora", and the document that each belongs to.
+  """Returns windows of "longlora", and the document of each.
 
   Args:
     tokens: The corpus.
@@ -519,12 +519,12 @@ def perplexity(
 ) -> Perplexity:
   """Returns the perplexity of a model on a corpus.
 
-  With `num_windows` below the number of windows, evenly spaced ones are run;
-  each scores what it would score among all of them. (This choice and
+  If `num_windows` is below the number of windows, evenly spaced ones are run;
+  each scores the tokens that it would score among all of them. (This choice and
   `last_quarter` are our own.)
 
-  Losses are float32, their sums float64. A token file made with BOS in front
-  of its documents is taken as it is: none is added.
+  Losses are float32, their sums float64. If the documents of a token file
+  already begin with BOS, none is added.
 
   Args:
     model: A `Llama`.
@@ -535,13 +535,13 @@ def perplexity(
     num_windows: Most windows to run; None runs all.
     stride: Tokens between windows; 256 under "longlora". A stride of
       `context_len` leaves the first token of every later window unscored.
-    batch_size: Windows that are run at once.
-    document_ends: `[documents]` offset behind each document's last token, for
-      "document"; None takes those of the token file.
-    bos_id: BOS token, for "document"; None takes that of the token file.
+    batch_size: Windows per batch.
+    document_ends: `[documents]` offset after each document's last token, for
+      "document"; None uses those of the token file.
+    bos_id: BOS token, for "document"; None uses that of the token file.
     execution: See `Llama.hidden_states`.
     loss_chunk: Tokens of each window whose logits are held at once.
-    keep_losses: Whether the result holds every loss, 4 bytes each.
+    keep_losses: Whether to keep every loss in the result, 4 bytes each.
     on_windows: Called after every batch with the number of its windows.
 
   Raises:
@@ -579,8 +579,8 @@ def perplexity(
     for row, first in zip(rows.astype(np.float64), part.firsts, strict=True):
       scored = row[first - 1 :]
       in_quarter = row[max(first, quarter_start) - 1 :]
-      # All windows of "longlora" score the same number of tokens: the mean over
-      # windows of their means is the mean over tokens, as in the others.
+      # All windows of "longlora" score the same number of tokens, so the mean
+      # over windows of their means is the mean over tokens, as in the others.
       total += scored.sum()
       num_tokens += len(scored)
       quarter_total += in_quarter.sum()
@@ -606,7 +606,7 @@ def perplexity(
 def _documents_of(
   windows: _Windows, context_len: int, document_ends: np.ndarray | None
 ) -> np.ndarray:
-  """Returns the document that holds the middle of each window."""
+  """Returns the document at the middle of each window."""
   if document_ends is None:
     return np.zeros(len(windows), np.int64)
   middles = windows.starts + context_len // 2
@@ -655,7 +655,7 @@ def gain_windows(
     raise ValueError(f"the stride of a gain must be at least 1, got {stride}.")
   stride = min(stride, quarter)
   scored = np.arange(context_len - quarter, context_len, stride)
-  # The last one is flush with the end of the long window.
+  # The last one ends where the long window ends.
   return np.minimum(scored, context_len - stride) - short_len, (
     short_len + stride
   )
@@ -677,17 +677,17 @@ def context_gain(
 ) -> np.ndarray:
   """Returns what the long context is worth, for each token (SPEC 5).
 
-  That is the loss of a token given only the `short_len` tokens before it minus
-  its loss given all tokens of its window, for the last `L // 4` tokens of every
+  That is a token's loss given only the `short_len` tokens before it, minus its
+  loss given all tokens of its window, for the last `L // 4` tokens of every
   window of `L`. `bootstrap.estimate(gain, windows.documents)` is its mean with
   an interval.
 
-  To give each token exactly `short_len` tokens would take a forward pass for
-  each. Instead, windows of `short_len + stride` tokens score their last
+  Giving each token exactly `short_len` tokens would take a forward pass per
+  token. Instead, windows of `short_len + stride` tokens score their last
   `stride`, so that a token has at least `short_len` and fewer than
-  `short_len + stride` tokens before it: if more context helps, the gain is
-  understated, never overstated. With a stride of 1 it is exact. The cost is
-  about `L / 4 * (short_len / stride + 1)` tokens a window, `2.25 L` with the
+  `short_len + stride` tokens before it. If more context helps, the gain is
+  understated, never overstated; with a stride of 1 it is exact. The cost is
+  about `L / 4 * (short_len / stride + 1)` tokens per window, `2.25 L` with the
   default stride. (The stride is our own choice.)
 
   Args:
@@ -697,14 +697,15 @@ def context_gain(
       keep_losses=True, ...).by_window`. All tokens of their last quarters
       count, whether the protocol scored them or not.
     short_len: Tokens of the shorter context, at most `L - L // 4`.
-    stride: Tokens that a short window scores; None is an eighth of `short_len`.
-    patterns: See `Llama.hidden_states`; the patterns that `windows` had.
-    batch_size: Short windows that are run at once.
+    stride: Tokens that a short window scores; None means an eighth of
+      `short_len`.
+    patterns: See `Llama.hidden_states`; the same as for `windows`.
+    batch_size: Short windows per batch.
     bos_id: See `perplexity`.
     execution: See `Llama.hidden_states`.
     loss_chunk: Tokens of each window whose logits are held at once.
-    on_windows: Called after every batch with the number of its short windows,
-      of which each long one has `len(gain_windows(...)[0])`.
+    on_windows: Called after every batch with the number of its short windows;
+      each long window has `len(gain_windows(...)[0])` of them.
 
   Returns:
     `[windows, L // 4]` float32 nats; column `i` is token `L - L // 4 + i`.
@@ -718,7 +719,7 @@ def context_gain(
   if isinstance(tokens, TokenFile):
     ids = tokens.tokens
     bos_id = tokens.about.get("bos_id") if bos_id is None else bos_id
-  # The last short window may score again what the one before it did.
+  # The last short window may overlap with what the one before it scored.
   new = context_len - context_len // 4
   new += np.arange(len(inside)) * (length - short_len)
   short = _Windows(

@@ -1,9 +1,9 @@
 """Frozen weights in eight or four bits, with qwix's arrays.
 
 Only the matrices of the layers are quantised. Each is converted to a float
-dtype where it is used, one layer at a time; what is trained beside them
-(adapters, norms, embeddings) stays float32 (QLoRA, arXiv 2305.14314). qwix is
-imported only where something is quantised.
+dtype where it is used, one layer at a time; trained parameters (adapters,
+norms, embeddings) stay float32 (QLoRA, arXiv 2305.14314). qwix is imported only
+when something is quantised.
 """
 
 import functools
@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# "int8": whole numbers from -128 to 127, a scale for each output channel.
-# "nf4": 16 values whose spacing suits normally distributed weights, a scale
-# for each output channel and block of inputs. Scales are float32.
+# "int8": integers from -128 to 127, with a scale per output channel. "nf4": 16
+# values spaced for normally distributed weights, with a scale per output
+# channel and block of inputs. Scales are float32.
 METHODS = ("int8", "nf4")
-# Inputs that share a scale, as in QLoRA; fewer where it does not divide them.
+# Inputs that share a scale, as in QLoRA; fewer if they are not divisible by it.
 NF4_BLOCK = 64
 
 
@@ -60,8 +60,8 @@ def quantize_matrix(kernel: jax.Array, method: str) -> Any:
 
 @functools.partial(jax.jit, static_argnames="method")
 def quantize_layers(kernel: jax.Array, method: str) -> Any:
-  """Returns stacked matrices, `[layers, in, out]`, each quantised alone."""
-  # One layer at a time: a float32 copy of all would be twice what is read.
+  """Returns stacked matrices, `[layers, in, out]`, each quantised by itself."""
+  # One layer at a time: a float32 copy of all would take twice the space.
   return jax.lax.map(lambda layer: quantize_matrix(layer, method), kernel)
 
 

@@ -1,8 +1,8 @@
 """Rotary position embeddings and their scalings to longer contexts.
 
-A scaling changes the frequencies with which pairs of channels rotate; what is
-rotated stays the same. The kinds other than "ntk" are those of Hugging Face
-transformers, with its field names and defaults.
+A scaling changes only the frequencies at which pairs of channels rotate. All
+kinds except "ntk" are those of Hugging Face transformers, with its field names
+and defaults.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 KINDS = ("linear", "dynamic", "ntk", "yarn", "llama3")
-# These compare the length with that of pretraining.
+# These depend on the length of pretraining.
 _NEED_ORIGINAL_LENGTH = ("dynamic", "yarn", "llama3")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-  """How RoPE is fitted to contexts longer than those of pretraining.
+  """How RoPE is adapted to contexts longer than in pretraining.
 
   * "linear": Position Interpolation (arXiv 2306.15595), positions / `factor`.
   * "dynamic": the base grows with the sequence beyond the pretrained length.
@@ -35,16 +35,17 @@ class RopeScaling:
       "yarn" and "llama3" need it.
     beta_fast: "yarn": pairs that turn more often than this within the
       pretrained length stay as they are.
-    beta_slow: "yarn": those that turn less often are interpolated.
-    attention_factor: "yarn": multiplies cosine and sine; None takes
-      0.1 ln(factor) + 1.
-    mscale: "yarn": with `mscale_all_dim`, the other way to give that factor:
-      (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).
+    beta_slow: "yarn": pairs that turn less often than this are interpolated.
+    attention_factor: "yarn": multiplies cosine and sine; None uses 0.1
+      ln(factor) + 1.
+    mscale: "yarn": with `mscale_all_dim`, another way to give that factor: (0.1
+      mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1).
     mscale_all_dim: See `mscale`.
     truncate: "yarn": whether the bounds are rounded to whole pairs.
     low_freq_factor: "llama3": pairs that turn less often than this within the
       pretrained length are interpolated.
-    high_freq_factor: "llama3": those that turn more often stay as they are.
+    high_freq_factor: "llama3": pairs that turn more often than this stay as
+      they are.
   """
 
   kind: str
@@ -61,7 +62,7 @@ class RopeScaling:
 
   @property
   def pretrained_len(self) -> int:
-    """The length that the kinds that need one compare with, in tokens."""
+    """Length of pretraining in tokens, for the kinds that need it."""
     length = self.original_max_position_embeddings
     if length is None:
       raise ValueError(f"{self.kind} rope scaling has no pretrained length.")
@@ -106,7 +107,7 @@ class RopeScaling:
 def _yarn_bounds(
   head_dim: int, theta: float, scaling: RopeScaling
 ) -> tuple[float, float]:
-  """Returns the pairs between which YaRN goes from one method to the other."""
+  """Returns the pairs between which YaRN blends the two methods."""
 
   def pair_that_turns(times: float) -> float:
     # length * theta^(-2i/d) = 2 pi * times, solved for i.
@@ -136,29 +137,29 @@ def _yarn_attention_scaling(scaling: RopeScaling) -> float:
 def frequencies(
   head_dim: int, theta: float, scaling: RopeScaling | None, seq_len: int
 ) -> tuple[np.ndarray, float]:
-  """Returns how fast each pair of channels rotates, and what scales it.
+  """Returns how fast each pair of channels rotates, and a factor for it.
 
   Args:
     head_dim: Channels of a head, even.
     theta: Base of the frequencies, above 1.
-    scaling: None is RoPE as it is (arXiv 2104.09864).
+    scaling: None means plain RoPE (arXiv 2104.09864).
     seq_len: Tokens of the sequence; only "dynamic" depends on it.
 
   Returns:
-    The frequencies in radians a token, float32 `[head_dim / 2]`, and what
-    cosine and sine are multiplied by (1 unless the kind is "yarn").
+    The frequencies in radians per token, float32 `[head_dim / 2]`, and the
+    factor of cosine and sine (1 unless the kind is "yarn").
 
   Raises:
-    ValueError: `head_dim` is not even and positive, or `theta` not above 1, or
-      "dynamic" or "ntk" meet a `head_dim` of 2.
+    ValueError: `head_dim` is not even and positive, `theta` is not above 1, or
+      `head_dim` is 2 with "dynamic" or "ntk".
   """
   if head_dim < 2 or head_dim % 2:
     raise ValueError(f"head_dim must be even and positive, got {head_dim}.")
   if not theta > 1:
     raise ValueError(f"the base theta of RoPE must be above 1, got {theta}.")
   kind = None if scaling is None else scaling.kind
-  # float64, rounded once at the end: the angle of a far position multiplies
-  # the error.
+  # float64, rounded once at the end, because a far position multiplies the
+  # error of its angle.
   exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
   attention_scaling = 1.0
   if scaling is not None and kind in ("dynamic", "ntk"):

@@ -1,8 +1,8 @@
 """Tensors of safetensors files, mapped to memory.
 
 The library checks a file and lists its tensors, but copies what it reads. Here
-a tensor is an array over the file itself, so that it reaches a device as fast
-as the disk delivers it. Files must not change meanwhile.
+a tensor is an array over the mapped file, so that it reaches a device as fast
+as the disk delivers it. Files must not change in the meantime.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-# By their names in the format; jax adds bfloat16 to numpy.
+# By the format's names; jax adds bfloat16 to numpy.
 _DTYPES = {
   "F64": np.float64,
   "F32": np.float32,
@@ -32,7 +32,7 @@ _DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-  """Where a tensor lies in a file."""
+  """Where a tensor is in a file."""
 
   path: pathlib.Path
   memory: mmap.mmap
@@ -42,15 +42,15 @@ class _Stored:
 
   @property
   def num_bytes(self) -> int:
-    """Bytes that it takes in the file."""
+    """Its size in the file, in bytes."""
     return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
 
   def view(self) -> np.ndarray:
-    """Returns the tensor where it lies."""
+    """Returns the tensor, without copying it."""
     begin = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
     end = self.offset + self.num_bytes
     if self.num_bytes:
-      # Ask for all of it, so that the disk reads ahead.
+      # Request all of it, so that the disk reads ahead.
       self.memory.madvise(mmap.MADV_WILLNEED, begin, end - begin)
     array = np.frombuffer(
       self.memory,
@@ -64,7 +64,7 @@ class _Stored:
 def _open(path: pathlib.Path) -> dict[str, _Stored]:
   """Returns the tensors of a safetensors file, which is mapped to memory."""
   if not path.is_file():
-    raise FileNotFoundError(f"there is no {path}: the model lacks a file.")
+    raise FileNotFoundError(f"{path} does not exist: the model lacks a file.")
   found = {}
   try:
     # It checks that the tensors fill the file without gaps.
@@ -92,7 +92,7 @@ def _open(path: pathlib.Path) -> dict[str, _Stored]:
 
 
 class SafetensorsFiles(Mapping[str, Callable[[], np.ndarray]]):
-  """The tensors of files by name: functions that return each where it lies."""
+  """The tensors of files by name, as functions that return them uncopied."""
 
   def __init__(self, paths: Sequence[pathlib.Path]):
     """Maps the files to memory.
@@ -102,7 +102,7 @@ class SafetensorsFiles(Mapping[str, Callable[[], np.ndarray]]):
 
     Raises:
       FileNotFoundError: One is missing.
-      ValueError: One is damaged, a tensor has a dtype that numpy lacks, or is
+      ValueError: One is damaged, or a tensor has a dtype that numpy lacks or is
         in two files; the message names it.
     """
     self._stored: dict[str, _Stored] = {}
@@ -111,16 +111,16 @@ class SafetensorsFiles(Mapping[str, Callable[[], np.ndarray]]):
         if name in self._stored:
           raise ValueError(
             f"the tensor {name} is in two files, {self.path_of(name)} and"
-            f" {path}: remove the one that is not of this model."
+            f" {path}: remove the one that does not belong to this model."
           )
         self._stored[name] = tensor
 
   def path_of(self, name: str) -> pathlib.Path:
-    """Returns the file that holds a tensor."""
+    """Returns the file that contains a tensor."""
     return self._stored[name].path
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Returns the shape of a tensor, which is not read."""
+    """Returns the shape of a tensor without reading it."""
     return self._stored[name].shape
 
   def __getitem__(self, name: str) -> Callable[[], np.ndarray]:

@@ -1,13 +1,13 @@
-"""Sequences a segment at a time: memory does not grow with their length.
+"""Computes sequences a segment at a time, in memory that does not grow.
 
-With chunked attention a token sees few of the keys before its segment: half a
-chunk of them, for half the heads, in `scca_fixed`. So a sequence can go through
-all layers one segment after another, and each hands on only the keys and values
-that later ones see; `parallel` plans which, as for the shards of a mesh.
+With chunked attention a token sees only a few keys before its segment: in
+`scca_fixed`, half a chunk for half the heads. So a sequence can go through all
+layers one segment after another, each passing on only the keys and values that
+later ones see. `parallel` plans which, as for the shards of a mesh.
 
-The gradients are exact. What a segment receives is all that is kept of it: the
-backward pass, from the last segment to the first, computes each again from that
-and hands the gradients of those keys and values to the segments they came from.
+The gradients are exact. Of each segment, only what it receives is kept. The
+backward pass, from the last segment to the first, recomputes each from that and
+hands the gradients of those keys and values to the segments they came from.
 Here that is reverse mode through a loop over `jax.checkpoint`.
 """
 
@@ -24,7 +24,7 @@ from scca_jax.llama import Execution, Llama, Patterns
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.parallel import Messages, Segment
 
-# Name by which `jax.checkpoint` moves what is kept into the host's memory.
+# Name under which `jax.checkpoint` moves what is kept into the host's memory.
 _RECEIVED = "scca_received"
 
 Received = tuple[Messages, ...]
@@ -42,11 +42,11 @@ def check(
   """Checks that a sequence can be computed a segment at a time.
 
   Args:
-    layers: What the layers attend by; see `Llama.hidden_states`.
+    layers: Patterns of the layers; see `Llama.hidden_states`.
     config: Sizes of the model.
-    segment_len: Tokens of a segment; None is the whole sequence.
+    segment_len: Tokens per segment; None means the whole sequence.
     seq_len: Tokens of the sequence.
-    packed: Whether it has segment ids, of packed documents.
+    packed: Whether it has segment ids, for packed documents.
     num_devices: Devices of a mesh.
 
   Raises:
@@ -56,15 +56,15 @@ def check(
     return
   if num_devices > 1:
     raise ValueError(
-      f"segment_len={segment_len} is served on one device, not on"
-      f" {num_devices}: leave out the mesh, or segment_len."
+      f"segment_len={segment_len} needs a single device, not {num_devices}:"
+      " leave out the mesh, or segment_len."
     )
   for layer in dict.fromkeys(llama.by_layer(layers, config)):
     for member in patterns.members(layer):
       reason = parallel.refuses_segments(member, segment_len, packed=packed)
       if reason is not None:
         raise ValueError(
-          f"segment_len={segment_len} does not serve"
+          f"segment_len={segment_len} does not work with"
           f" {patterns.text(layer, num_kv_heads=config.num_kv_heads)}:"
           f" {reason}."
         )
@@ -97,14 +97,14 @@ def scan(
     run: Maps the index of a segment and what it receives to its result and what
       it sends.
     nothing: What the first segment receives.
-    count: Segments.
-    offload: Whether what is kept for the backward pass, what each segment
-      receives, waits in the host's memory.
+    count: Number of segments.
+    offload: Whether what each segment receives, which the backward pass needs,
+      is kept in the host's memory.
   """
 
-  # On the way: for a distance d the last d messages, at their segment modulo d.
-  # The gradients of the first tokens are those of all segments, so these are
-  # carried, and summed, in float32.
+  # In transit: for a distance d the last d messages, each at its segment modulo
+  # d. The gradients of the first tokens come from all segments, so these are
+  # carried and summed in float32.
   def empty(distance, x):
     if distance is None:
       return x.astype(jnp.float32)
@@ -121,8 +121,8 @@ def scan(
         return jnp.where(index == 0, new.astype(x.dtype), x)
       return jax.lax.dynamic_update_index_in_dim(x, new, index % distance, 0)
 
-    # Only `run` is recomputed, and only its arguments are kept: what is on the
-    # way may be much more.
+    # Only `run` is recomputed, and only its arguments are kept; messages in
+    # transit may be much more.
     result, sent = checked(index, _map(arriving, on_the_way, nothing))
     return _map(sending, on_the_way, sent), result
 
@@ -157,16 +157,17 @@ def map_hidden_states(
 ) -> jax.Array:
   """Returns `function(hidden, *arrays)`, a segment at a time.
 
-  The hidden states of one segment, `execution.segment_len` tokens, live only
-  while the function is computed; where that is None, or the sequence is not
-  longer, all of it is one piece. Dropout draws for each segment by itself.
+  The hidden states of a segment, `execution.segment_len` tokens, live only
+  while the function is computed. If that is None, or the sequence is not
+  longer, the whole sequence is one segment. Dropout is drawn for each segment
+  separately.
 
   Args:
     function: Maps hidden states `[batch, n, hidden]` and the same part of the
       arrays to an array `[batch, n, ...]`, token by token.
     model: The model.
     tokens: Integers, `[batch, seq]`.
-    arrays: What the function takes besides, `[batch, seq, ...]`.
+    arrays: Further arguments of the function, `[batch, seq, ...]`.
     layers: The patterns; see `Llama.hidden_states`.
     execution: See `Llama.hidden_states`.
     positions: See `Llama.hidden_states`.
@@ -206,7 +207,8 @@ def map_hidden_states(
   count = -(-seq_len // length)
   filling = count * length - seq_len
 
-  # The last segment is filled up behind the sequence, where no token looks.
+  # The last segment is padded after the end of the sequence, where no token
+  # looks.
   def filled(x):
     return jnp.pad(x, ((0, 0), (0, filling)) + ((0, 0),) * (x.ndim - 2))
 

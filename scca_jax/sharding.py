@@ -1,6 +1,6 @@
 """How a training step is laid out over several devices.
 
-A mesh has four axes, and one table says which of them cuts which dimension:
+A mesh has four axes, and one table says which of them divides which dimension:
 
     data      copies of the model, each with its own sequences
     fsdp      the same, but every weight is cut as well, and gathered where it
@@ -39,7 +39,7 @@ DATA, FSDP, TENSOR, SEQUENCE = AXES = ("data", "fsdp", "tensor", "sequence")
 # The memory kind of the host's memory that a device reads directly.
 HOST = "pinned_host"
 
-# Mesh axes that cut each logical axis; other logical axes stay whole.
+# Mesh axes that divide each logical axis; other logical axes stay whole.
 _RULES: dict[str, tuple[str, ...]] = {
   "batch": (DATA, FSDP),
   "seq": (SEQUENCE,),
@@ -63,7 +63,7 @@ class MeshConfig:
 
   Attributes:
     data: Copies of the model, each with its own sequences.
-    fsdp: The same, with every weight cut over them.
+    fsdp: The same, with every weight divided over them.
     tensor: Shards of the heads, of the MLP and of the vocabulary.
     sequence: Shards of every sequence.
   """
@@ -93,7 +93,7 @@ class MeshConfig:
     """Returns the mesh that a flag describes, such as "data=2,sequence=4".
 
     Raises:
-      ValueError: It is not of that form, or names another axis.
+      ValueError: It does not have that form, or names another axis.
     """
     sizes = {}
     for item in filter(None, text.split(",")):
@@ -114,7 +114,7 @@ def make_mesh(
 
   Args:
     config: Its sizes.
-    devices: Devices to use; None takes those of all processes. A single process
+    devices: Devices to use; None uses those of all processes. A single process
       may leave its last devices unused.
 
   Raises:
@@ -129,7 +129,7 @@ def make_mesh(
     # Suggest another size of the largest axis.
     most = max(1, there // (wanted // config.sizes[axis]))
     raise ValueError(
-      f"the mesh {shown(config)} takes {wanted} devices, and"
+      f"the mesh {shown(config)} takes {wanted} devices, but"
       f" {'all ' if num_processes > 1 else ''}{there} are here: the nearest"
       f" that fits is mesh.{axis}={most}."
     )
@@ -144,7 +144,7 @@ def make_mesh(
 
 
 def shown(config: MeshConfig) -> str:
-  """Returns a mesh as `MeshConfig.parse` reads it; empty is one device."""
+  """Returns a mesh as `MeshConfig.parse` reads it; empty for one device."""
   return ",".join(f"{axis}={n}" for axis, n in config.sizes.items() if n > 1)
 
 
@@ -159,8 +159,8 @@ def logical_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
   """Returns the logical axes of a parameter's last dimensions.
 
   A parameter is recognised by the names in its path. Whatever is derived from
-  it, such as moments of the optimiser or quantised values with their scales,
-  has those names in its path too.
+  it, such as the optimiser's moments or quantised values with their scales, has
+  the same names in its path.
 
   Raises:
     ValueError: The parameter is unknown.
@@ -179,7 +179,7 @@ def logical_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
   if "scale" in names:  # Norms are whole on every device.
     return ()
   raise ValueError(
-    f"the parameter {'.'.join(names)} has no logical axes: give it some in"
+    f"the parameter {'.'.join(names)} has no logical axes: add them to"
     " scca_jax/sharding.py, or every device would hold all of it."
   )
 
@@ -189,8 +189,8 @@ def _spec(
 ) -> PartitionSpec:
   """Returns the partition spec of the last dimensions of a shape.
 
-  A dimension that cannot be cut into equal parts stays whole, such as the few
-  scales of a quantised matrix along its inputs.
+  A dimension that cannot be divided into equal parts stays whole, such as the
+  few scales of a quantised matrix along its inputs.
   """
   axes = axes[max(0, len(axes) - len(shape)) :]
   axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
@@ -237,7 +237,7 @@ def activation_spec(
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-  """Returns an activation, constrained to lie as its logical axes say.
+  """Returns an activation, constrained to the sharding of its logical axes.
 
   Args:
     x: `[*axes]`.
@@ -282,7 +282,7 @@ def gathered(
   Args:
     tree: Parameters.
     mesh: From `make_mesh`, or None.
-    leave: Parameters with this name in their path stay as they are.
+    leave: Parameters with this name in their path are not gathered.
   """
   if mesh is None or mesh.shape[FSDP] == 1:
     return tree
@@ -352,7 +352,7 @@ def place(tree: Tree, mesh: Mesh | None) -> Tree:
 def put(array: Any, sharding: Sharding) -> jax.Array:
   """Returns an array with a sharding; all processes have the same values.
 
-  An array that has the sharding already is not copied.
+  An array that already has the sharding is not copied.
   """
   if isinstance(array, jax.Array) and array.sharding == sharding:
     return array
@@ -370,7 +370,7 @@ def on_host() -> Iterator[None]:
   """Makes new arrays on the CPU, for what no single device could hold."""
   try:
     device = jax.local_devices(backend="cpu")[0]
-  except RuntimeError:  # JAX_PLATFORMS may leave the CPU out.
+  except RuntimeError:  # JAX_PLATFORMS may exclude the CPU.
     yield
     return
   with jax.default_device(device):
@@ -396,7 +396,7 @@ def data_shard(mesh: Mesh | None, batch_size: int) -> tuple[int, int]:
   rows = [index[0].indices(batch_size) for index in mine.values() if index]
   start, stop = min(r[0] for r in rows), max(r[1] for r in rows)
   size = stop - start
-  # Equal parts do not fit these rows: load all of them.
+  # Equal parts do not match these rows, so load all of them.
   if batch_size % size or start % size:
     return 0, 1
   return start // size, batch_size // size
@@ -408,7 +408,7 @@ def place_batch(
   """Returns a batch, laid out on a mesh.
 
   Args:
-    batch: Arrays `[rows, seq]`, the part that `data_shard` names.
+    batch: Arrays `[rows, seq]`, the part given by `data_shard`.
     mesh: From `make_mesh`; None leaves it as it is.
     batch_size: Sequences of the whole batch.
   """

@@ -1,11 +1,12 @@
 """Where a text can be cut so that its parts have the ids of the whole.
 
 A tokenizer's files say what can span two characters: a piece of the vocabulary,
-an added token, a rule of the normaliser or of the pre-tokeniser. Two characters
-that nothing can span are a border. Where that is not known of a rule, there are
-no borders, and a text has to be tokenised as a whole.
+an added token, a rule of the normaliser or of the pre-tokeniser. Between two
+characters that nothing can span there is a border. If a tokenizer has a rule
+that we do not know, there are no borders, and a text has to be tokenised as a
+whole.
 
-The part behind a border is encoded without what a tokenizer puts in front of a
+The part after a border is encoded without what the tokenizer puts in front of a
 text.
 """
 
@@ -18,21 +19,21 @@ from typing import Any
 Border = Callable[[str, str], bool]
 
 _SPACE = "\u2581"
-# Steps of tokenizer.json that change each character by itself or look at
-# neighbours that are no white space.
+# Steps of tokenizer.json that change each character by itself or look only at
+# neighbours other than white space.
 _NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
-# Steps that cut a text further, wherever its words lie.
+# Steps that split a text further, independently of its words.
 _CUTTERS = ("Digits", "Punctuation", "UnicodeScripts")
-# Groups of a regular expression that look at more than what they match; the
-# one that is allowed looks for the end of white space.
+# Groups of a regular expression that look beyond what they match; the one that
+# is allowed looks for the end of white space.
 _LOOKS = re.compile(r"\(\?(?!:|i:|!\\S\))|\\[AbBGzZ1-9]|(?<!\[)\^|\$")
-# Letters before white space, as most texts have them, and before the other
-# kinds of character that a rule may treat in another way.
+# Letters before white space, as in most texts, and before the other kinds of
+# characters that a rule may treat differently.
 _PROBES = ("a b", "ab cd", "A Bc", "don't I", "x 1", "\u00e9 .", "\u65e5 b")
 
 
 def find(text: str, start: int, border: Border) -> int | None:
-  """Returns the first place from `start` on behind a border, or None."""
+  """Returns the first place after a border, from `start` on, or None."""
   for place in range(max(start, 1), len(text)):
     if border(text[place - 1], text[place]):
       return place
@@ -51,13 +52,13 @@ def _pairs(pieces: Iterable[str]) -> set[str]:
 def of_sentencepiece(model: Any, added: Iterable[Any]) -> Border | None:
   """Returns the borders of a SentencePiece model, None if none are known.
 
-  Byte-pair merges make only pieces of the model, so that none crosses two
-  characters that no piece has side by side. (The best cut of a unigram model is
-  independent too, but for the rounding of sums over the whole text.)
+  Byte-pair merges produce only pieces of the model, so none crosses two
+  characters that no piece has side by side. (The best split of a unigram model
+  is independent too, except for the rounding of sums over the whole text.)
 
   Args:
     model: The parsed file.
-    added: Tokens beside it, `tokenizers.AddedToken`.
+    added: Tokens in addition to it, `tokenizers.AddedToken`.
   """
   trainer, normalizer = model.trainer_spec, model.normalizer_spec
   added = list(added)
@@ -73,12 +74,13 @@ def of_sentencepiece(model: Any, added: Iterable[Any]) -> Border | None:
   texts = [token.content for token in added]
   spanned = _pairs(pieces) | _pairs(x.replace(" ", _SPACE) for x in texts)
   known = {piece for piece in pieces if len(piece) == 1}
-  # What follows an added token may get a space in front.
+  # Text after an added token may get a space in front.
   ends = {text[-1] for text in texts}
 
   def border(before: str, behind: str) -> bool:
     pair = (before + behind).replace(" ", _SPACE)
-    # Neighbouring unknown characters become one token, if not bytes.
+    # Neighbouring unknown characters become one token, unless they become
+    # bytes.
     merged = not trainer.byte_fallback and not known & set(pair)
     return pair not in spanned and before not in ends and not merged
 
@@ -123,8 +125,8 @@ def of_hugging_face(
   Args:
     content: The object in the file.
     added: Tokens that are found in a text, `tokenizers.AddedToken`.
-    pre_tokenize: Returns the words of a text and where they lie; None if the
-      file has no such step.
+    pre_tokenize: Returns the words of a text and their places; None if the file
+      has no such step.
   """
   added = list(added)
   spanned = _pairs(token.content for token in added)
@@ -138,10 +140,10 @@ def of_hugging_face(
       if not marks_spaces:
         return None
     elif kind == "Prepend" and added:
-      return None  # It stands behind each of them, too.
+      return None  # It comes after each of them, too.
     elif kind != "Prepend" and kind not in _NORMALIZERS:
       return None
-  # A step that puts a space in front of a text puts none in front of a space.
+  # A step that adds a space in front of a text adds none in front of a space.
   spaces, cuts = " \n", False
   for step in _steps(content.get("pre_tokenizer"), "pretokenizers"):
     kind = step.get("type")
@@ -164,7 +166,8 @@ def of_hugging_face(
       if probe.rindex(" ") not in starts:
         return None
   elif marks_spaces and content.get("model", {}).get("type") == "BPE":
-    # No step cuts, so the merges must not: they make only words of the model.
+    # No step splits here, so the merges must not join: they make only pieces of
+    # the model.
     spanned |= {
       pair.replace(_SPACE, " ") for pair in _pairs(content["model"]["vocab"])
     }

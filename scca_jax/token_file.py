@@ -1,22 +1,22 @@
-"""Token files: the ids of a corpus, and what is known of them.
+"""Token files: the ids of a corpus, and what is known about them.
 
-A token file is the flat array of the ids of a corpus, document after document
-(`.bin`, little-endian integers), as LongLoRA's PG19 and Proof-pile files are.
-A JSON file of the same name beside it says what the ids are:
+A token file is the flat array of a corpus's ids, document after document
+(`.bin`, little-endian integers), like LongLoRA's PG19 and Proof-pile files. A
+JSON file of the same name next to it describes the ids:
 
     {"tokenizer": {"name", "sha256", "vocab_size"}, "bos_id", "eos_id",
      "add_bos", "append_eos", "dtype", "documents", "tokens", "text_bytes",
      "sha256", "sources", "document_ends"}
 
-`sha256` is that of the bytes of the `.bin`; `document_ends` holds, for every
-document, the offset just after its last token. Of conversations, `answers`
-holds where each answer begins and ends. Without the JSON the ids are
-uint16; a JSON written by hand needs only `dtype`, which may be any of `DTYPES`.
-A file that looks like another width or byte order, or holds more than ids, is
-refused with the name of what it looks like.
+`sha256` is the hash of the `.bin`; `document_ends` has, for every document, the
+offset just after its last token. For conversations, `answers` has where each
+answer begins and ends. Without the JSON the ids are uint16; a JSON written by
+hand needs only `dtype`, which may be any of `DTYPES`. A file that looks like
+another width or byte order, or contains more than ids, is refused, and the
+message says what it looks like.
 
-The parts are: writing, `TokenFile` and its JSON, what a file holds, and which
-ids are in it.
+The parts: writing, `TokenFile` and its JSON, recognising other files, and
+checking ids.
 """
 
 import codecs
@@ -59,7 +59,7 @@ _ENCODINGS = {
   "big-endian uint16": np.dtype(">u2"),
   "uint8": np.dtype("u1"),
 }
-# Whole numbers that were kept as these by mistake.
+# Integers that were stored in these dtypes by mistake.
 _FLOATS = {
   "float64": np.dtype("<f8"),
   "float32": np.dtype("<f4"),
@@ -92,21 +92,21 @@ _CONTAINERS = {
   b"\x04\x22\x4d\x18": ("compressed with lz4", "decompress it"),
   b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it"),
 }
-# Where the mark of a tar archive stands, in bytes.
+# Where a tar archive has its mark, in bytes.
 _TAR_MARK = slice(257, 262)
-# llm.c and modded-nanogpt put 256 int32 in front: a number, a version and the
-# count of ids, which are uint16 or uint32.
+# llm.c and modded-nanogpt put 256 int32 in front: a magic number, a version and
+# the number of ids, which are uint16 or uint32.
 _LLM_C = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
 _LLM_C_HEADER = 1024
-# Larger than any vocabulary, and than any of bytes with special tokens.
+# Larger than any vocabulary, and than any byte vocabulary with special tokens.
 _MAX_VOCAB_SIZE = 1 << 20
 _MAX_BYTE_VOCAB_SIZE = 512
-# Size that the JSON may have however few tokens there are, in bytes.
+# Size that the JSON may always have, in bytes.
 _MIN_JSON = 1 << 24
 # Bytes to inspect in each of three places, and the fewest to judge by.
 _SAMPLE = 1 << 15
 _MIN_SAMPLE = 128
-# Types of what the JSON may say, and their names in messages.
+# Types of the JSON's fields, and their names in messages.
 _FIELDS = {
   "bos_id": int,
   "eos_id": int,
@@ -126,18 +126,17 @@ _KINDS = {
   str: "a string",
   list: "a list",
 }
-# Documents are encoded in batches of about this many characters, some of them
-# ahead of what is written: enough to keep all cores busy, and little to hold in
-# memory.
+# Documents are encoded in batches of about this many characters, a few batches
+# ahead of writing: enough to keep all cores busy, but little memory.
 _BATCH_CHARACTERS, _BATCH_PIECES = 1 << 21, 1 << 16
 _BATCHES_AHEAD = 2
-# Longer documents are encoded in pieces; the longest that is taken in one, in
-# memory some 50 bytes a character.
+# Longer documents are encoded in pieces; the second number is the longest
+# piece, which takes some 50 bytes of memory per character.
 _PIECE_CHARACTERS, _MAX_CHARACTERS = 1 << 20, 1 << 24
-# Ids of a piece of a document; the bytes of its text if the document ends with
-# it; and where answers begin and end in it.
+# Ids of a piece of a document; the bytes of the document's text if this is its
+# last piece; and where answers begin and end in it.
 _Written = tuple[list[int], int | None, Sequence[int]]
-# Ids that are compared with the vocabulary, or hashed, at once.
+# Ids that are checked against the vocabulary, or hashed, at once.
 _CHECKED_IDS = 1 << 20
 
 
@@ -154,31 +153,31 @@ def write_token_file(
   append_eos: bool = False,
   sources: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Writes the tokens of `documents` to a `.bin` with its JSON beside it.
+  """Writes the tokens of `documents` to a `.bin`, with its JSON.
 
-  By default the file holds only the tokens of the text, which is what the usual
-  perplexity over a flat file expects. Documents without a token are left out.
+  By default the file contains only the tokens of the text, as the usual
+  perplexity over a flat file expects. Documents without tokens are left out.
   Both files appear only when complete, the `.bin` last, so that a `.bin` always
   has its JSON. Long documents are encoded in pieces, cut where the tokenizer's
-  files say that this changes no id.
+  files show that this changes no id.
 
   Args:
     documents: Texts of the documents, whole or in parts, read once.
-    tokenizer: Makes the ids: uint16 if its vocabulary is below 65,536, else
-      uint32.
+    tokenizer: The tokenizer; ids are uint16 if its vocabulary is below 65,536,
+      otherwise uint32.
     output: The `.bin`.
     add_bos: Begin every document with the BOS token.
     append_eos: End every document with the EOS token.
-    sources: Names of the files that the documents came from, to be recorded.
+    sources: Names of the files that the documents came from, to record.
 
   Returns:
     What the JSON says.
 
   Raises:
-    ValueError: `output` is not a `.bin`, the tokenizer lacks a token that is
-      asked for, the documents hold no text, or one is longer than 16 Mi
-      characters and cannot be cut.
-    OSError: A file cannot be written; a file from before is kept.
+    ValueError: `output` is not a `.bin`, the tokenizer lacks a requested token,
+      the documents contain no text, or one is longer than 16 Mi characters and
+      cannot be cut.
+    OSError: A file cannot be written; an existing file is kept.
   """
   for wanted, token, name in (
     (add_bos, tokenizer.bos_id, "BOS"),
@@ -205,12 +204,12 @@ def write_conversations(
   *,
   sources: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Writes a token file of conversations that knows where the answers are.
+  """Writes a token file of conversations that records where the answers are.
 
   Args:
     conversations: Text, ids and answers of each, as `conversations.encode`
       returns them; read once.
-    tokenizer: What they were encoded with.
+    tokenizer: The tokenizer that encoded them.
     output: The `.bin`.
     sources: See `write_token_file`.
 
@@ -232,7 +231,7 @@ def _marked(
   before: list[int],
   after: list[int],
 ) -> Iterator[_Written]:
-  """Yields pieces of documents with the tokens that begin and end these."""
+  """Yields pieces of documents, with BOS and EOS added to the documents."""
   begun, text_bytes = False, 0
   for piece, ids in encoded:
     text_bytes += len(piece.text.encode())
@@ -240,7 +239,7 @@ def _marked(
       begun, ids = True, before + ids
     if begun and piece.ends:
       ids = ids + after
-    # White space has no token, to some tokenizers.
+    # Some tokenizers have no token for white space.
     yield ids, text_bytes if begun and piece.ends else None, ()
     if piece.ends:
       begun, text_bytes = False, 0
@@ -295,7 +294,7 @@ def _write(
     with atomic_file.AtomicFile(_json_path(output)) as description:
       description.write(json.dumps(about).encode() + b"\n")
       description.sync()
-      # Both are on the disk: as little as possible lies between their names.
+      # Both are on the disk, so that they get their names in quick succession.
       file.sync()
   return about
 
@@ -305,9 +304,9 @@ class _Piece:
   """What is encoded at once.
 
   Attributes:
-    text: A document, or what lies between two borders of it.
-    goes_on: Whether it stands behind a border.
-    ends: Whether the document ends with it.
+    text: A document, or the part between two of its borders.
+    goes_on: Whether it comes after a border.
+    ends: Whether it is the last piece of the document.
   """
 
   text: str
@@ -318,7 +317,7 @@ class _Piece:
 def _pieces(
   documents: Iterable[str | Part], tokenizer: Tokenizer
 ) -> Iterator[_Piece]:
-  """Yields documents, long ones in pieces."""
+  """Yields documents, splitting long ones into pieces."""
   text, seen, goes_on = "", 0, False
   for more, ends in as_parts(documents):
     text += more
@@ -335,9 +334,9 @@ def _pieces(
     seen = len(text)
     if seen > _MAX_CHARACTERS:
       raise ValueError(
-        f"a document has {seen:,} characters in which {tokenizer.name} has no"
-        " place to cut it; it takes at most"
-        f" {_MAX_CHARACTERS:,} at once: split the document."
+        f"{tokenizer.name} finds no place to cut a document in {seen:,}"
+        f" characters, and encodes at most {_MAX_CHARACTERS:,} at once: split"
+        " the document."
       )
     if ends:
       yield _Piece(text, goes_on, True)
@@ -350,7 +349,8 @@ def _encode(
   """Yields the pieces of the documents and their ids, in order.
 
   Tokenizers encode the texts of a batch in threads, which wait for the longest
-  text; meanwhile another batch is encoded, and others are read and written.
+  text. In the meantime another batch is encoded, and others are read and
+  written.
   """
   pool = concurrent.futures.ThreadPoolExecutor(_BATCHES_AHEAD)
   waiting = collections.deque()
@@ -374,7 +374,7 @@ def _encode(
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-  """Yields pieces, several at a time."""
+  """Yields lists of pieces."""
   batch: list[_Piece] = []
   size = 0
   for piece in pieces:
@@ -389,18 +389,18 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TokenFile:
-  """The ids of a corpus and what is known of them.
+  """The ids of a corpus and what is known about them.
 
   Attributes:
-    tokens: `[tokens]` integer ids; of a file, mapped and not read.
+    tokens: `[tokens]` integer ids; memory-mapped if they come from a file.
     document_ends: `[documents]` int64 offset just after each document's
       last token; None if not known.
     vocab_size: Vocabulary of the tokenizer that made the ids, or None.
-    answers: `[2 * answers]` int64 offsets of the first token of each answer and
-      of the one behind it, rising; training counts only these. None counts
+    answers: `[2 * answers]` int64 offsets of each answer's first token and of
+      the token after it, increasing; training counts only answers. None counts
       every token.
-    name: What messages call it.
-    about: Everything the JSON says, empty without one.
+    name: Its name in messages.
+    about: Everything in the JSON, empty without one.
   """
 
   tokens: np.ndarray
@@ -414,7 +414,7 @@ class TokenFile:
     ends = self.document_ends
     if ends is not None and not rises_to(ends, len(self.tokens)):
       raise ValueError(
-        f"the document ends of {self.name} do not rise to its"
+        f"the document ends of {self.name} do not increase up to its"
         f" {len(self.tokens):,} tokens."
       )
 
@@ -422,14 +422,14 @@ class TokenFile:
     return len(self.tokens)
 
   def counted(self, start: int, stop: int) -> np.ndarray:
-    """Returns which of the tokens from `start` to `stop` training counts.
+    """Returns which tokens from `start` to `stop` training counts.
 
     Args:
-      start: Offset of the first.
-      stop: Offset behind the last.
+      start: Offset of the first token.
+      stop: Offset after the last token.
 
     Returns:
-      `[stop - start]` float32: 1 in answers, and everywhere if none are known.
+      `[stop - start]` float32: 1 in answers, or everywhere if none are known.
     """
     if self.answers is None:
       return np.ones(stop - start, np.float32)
@@ -438,10 +438,10 @@ class TokenFile:
     return (begun % 2).astype(np.float32)
 
   def split(self, num_held_out: int) -> tuple["TokenFile", "TokenFile"]:
-    """Returns all but the last documents, and these, for validation.
+    """Returns two parts: all but the last documents, and those for validation.
 
     Args:
-      num_held_out: Documents of the second part, at least 1.
+      num_held_out: Documents in the second part, at least 1.
 
     Raises:
       ValueError: The document ends are not known, or the first part would be
@@ -449,7 +449,7 @@ class TokenFile:
     """
     if self.document_ends is None:
       raise ValueError(
-        f"holding documents out needs the document ends of {self.name}: make"
+        f"holding out documents requires the document ends of {self.name}: make"
         " the token file with `scca prepare_data`."
       )
     count = len(self.document_ends)
@@ -462,7 +462,7 @@ class TokenFile:
     place = int(self.document_ends[cut - 1])
     before = after = self.answers
     if self.answers is not None:
-      # An answer lies within a document.
+      # An answer never crosses documents.
       number = int(np.searchsorted(self.answers[::2], place)) * 2
       before, after = self.answers[:number], self.answers[number:] - place
     first = dataclasses.replace(
@@ -486,7 +486,7 @@ class TokenFile:
     *,
     vocab_size: int | None = None,
   ) -> "TokenFile":
-    """Opens a `.bin`, with the JSON beside it or without.
+    """Opens a `.bin`, with or without a JSON.
 
     Args:
       path: The `.bin`.
@@ -494,14 +494,14 @@ class TokenFile:
         checked against it. None skips the check.
 
     Raises:
-      FileNotFoundError: The file is not there.
+      FileNotFoundError: The file does not exist.
       ValueError: It is empty, cut short, not bare ids of the dtype that its
         JSON says, or has ids outside the vocabulary; or the JSON is damaged or
         contradicts the file.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-      raise FileNotFoundError(f"there is no token file {path}.")
+      raise FileNotFoundError(f"the token file {path} does not exist.")
     about = _read_about(_json_path(path))
     dtype = DTYPES[about.get("dtype", "uint16")]
     size = path.stat().st_size
@@ -516,7 +516,7 @@ class TokenFile:
       )
     if about.get("tokens", num_tokens) != num_tokens:
       raise ValueError(
-        f"the token file {path} has {num_tokens} tokens, its JSON says"
+        f"the token file {path} has {num_tokens} tokens, but its JSON says"
         f" {about['tokens']}: it is cut short or was not written with it."
       )
     tokens = np.memmap(path, dtype, "r")
@@ -524,10 +524,9 @@ class TokenFile:
     _refuse_wider(path, tokens, vocab_size or made_with or _MAX_VOCAB_SIZE)
     if not about and vocab_size is not None and vocab_size > 1 << 16:
       raise ValueError(
-        f"the token file {path} has no JSON, so its ids are uint16, which"
-        f" cannot hold those of a vocabulary of {vocab_size:,}: say what they"
-        " are in"
-        f' {_json_path(path).name} beside it, {{"dtype": "uint32"}}.'
+        f"the token file {path} has no JSON, so its ids are uint16, too"
+        f" small for a vocabulary of {vocab_size:,}: give their dtype in"
+        f' {_json_path(path).name}, {{"dtype": "uint32"}}.'
       )
     bounds = [size for size in (vocab_size, made_with) if size is not None]
     if bounds or dtype.itemsize > 2:
@@ -546,9 +545,9 @@ class TokenFile:
 
 
 def _read_about(path: pathlib.Path) -> dict[str, Any]:
-  """Returns what the JSON beside a token file says, {} where there is none."""
+  """Returns the content of a token file's JSON, {} if there is none."""
   try:
-    # A document has a token, and its end at most 20 digits.
+    # A document has at least one token, and its end at most 20 digits.
     num_bytes = path.with_suffix(".bin").stat().st_size
     about = json_file.value(path, max_bytes=_MIN_JSON + 20 * num_bytes)
   except FileNotFoundError:
@@ -559,10 +558,10 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
     ) from error
   if not isinstance(about, dict) or about.get("dtype") not in list(DTYPES):
     raise ValueError(
-      f'{path} describes no token file: it needs "dtype", one of'
+      f'{path} does not describe a token file: it needs "dtype", one of'
       f" {', '.join(DTYPES)}."
     )
-  # A null means the same as no entry.
+  # A null means the same as a missing entry.
   about = {name: value for name, value in about.items() if value is not None}
   known = {name: about[name] for name in _FIELDS if name in about}
   made_with = _vocab_size(about)
@@ -585,9 +584,9 @@ def _read_about(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _vocab_size(about: dict[str, Any]) -> Any:
-  """Returns the vocabulary that the JSON gives its tokenizer, or None."""
+  """Returns the vocabulary size of the tokenizer in the JSON, or None."""
   tokenizer = about.get("tokenizer")
-  # Written by hand, it may be a name.
+  # In a JSON written by hand it may be a name.
   return tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None
 
 
@@ -601,8 +600,8 @@ def _document_ends(
     np.asarray(ends, object), num_tokens
   ):
     raise ValueError(
-      f"the document ends in {_json_path(path)} do not rise to {num_tokens}:"
-      " prepare the token file again."
+      f"the document ends in {_json_path(path)} do not increase up to"
+      f" {num_tokens}: prepare the token file again."
     )
   return np.asarray(ends, np.int64)
 
@@ -620,7 +619,7 @@ def _answers(
     or any(a > b for a, b in itertools.pairwise(bounds))
   ):
     raise ValueError(
-      f"the answers in {_json_path(path)} are not pairs that rise to"
+      f"the answers in {_json_path(path)} are not pairs that increase up to"
       f" {num_tokens}: prepare the token file again."
     )
   return np.asarray(answers, np.int64)
@@ -632,7 +631,7 @@ def _check_marks(
   tokens: np.ndarray,
   document_ends: np.ndarray | None,
 ) -> None:
-  """Checks that documents begin and end with the tokens that the JSON says."""
+  """Checks that documents begin and end with the tokens named in the JSON."""
   ends = np.asarray([len(tokens)]) if document_ends is None else document_ends
   starts = np.concatenate([[0], ends[:-1]])
   marks: Any = (
@@ -648,13 +647,13 @@ def _check_marks(
       place = int(places[other[0]])
       raise ValueError(
         f"the token file {path} has the id {tokens[place]} at position"
-        f" {place:,}, where its JSON says that a document {name} with {token}:"
-        " prepare it again."
+        f" {place:,}, where according to its JSON a document {name} with"
+        f" {token}: prepare it again."
       )
 
 
 def rises_to(document_ends: np.ndarray, num_tokens: int) -> bool:
-  """Returns whether the ends of documents rise to the end of the corpus."""
+  """Returns whether document ends increase up to the end of the corpus."""
   return (
     document_ends.ndim == 1
     and len(document_ends) > 0
@@ -676,11 +675,11 @@ def _check_digest(path: pathlib.Path, about: dict[str, Any]) -> None:
     )
 
 
-# What a file holds.
+# Recognising other files.
 
 
 def _refuse_containers(path: pathlib.Path, wanted: np.dtype) -> None:
-  """Refuses files that hold more, or other things, than bare ids."""
+  """Refuses files that contain anything but bare ids."""
   size = path.stat().st_size
   with path.open("rb") as file:
     head = file.read(_LLM_C_HEADER)
@@ -693,7 +692,7 @@ def _refuse_containers(path: pathlib.Path, wanted: np.dtype) -> None:
     if dtype is not None and size == _LLM_C_HEADER + count * dtype.itemsize:
       raise ValueError(
         f"the token file {path} has the header of llm.c in front of its"
-        f" {dtype.name}: take it off, numpy.fromfile(FILE, '{dtype.name}',"
+        f" {dtype.name}: remove it, numpy.fromfile(FILE, '{dtype.name}',"
         f" offset={_LLM_C_HEADER}).tofile('corpus.bin')."
       )
   if head[_TAR_MARK] == b"ustar":
@@ -702,10 +701,11 @@ def _refuse_containers(path: pathlib.Path, wanted: np.dtype) -> None:
     raise ValueError(
       f"the token file {path} is a safetensors file: {_IDS_ALONE}."
     )
-  # Bytes may be ids of text.
+  # Ids of bytes may look like text.
   if wanted.itemsize > 1 and len(head) >= _MIN_SAMPLE and _is_text(head):
     raise ValueError(
-      f"the token file {path} is text: make ids of it with `scca prepare_data`."
+      f"the token file {path} is text: turn it into ids with `scca"
+      " prepare_data`."
     )
 
 
@@ -715,7 +715,7 @@ def _is_text(head: bytes) -> bool:
     encoding = "utf-16"
   else:
     encoding = "utf-8"
-  # What is read may end within a character.
+  # The bytes may end within a character.
   text = codecs.getincrementaldecoder(encoding)()
   try:
     found = text.decode(head)
@@ -726,9 +726,9 @@ def _is_text(head: bytes) -> bool:
 
 
 def _samples(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
-  """Returns some of the values that a file holds if they are of `dtype`.
+  """Returns some of the values in a file, read as `dtype`.
 
-  They are from its start, middle and end.
+  They come from its start, middle and end.
   """
   values = np.memmap(path, dtype, "r")
   count = _SAMPLE // dtype.itemsize
@@ -738,13 +738,11 @@ def _samples(path: pathlib.Path, dtype: np.dtype) -> np.ndarray:
 
 def _remedy(path: pathlib.Path, encoding: str) -> str:
   if encoding in DTYPES:
-    return (
-      f'say so in {_json_path(path).name} beside it, {{"dtype": "{encoding}"}}'
-    )
+    return f'say so in {_json_path(path).name}, {{"dtype": "{encoding}"}}'
   if encoding in _FLOATS:
     return (
-      f"write whole numbers, numpy.fromfile(FILE, '{encoding}')"
-      ".astype('<u4').tofile('corpus.bin')"
+      "write integers, numpy.fromfile(FILE,"
+      f" '{encoding}').astype('<u4').tofile('corpus.bin')"
     )
   code = _ENCODINGS[encoding].str
   return (
@@ -756,9 +754,9 @@ def _remedy(path: pathlib.Path, encoding: str) -> str:
 def _refuse_wider(
   path: pathlib.Path, tokens: np.ndarray, vocab_size: int
 ) -> None:
-  """Refuses ids that are read in halves or quarters, or were kept as floats.
+  """Refuses ids that are read in halves or quarters, or were stored as floats.
 
-  Halves of ids hold little but zeros in every second place; narrow ids taken
+  Halves of ids have mostly zeros in every second place; narrow ids taken
   together make numbers beyond any vocabulary, or fractions. Two bytes may be
   anything.
   """
@@ -789,12 +787,12 @@ def _refuse_wider(
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, name: str) -> None:
-  """Checks that ids are those of a vocabulary.
+  """Checks that ids are within a vocabulary.
 
   Args:
     tokens: Integers, `[tokens]`.
     vocab_size: Ids must be below it.
-    name: What messages call the tokens.
+    name: The tokens' name in messages.
 
   Raises:
     ValueError: An id is outside; the message names the first one.
@@ -811,7 +809,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int, name: str) -> None:
 
 
 def ids_sha256(tokens: np.ndarray) -> str:
-  """Returns the SHA-256 of ids as uint32, whatever dtype a file has.
+  """Returns the SHA-256 of ids as uint32, independently of a file's dtype.
 
   Args:
     tokens: `[tokens]` integers from 0 to below 2**32.
@@ -825,7 +823,7 @@ def ids_sha256(tokens: np.ndarray) -> str:
 def _check_vocabulary(
   path: pathlib.Path, tokens: np.ndarray, vocab_size: int
 ) -> None:
-  """Checks ids, and says what those outside the vocabulary look like."""
+  """Checks ids, and says what the file looks like if some are outside."""
   try:
     check_ids(tokens, vocab_size, f"the token file {path}")
   except ValueError as error:
@@ -837,7 +835,7 @@ def _check_vocabulary(
         or (dtype.itemsize < tokens.itemsize and most_outside)
       ):
         continue
-      # Bytes fit any but a small vocabulary.
+      # Bytes are within any but a small vocabulary.
       if dtype.itemsize == 1 and vocab_size > _MAX_BYTE_VOCAB_SIZE:
         continue
       values = _samples(path, dtype)

@@ -1,14 +1,13 @@
-"""Text to token ids and back, whatever file the vocabulary comes in.
+"""Turns text into token ids and back, whatever file the vocabulary comes in.
 
-Two kinds of file are read, SentencePiece's `tokenizer.model` and the
-`tokenizer.json` of Hugging Face's tokenizers, behind one small interface; a
-GGUF file holds one of them. What stands beside them in a folder, added tokens
-above all, counts as it does for transformers. `train` makes a SentencePiece
-model of the kind LLaMA uses.
+Two kinds of files are read behind one small interface, SentencePiece's
+`tokenizer.model` and the `tokenizer.json` of Hugging Face's tokenizers; a GGUF
+file contains one of them. Other files in the folder, especially added tokens,
+have the same effect as in transformers. `train` makes a SentencePiece model
+like LLaMA's.
 
-The parts are: the interface and its two kinds, loading from a folder or a GGUF
-file, what stands beside SentencePiece's file and beside `tokenizer.json`,
-training.
+The parts: the interface and its two kinds, loading from a folder or a GGUF
+file, the files next to SentencePiece's file and to `tokenizer.json`, training.
 """
 
 import abc
@@ -41,11 +40,11 @@ from scca_jax import (
   text_borders,
 )
 
-# Where a folder has both, transformers takes the first.
+# If a folder has both, transformers uses the first.
 _FILE_NAMES = ("tokenizer.json", "tokenizer.model")
 _MODEL_SUFFIX = ".model"
-# Where Hugging Face folders say which tokens begin and end a text, and what
-# the usual names are where none of these files is there.
+# Files in Hugging Face folders that say which tokens begin and end a text, and
+# the usual names if there are no such files.
 _SETTING_FILES = (
   "tokenizer_config.json",
   "special_tokens_map.json",
@@ -55,29 +54,29 @@ _USUAL_NAMES = {
   "bos": ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>"),
   "eos": ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>"),
 }
-# SentencePiece drops sentences of more than 4,192 bytes; a character takes at
-# most four. Cut behind white space where there is any within reach.
+# SentencePiece drops sentences of more than 4,192 bytes, and a character takes
+# at most four. Cut after white space if there is any within reach.
 _SENTENCE = re.compile(r"(?s).{1,1000}(?!\S)|.{1,1000}")
 _PASSAGE_CHARACTERS = 8192
-# No vocabulary takes as much.
+# Larger than any vocabulary.
 _MAX_BYTES = 256 << 20
-# Texts from this length on are worth cutting into lines.
+# Texts of at least this length are worth cutting into lines.
 _LONG_CHARACTERS = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Tokenizer(abc.ABC):
-  """A vocabulary and how text is cut into it.
+  """A vocabulary, and how to split text into its tokens.
 
   Attributes:
     name: Base name of the file it was read from.
-    fingerprint: SHA-256 of that file, in hexadecimal: equal fingerprints,
+    fingerprint: SHA-256 of that file, in hexadecimal; equal fingerprints mean
       equal tokens.
-    vocab_size: One more than the largest id, in tokens.
-    bos_id: Id of the token that begins a text; None where there is none.
-    eos_id: Id of the token that ends a text; None where there is none.
-    adds_bos: Whether a prompt begins with `bos_id`, as its files say.
-    adds_eos: Whether it ends with `eos_id`, as they say.
+    vocab_size: One more than the largest id.
+    bos_id: Id of the token that begins a text; None if there is none.
+    eos_id: Id of the token that ends a text; None if there is none.
+    adds_bos: Whether a prompt begins with `bos_id` according to its files.
+    adds_eos: Whether it ends with `eos_id` according to its files.
   """
 
   name: str
@@ -96,40 +95,40 @@ class Tokenizer(abc.ABC):
 
     Args:
       texts: The texts.
-      go_on: Which of them are what stands behind a border in a longer text,
-        so that nothing is put in front of them; None means none.
+      go_on: Which of them continue a longer text after a border, so that
+        nothing is put in front of them; None means none.
     """
 
   @functools.cached_property
   @abc.abstractmethod
   def border(self) -> text_borders.Border | None:
-    """Tells where a text can be cut; None if only as a whole is known."""
+    """Tells where a text can be cut; None if no place is known."""
 
   @abc.abstractmethod
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`; special tokens of SentencePiece are empty.
 
-    An id beyond the vocabulary stands for nothing, as for transformers.
+    Ids beyond the vocabulary are ignored, as in transformers.
     """
 
   @property
   def with_special_tokens(self) -> "Tokenizer":
-    """The tokenizer for which names of special tokens are these tokens.
+    """The same tokenizer, which also recognises the names of special tokens.
 
-    Chat templates write conversations so; text from elsewhere should not be
-    read like that.
+    Chat templates write conversations with them; other text should not be read
+    this way.
     """
     return self
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of `text` alone: no token is added before or after.
+    """Returns the ids of `text` alone, without adding any token.
 
-    What looks like a special token in the text is text.
+    Names of special tokens in the text are treated as text.
     """
     return self.encode_batch([text])[0]
 
   def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of every text with BOS and EOS as its files say."""
+    """Returns the ids of every text, with the BOS and EOS of its files."""
     before = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
     after = [self.eos_id] if self.adds_eos and self.eos_id is not None else []
     return [[*before, *ids, *after] for ids in self.encode_batch(texts)]
@@ -139,16 +138,16 @@ class Tokenizer(abc.ABC):
 class SentencePieceTokenizer(Tokenizer):
   """A SentencePiece model.
 
-  It writes spaces as U+2581, so that this one character decodes as a space.
+  It writes spaces as U+2581, so that character decodes as a space.
 
   Attributes:
-    processor: Puts a space in front of a text, unless the model does not.
-    continuing: Puts none.
+    processor: Adds a space in front of a text, if the model does.
+    continuing: Adds none.
     first: What is put in front of a text: "space", which leaves it to
       `processor`, or "space if none".
-    after: What is put in front of what follows an added token: one of these,
+    after: What is put in front of the text after an added token: one of these,
       or "nothing".
-    added: Tokens beside the pieces of the model.
+    added: Tokens in addition to the pieces of the model.
   """
 
   processor: sentencepiece.SentencePieceProcessor
@@ -162,11 +161,11 @@ class SentencePieceTokenizer(Tokenizer):
   ) -> list[list[int]]:
     """Returns the ids of every text.
 
-    Added tokens are cut out first, and long stretches of the rest are cut
-    behind line ends where that changes nothing: SentencePiece takes lines in a
-    third to half of the time of books, and has parts for every core.
+    Added tokens are cut out first, and long stretches of the rest are cut after
+    line ends if that changes nothing: SentencePiece encodes lines in a third to
+    half of the time of books, and every core gets some.
     """
-    # What is encoded by each processor, and for each text in which order: a
+    # The parts that each processor encodes, and their order in each text: a
     # processor stands for the next of its parts.
     parts: dict[sentencepiece.SentencePieceProcessor, list[str]] = {}
     orders: list[list[int | sentencepiece.SentencePieceProcessor]] = []
@@ -203,7 +202,7 @@ class SentencePieceTokenizer(Tokenizer):
   def _cut(
     self, text: str, goes_on: bool = False
   ) -> Iterator[tuple[sentencepiece.SentencePieceProcessor | None, Any]]:
-    """Yields the parts of a text, each with what encodes it; None with ids."""
+    """Yields the parts of a text, each with its encoder; None for ids."""
     stretches: Iterable[tuple[int, int | str]] = [(0, text)]
     if self.added is not None:
       stretches = self.added.cut(text)
@@ -226,27 +225,27 @@ class SentencePieceTokenizer(Tokenizer):
 
   @functools.cached_property
   def with_special_tokens(self) -> "SentencePieceTokenizer":
-    """The tokenizer with all control tokens among the added ones."""
+    """The same tokenizer, with all control tokens among the added ones."""
     tokens = dict(self.added.tokens) if self.added else {}
     for i in range(self.processor.get_piece_size()):
       if self.processor.is_control(i):
         tokens[i] = tokenizers.AddedToken(
           self.processor.id_to_piece(i), normalized=False
         )
-    # A special one would be left in the text.
+    # A special token would be left in the text.
     for token in tokens.values():
       token.special = False
     return dataclasses.replace(self, added=_AddedTokens(tokens))
 
   @functools.cached_property
   def _behind_lines(self) -> sentencepiece.SentencePieceProcessor | None:
-    """Encodes what stands behind a line end, None if what is before matters.
+    """Encodes text after a line end; None if that depends on what came before.
 
-    Byte-pair merges make only pieces of the model. Where no piece goes on
-    behind a line end, none is merged across one, and the lines of a text are
-    encoded independently: that needs a model that does not change the text, and
-    adds a space at its start only. (The best cut of a unigram model is
-    independent too, but for the rounding of sums over the whole text.)
+    Byte-pair merges produce only pieces of the model. If no piece continues
+    after a line end, nothing is merged across one, and the lines of a text can
+    be encoded independently. The model must also leave the text unchanged, and
+    add a space only at its start. (The best split of a unigram model is
+    independent too, except for the rounding of sums over the whole text.)
     """
     model = _parse_model(self.continuing.serialized_model_proto())
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
@@ -265,7 +264,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of `ids`."""
-    # A model may have more, which stand for nothing.
+    # A model may have more ids, which have no text.
     ids = [int(i) for i in ids if i < self.vocab_size]
     if self.added is None:
       return self.processor.decode(ids)
@@ -289,18 +288,18 @@ class _AddedTokens:
   """Tokens that are cut out of a text before SentencePiece sees the rest.
 
   Attributes:
-    tokens: Each by its id.
-    texts: What each id stands for.
+    tokens: The tokens by id.
+    texts: The text of each id.
   """
 
-  # Stands for whatever is not an added token.
+  # Stands for everything that is not an added token.
   _REST = "\0"
 
   def __init__(self, tokens: dict[int, tokenizers.AddedToken]):
     self.tokens = tokens
     self.texts = {i: token.content for i, token in tokens.items()}
     self._ids = {text: i for i, text in self.texts.items()}
-    # The library's own search, in front of a model that knows no word.
+    # The library's own search, combined with a model that knows no words.
     self._cutter = tokenizers.Tokenizer(
       models.WordLevel({self._REST: 0}, unk_token=self._REST)
     )
@@ -341,7 +340,7 @@ class HuggingFaceTokenizer(Tokenizer):
   def _encode(
     self, processor: tokenizers.Tokenizer, texts: Sequence[str]
   ) -> list[list[int]]:
-    # The fast one leaves out where each token stands in the text.
+    # The fast method does not compute where each token is in the text.
     with _in_library(self.name):
       encodings = processor.encode_batch_fast(
         list(texts), add_special_tokens=False
@@ -350,7 +349,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
   @functools.cached_property
   def with_special_tokens(self) -> "HuggingFaceTokenizer":
-    """The tokenizer with special tokens cut out of the text."""
+    """The same tokenizer, with special tokens cut out of the text."""
     processor = tokenizers.Tokenizer.from_str(self.processor.to_str())
     processor.encode_special_tokens = False
     return dataclasses.replace(self, processor=processor)
@@ -361,7 +360,7 @@ class HuggingFaceTokenizer(Tokenizer):
     step = self.processor.pre_tokenizer
     return text_borders.of_hugging_face(
       json.loads(self.processor.to_str()),
-      # The text of a special token is text, unless it is asked for.
+      # The name of a special token is text, unless requested otherwise.
       [
         token
         for token in self.processor.get_added_tokens_decoder().values()
@@ -372,7 +371,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
   @functools.cached_property
   def _continuing(self) -> tokenizers.Tokenizer:
-    """Encodes what stands behind a border."""
+    """Encodes text after a border."""
     content = json.loads(self.processor.to_str())
     plain = text_borders.without_prefix(content)
     if plain["normalizer"] == content["normalizer"]:
@@ -382,7 +381,7 @@ class HuggingFaceTokenizer(Tokenizer):
     return processor
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text of `ids`, special tokens by their names."""
+    """Returns the text of `ids`, with the names of special tokens."""
     with _in_library(self.name):
       return self.processor.decode(
         [int(i) for i in ids], skip_special_tokens=False
@@ -390,7 +389,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def file_name(folder: str | os.PathLike[str]) -> str | None:
-  """Returns the name of the file that holds a folder's vocabulary, or None.
+  """Returns the name of the file with a folder's vocabulary, or None.
 
   Args:
     folder: The folder.
@@ -405,13 +404,13 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
   """Returns the tokenizer of a file or of a model folder.
 
   Args:
-    path: A SentencePiece `.model`, a Hugging Face tokenizer `.json`, a model
-      in `.gguf`, or a folder that holds `tokenizer.json` or, else,
-      `tokenizer.model`. The files beside it count, too.
+    path: A SentencePiece `.model`, a Hugging Face tokenizer `.json`, a model in
+      `.gguf`, or a folder with `tokenizer.json` or, failing that,
+      `tokenizer.model`. Related files in the folder are read too.
 
   Raises:
     FileNotFoundError: No such file, or no tokenizer in the folder.
-    ValueError: The file is not a tokenizer of its kind, or those beside it
+    ValueError: The file is not a tokenizer of its kind, or related files
       contradict it.
   """
   path = pathlib.Path(path)
@@ -427,13 +426,14 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
   if path.suffix not in (".model", ".json"):
     raise ValueError(
       f"{path} is not a tokenizer: give a SentencePiece .model, a tokenizer"
-      " .json, a .gguf or a folder holding one."
+      " .json, a .gguf or a folder with one."
     )
   if not path.exists():
-    raise FileNotFoundError(f"there is no tokenizer {path}.")
+    raise FileNotFoundError(f"the tokenizer {path} does not exist.")
   if not path.is_file() or path.stat().st_size > _MAX_BYTES:
     raise ValueError(
-      f"{path} is not a tokenizer: a file of at most {_MAX_BYTES >> 20} MiB."
+      f"{path} is not a tokenizer, which would be a file of at most"
+      f" {_MAX_BYTES >> 20} MiB."
     )
   content = path.read_bytes()
   if path.suffix == ".model":
@@ -477,7 +477,7 @@ def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
     except ValueError as error:
       raise ValueError(f"{path.parent / _SETTING_FILES[0]}: {error}") from error
 
-  # Only its own class for LLaMA does without by default.
+  # By default only transformers' class for LLaMA is not legacy.
   of_llama = str(_class_name(path.parent)).startswith(
     ("LlamaTokenizer", "CodeLlamaTokenizer")
   )
@@ -490,7 +490,7 @@ def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
     _added_tokens(path.parent),
     first=space,
     after=space if legacy else "nothing",
-    # Other classes take what the model says.
+    # Other classes follow the model.
     prefix=prefix if of_llama else None,
   )
   pieces = words.processor.get_piece_size()
@@ -505,14 +505,14 @@ def _load_sentencepiece(path: pathlib.Path, content: bytes) -> Tokenizer:
     words,
     bos_id=bos_id,
     eos_id=eos_id,
-    # By default as LLaMA does. (Transformers 5 adds none unless it is told to.)
+    # LLaMA's behaviour by default. (Transformers 5 adds none unless told to.)
     adds_bos=bos_id is not None and flag("add_bos_token", True),
     adds_eos=eos_id is not None and flag("add_eos_token", False),
   )
 
 
 def _class_name(folder: pathlib.Path) -> Any:
-  """Returns what a folder says that transformers reads its tokenizer with."""
+  """Returns the class that transformers reads a folder's tokenizer with."""
   path = folder / _SETTING_FILES[2]
   found = _settings(folder).get("tokenizer_class")
   if found is None and path.is_file():
@@ -523,16 +523,16 @@ def _class_name(folder: pathlib.Path) -> Any:
 def _id_named(
   folder: pathlib.Path, kind: str, ids: dict[str, int], otherwise: int | None
 ) -> int | None:
-  """Returns the id of the `kind` token as tokenizers' settings name it.
+  """Returns the id of the `kind` token named in the tokenizer's settings.
 
-  As for transformers, special_tokens_map.json counts, and counts first, where
+  As in transformers, special_tokens_map.json is read, and takes precedence, if
   tokenizer_config.json does not list its tokens.
 
   Args:
     folder: The folder of the settings.
     kind: "bos" or "eos".
     ids: The vocabulary.
-    otherwise: The id if they name none.
+    otherwise: The id if the settings name none.
 
   Raises:
     ValueError: The vocabulary lacks the token.
@@ -552,8 +552,8 @@ def _id_named(
       continue
     if token not in ids:
       raise ValueError(
-        f"{path}: {kind}_token is {reprlib.repr(token)}, which the vocabulary"
-        " lacks: correct it, or list it among the added tokens."
+        f"{path}: {kind}_token is {reprlib.repr(token)}, which is not in the"
+        " vocabulary: correct it, or list it among the added tokens."
       )
     return ids[token]
   return otherwise
@@ -564,13 +564,13 @@ def _processor(
 ) -> sentencepiece.SentencePieceProcessor:
   processor = sentencepiece.SentencePieceProcessor()
   try:
-    # An empty proto parses, to a model that answers everything with 0.
+    # An empty proto is parsed as a model that returns 0 for everything.
     if not content or not processor.LoadFromSerializedProto(content):
       raise RuntimeError("empty")
   except RuntimeError as error:
     raise ValueError(
       f"{path} is not a SentencePiece model, or is damaged: copy it again, or"
-      " put its tokenizer.json beside it."
+      " add its tokenizer.json."
     ) from error
   return processor
 
@@ -584,7 +584,7 @@ def _parse_model(content: bytes) -> Any:
 
 
 def _with_prefix(content: bytes, prefix: bool) -> bytes:
-  """Returns a SentencePiece model that adds a space in front, or does not."""
+  """Returns a SentencePiece model that does or does not add a leading space."""
   model = _parse_model(content)
   if model.normalizer_spec.add_dummy_prefix == prefix:
     return content
@@ -604,12 +604,12 @@ def _sentencepiece(
   """Returns a SentencePiece tokenizer.
 
   Args:
-    path: What messages name.
+    path: The file, for messages.
     content: The model.
-    added: Tokens beside its pieces, by id.
+    added: Tokens in addition to its pieces, by id.
     first: See `SentencePieceTokenizer`.
-    after: See there.
-    prefix: Whether the text gets a space in front; None is as in the model.
+    after: See `SentencePieceTokenizer`.
+    prefix: Whether the text gets a leading space; None follows the model.
   """
   processor = _processor(path, content)
   fingerprint = hashlib.sha256(content)
@@ -622,8 +622,8 @@ def _sentencepiece(
   new = [i for i in added if i >= num_pieces]
   if new != list(range(num_pieces, num_pieces + len(new))):
     raise ValueError(
-      f"{path} has {num_pieces:,} pieces, but the ids of the tokens added to"
-      f" it are {reprlib.repr(new)}: they must follow without a gap."
+      f"{path} has {num_pieces:,} pieces, but the ids of the tokens added to it"
+      f" are {reprlib.repr(new)}: they must continue without a gap."
     )
   for i, token in added.items():
     if i < num_pieces and processor.id_to_piece(i) != token.content:
@@ -667,7 +667,7 @@ def _load_hugging_face(path: pathlib.Path, content: bytes) -> Tokenizer:
 
 
 def _adds_prefix(content: bytes) -> bool:
-  """Whether a tokenizer.json puts a space in front of a text."""
+  """Whether a tokenizer.json adds a space in front of a text."""
   steps = [json.loads(content).get(k) for k in ("normalizer", "pre_tokenizer")]
   while steps:
     step = steps.pop() or {}
@@ -684,9 +684,9 @@ def _adds_prefix(content: bytes) -> bool:
 
 @contextlib.contextmanager
 def _in_library(name: object) -> Iterator[None]:
-  """Names the file in a failure of the tokenizers library.
+  """Names the file in errors of the tokenizers library.
 
-  Its errors are bare Exceptions, or panics, which are none.
+  Its errors are bare Exceptions, or panics, which are not even that.
   """
   try:
     yield
@@ -719,8 +719,8 @@ def _hugging_face(
     found = processor.token_to_id(token.content)
     if found != i:
       raise ValueError(
-        f"{path}: the added token {token.content!r} has the id {i} in the files"
-        f" beside, but {found} here: correct one of them."
+        f"{path}: the added token {token.content!r} has the id {i} in other"
+        f" files of the folder, but {found} here: correct one of them."
       )
   vocabulary = processor.get_vocab(with_added_tokens=True)
   if not vocabulary:
@@ -756,10 +756,10 @@ def _settings(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _added_tokens(folder: pathlib.Path) -> dict[int, tokenizers.AddedToken]:
-  """Returns the tokens that the files beside a vocabulary add, by id.
+  """Returns the tokens that other files add to a vocabulary, by id.
 
-  As for transformers, added_tokens.json counts only where
-  tokenizer_config.json has no list of its own.
+  As in transformers, added_tokens.json counts only if tokenizer_config.json has
+  no list of its own.
   """
   settings = _settings(folder)
   found: dict[int, tokenizers.AddedToken] = {}
@@ -791,11 +791,11 @@ def _added_tokens(folder: pathlib.Path) -> dict[int, tokenizers.AddedToken]:
 def _usual_id(
   folder: pathlib.Path, kind: str, vocabulary: dict[str, int]
 ) -> int | None:
-  """Returns the `kind` token of config.json, or the one of a usual name."""
+  """Returns the `kind` token from config.json, or one with a usual name."""
   path = folder / _SETTING_FILES[2]
   name = f"{kind}_token_id"
   number = json_file.read(path).get(name) if path.is_file() else None
-  if isinstance(number, list):  # Llama 3 lists several ends.
+  if isinstance(number, list):  # Llama 3 lists several end tokens.
     number = number[0] if number else None
   if number is not None:
     return json_file.integer(f"{path}: {name}", number, 0)
@@ -817,15 +817,15 @@ def _passages(texts: Iterable[str | documents.Part]) -> Iterator[str]:
 def sample(
   texts: Iterable[str | documents.Part], num_bytes: int, *, seed: int = 0
 ) -> Iterator[str]:
-  """Yields passages drawn evenly from `texts`, in their order.
+  """Yields passages drawn evenly from `texts`, in order.
 
-  The texts are read once and only the sample is held. Every passage of about
-  8,000 characters draws a number; those with the smallest stay.
+  The texts are read once and only the sample is kept in memory. Every passage
+  of about 8,000 characters draws a number; those with the smallest stay.
 
   Args:
     texts: Documents, whole or in parts.
     num_bytes: Largest size of the sample, in bytes of UTF-8.
-    seed: Draws another sample.
+    seed: Seed of the draws.
 
   Raises:
     ValueError: `num_bytes` is not positive.
@@ -858,9 +858,9 @@ def train(
   give the same model.
 
   Args:
-    texts: Text to learn from; held in memory (see `sample`).
-    vocab_size: Number of pieces, the 259 fixed ones included.
-    output: The `.model` file; it appears only when whole.
+    texts: Text to learn from, kept in memory (see `sample`).
+    vocab_size: Number of pieces, including the 259 fixed ones.
+    output: The `.model` file; it appears only when complete.
 
   Raises:
     ValueError: `output` is not a `.model`, there is no text, or there is too
@@ -886,8 +886,8 @@ def train(
       remove_extra_whitespaces=False,
       allow_whitespace_only_pieces=True,
       add_dummy_prefix=True,
-      # Lines are learnt from as they are met in running text: the first word
-      # of a line without the space that a new sentence would get.
+      # Learn from lines as in running text: the first word of a line without
+      # the space that a new sentence would get.
       pretokenization_delimiter="\n",
       unk_id=0,
       bos_id=1,
@@ -902,7 +902,7 @@ def train(
 
 
 def _training_failure(vocab_size: int, message: str) -> str:
-  """Returns what the trainer's message means for its caller."""
+  """Returns the trainer's message in terms of our arguments."""
   if "!sentences_.empty()" in message:
     return "there is no text to train a tokenizer on."
   limit = re.search(r"set it to a value <= (\d+)", message)

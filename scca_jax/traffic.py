@@ -1,17 +1,17 @@
-"""What a compiled step moves between devices, in bytes.
+"""How many bytes a compiled step moves between devices.
 
 Numbers are what one device receives, read from the compiled program; a
-collective in a loop counts once per iteration. With the usual algorithms a
+collective in a loop counts once per iteration. With the usual algorithms, a
 device receives `(n - 1) / n` of the result of an all-gather or all-to-all among
-`n` devices, `n - 1` times that of a reduce-scatter, and twice `(n - 1) / n` of
-that of an all-reduce.
+`n` devices, `n - 1` times the result of a reduce-scatter, and twice
+`(n - 1) / n` of the result of an all-reduce.
 """
 
 import math
 import re
 from typing import Any
 
-# Bytes of an element, by XLA's names.
+# Bytes per element, by XLA's names.
 _BYTES = {
   "pred": 1,
   "s4": 0.5,
@@ -75,7 +75,7 @@ def _received(kind: str, line: str, shape: str) -> tuple[float, float]:
   arrays = _ARRAY.findall(shape)
   # Some versions of XLA list only the results of an all-reduce.
   if "-start(" in line and (kind != "all-reduce" or shape.startswith("((")):
-    # Operands come before results, and XLA's own integers after them.
+    # Operands come before results, and XLA's own integers last.
     arrays = [
       (dtype, dimensions)
       for dtype, dimensions in arrays
@@ -134,7 +134,7 @@ def moved_bytes(compiled: Any) -> dict[str, dict[str, float]]:
     called = _CALLED.findall(line)
     branches = _BRANCHES.search(line)
     if branches:
-      # Only one of them runs, but ours hold no collectives.
+      # Only one of them runs, but ours contain no collectives.
       called += [b.strip().lstrip("%") for b in branches[1].split(",")]
     calls[name] += [(c, times) for c in called]
   totals: dict[str, dict[str, float]] = {}
@@ -162,7 +162,7 @@ def ring_bytes(
 ) -> int:
   """Returns what a device receives in ring attention (arXiv 2310.01889).
 
-  In one forward pass of one layer, that is all keys and values but its own. The
+  In the forward pass of one layer, that is all keys and values but its own. The
   backward pass moves twice as much: keys and values, and their gradients.
 
   Args:

@@ -1,11 +1,11 @@
 """Optimiser, training state and one training step, as pure functions.
 
-The state holds what training changes: the trainable parameters, their optimiser
-state and the loss scale. Frozen weights are an argument beside it: they have no
-gradient, no optimiser state and no place in a checkpoint.
+The state has everything that training changes: the trainable parameters, their
+optimiser state and the loss scale. Frozen weights are a separate argument: they
+have no gradient and no optimiser state, and are not in checkpoints.
 
-The parts are: optimiser and schedule, loss scale, state and its layout, the
-step, and its compilation.
+The parts: optimiser and schedule, loss scale, state and its layout, the step,
+and its compilation.
 """
 
 import dataclasses
@@ -27,17 +27,17 @@ from scca_jax.llama_config import LlamaConfig
 from scca_jax.sharding import MeshConfig
 
 SCHEDULES = ("constant", "cosine")
-# The scale that float16 starts from and may grow to, and how many steps
-# without overflow double it (the usual values of mixed-precision training,
+# The scale that float16 starts from, its maximum, and after how many steps
+# without overflow it doubles (the usual values of mixed-precision training,
 # arXiv 1710.03740).
 _INITIAL_LOSS_SCALE = 2.0**15
 _MAX_LOSS_SCALE = 2.0**24
 _GROWTH_INTERVAL = 2000
-# More overflows in a row than the scale takes to find its range: 24 lead from
+# More overflows in a row than the scale needs to find its range: 24 lead from
 # the largest scale to 1.
 MAX_SKIPPED_IN_A_ROW = 30
 # XLA's Triton GEMMs first copy each layer's weights out of the stacked array;
-# cuBLAS reads them in place. Other backends than GPUs ignore the option.
+# cuBLAS reads them in place. Only GPUs look at the option.
 _COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
@@ -59,9 +59,9 @@ class OptimizerConfig:
       tied or not.
     clip_norm: Largest global norm of the gradient; None leaves it as it is.
     embedding_ratio: The learning rate of the embedding and the output head, as
-      a multiple of that of the rest.
-    lora_b_ratio: The same for the second matrices of adapters; LoRA+ of arXiv
-      2402.12354 has 16.
+      a multiple of the general one.
+    lora_b_ratio: The same for the second matrices of adapters; LoRA+ (arXiv
+      2402.12354) uses 16.
     rewarmup_steps: Steps of linear warm-up after a change of the pattern
       (`first_dense_step`).
   """
@@ -114,10 +114,10 @@ class OptimizerConfig:
 
 
 def first_dense_step(num_steps: int, dense_fraction: float) -> int:
-  """Returns the step, counted from 0, from which training is dense.
+  """Returns the step, counted from 0, at which training becomes dense.
 
   Args:
-    num_steps: Steps of the run, which is also the result without dense steps.
+    num_steps: Steps of the run, also returned if there are no dense steps.
     dense_fraction: Share of the steps, at the end, with dense attention.
   """
   return num_steps - round(num_steps * dense_fraction)
@@ -135,16 +135,17 @@ def learning_rate_schedule(
   Args:
     config: The optimiser.
     num_steps: Steps of the run.
-    rewarm_at: Step from which a second, short warm-up starts, for a change of
-      the pattern; 0 has none.
-    peak: Replaces the learning rate of `config`; it may be traced.
+    rewarm_at: Step at which a second, short warm-up starts, for a change of the
+      pattern; 0 means none.
+    peak: Replaces the learning rate of `config`; may be traced.
   """
   peak = config.learning_rate if peak is None else peak
   warmup_steps = config.warmup_steps
   decay_steps = max(1, num_steps - warmup_steps)
 
   def warmed(step, start, num_steps):
-    # The first update has 1 / num_steps of the rate, not 0: no step is lost.
+    # The first update uses 1 / num_steps of the rate, not 0, so no step is
+    # lost.
     return jnp.clip((step - start + 1) / num_steps, 0.0, 1.0)
 
   decay = (
@@ -185,7 +186,7 @@ def make_optimizer(
   rewarm_at: int = 0,
   learning_rate: float | jax.Array | None = None,
 ) -> optax.GradientTransformation:
-  """Returns AdamW as `config` says, for a run of `num_steps` steps.
+  """Returns AdamW according to `config`, for a run of `num_steps` steps.
 
   Args:
     config: The optimiser.
@@ -231,7 +232,8 @@ class LossScale:
     scale: The factor, float32 scalar.
     good_steps: Steps without overflow since it last changed, int32 scalar.
     skipped: Number of steps skipped because of an overflow, int32 scalar.
-    skipped_in_a_row: The same since the last step that counted, int32 scalar.
+    skipped_in_a_row: The same since the last step that was not skipped, int32
+      scalar.
     dynamic: Whether the scale changes; static under jit.
   """
 
@@ -243,9 +245,10 @@ class LossScale:
 
   @classmethod
   def create(cls, dtype: jnp.dtype) -> "LossScale":
-    """Returns the scale to start with: 1 throughout unless dtype is float16."""
+    """Returns the initial scale: always 1 unless dtype is float16."""
     dynamic = dtype == jnp.float16
-    # One array each: the step donates its state, a buffer only once.
+    # Separate arrays: the step donates its state, and a buffer can be donated
+    # only once.
     return cls(
       jnp.asarray(_INITIAL_LOSS_SCALE if dynamic else 1.0, jnp.float32),
       jnp.zeros((), jnp.int32),
@@ -294,18 +297,20 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-  """What one step does beside the optimiser; static under jit.
+  """Settings of a step, apart from the optimiser; static under jit.
 
   Attributes:
-    patterns: What all layers attend by, or a tuple with one pattern per layer;
-      None is dense.
-    execution: How the layers are computed; state and batch lie on its mesh.
-    num_micro_batches: Parts the batch is cut into; their gradients are summed
-      before the one update (gradient accumulation).
-    loss_chunk: Tokens of each sequence whose logits are held at once. Where a
-      sequence is cut over devices, this counts the tokens of each shard.
+    patterns: Pattern of all layers, or a tuple with one per layer; None is
+      dense.
+    execution: How the layers are computed; state and batch are laid out on its
+      mesh.
+    num_micro_batches: Parts that the batch is cut into; their gradients are
+      summed before the update (gradient accumulation).
+    loss_chunk: How many tokens of each sequence have their logits in memory at
+      once. If a sequence is split over devices, this counts the tokens of each
+      shard.
     seed: Seed of the dropout.
-    offload_optimizer: Whether the optimiser's moments wait in the host's memory
+    offload_optimizer: Whether the optimiser's moments stay in the host's memory
       between updates; see `init`.
   """
 
@@ -318,12 +323,12 @@ class StepConfig:
 
   @property
   def mesh(self) -> Mesh | None:
-    """Devices that state and batch lie on; None is one."""
+    """Mesh of the state and the batch; None means one device."""
     return self.execution.mesh
 
 
 def _nearest(size: int, fits: Iterable[int]) -> int:
-  """Returns the candidate nearest to a size, the smaller one of two."""
+  """Returns the candidate nearest to a size, or the smaller one of two."""
   return min(fits, key=lambda other: (abs(other - size), other))
 
 
@@ -339,17 +344,17 @@ def check_mesh(
   batch_size: int,
   seq_len: int,
 ) -> None:
-  """Checks that a mesh can cut a training step.
+  """Checks that a mesh can divide a training step.
 
   Args:
     config: The mesh.
-    step: What the step does; its own mesh is not read.
+    step: Settings of the step; its own mesh is ignored.
     model: Sizes of the model.
     batch_size: Sequences per step.
     seq_len: Tokens of a sequence.
 
   Raises:
-    ValueError: It cannot; the message names the axis and its nearest size that
+    ValueError: It cannot; the message names the axis and the nearest size that
       fits.
   """
   tensor, shards = config.tensor, config.sequence
@@ -372,7 +377,7 @@ def check_mesh(
     remedy = (
       f"the nearest that fits is mesh.{axis}={_nearest(size, fits)}"
       if fits
-      else "take a larger batch"
+      else "use a larger batch"
     )
     fewer, rest = divmod(batch_size, config.data * config.fsdp)
     if fewer and not rest:
@@ -394,7 +399,7 @@ def check_mesh(
     remedy = (
       f"the nearest that fits is mesh.sequence={_nearest(shards, whole)}"
       if whole
-      else f"take a length divisible by {shards * unit}"
+      else f"use a length divisible by {shards * unit}"
     )
     of_chunks = f" of whole chunks of {unit} tokens" if unit > 1 else ""
     raise ValueError(
@@ -404,7 +409,7 @@ def check_mesh(
 
 
 def _placed(tree: Any, space: Any) -> Any:
-  """Returns the tree with its arrays, not its scalars, in a memory space."""
+  """Returns the tree with its arrays (not scalars) in a memory space."""
   return jax.tree.map(
     lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, tree
   )
@@ -425,7 +430,7 @@ def state_shardings(
 
 
 def _offloaded(state: TrainState, layout: TrainState) -> TrainState:
-  """Returns the layout with the moments, but not scalars, on the host."""
+  """Returns the layout with the moments (not scalars) on the host."""
   return dataclasses.replace(
     layout,
     optimizer=jax.tree.map(
@@ -444,13 +449,13 @@ def init(
   *,
   offload_optimizer: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState, nnx.State]:
-  """Returns what a run starts from: its arrays are the model's, not copies.
+  """Returns the start of a run; its arrays are the model's, not copies.
 
   Args:
     model: The model before the first step.
     trainable: The `nnx` filter of the parameters to train (`lora.trainable`).
     optimizer: From `make_optimizer`.
-    mesh: Devices to lay everything out on; arrays that lie so already stay.
+    mesh: Devices to lay everything out on; arrays already laid out stay.
     offload_optimizer: Whether the moments are put in the host's memory, for
       `StepConfig.offload_optimizer`.
 
@@ -477,8 +482,8 @@ def init(
       step, moments, loss_scale = rest(shapes)
     state = TrainState(step, params, moments, loss_scale)
     # Commit every array to a device: the step returns committed arrays, and an
-    # uncommitted input would recompile it. The parameters are not copied: they
-    # are where they are put.
+    # uncommitted input would recompile it. The parameters are not copied, as
+    # they are already in place.
     if mesh is not None:
       layout = sharding.shardings(state, mesh)
       state = jax.tree.map(sharding.put, state, _offloaded(state, layout))
@@ -496,7 +501,8 @@ def init(
 
 
 def _batch_loss(params, graphdef, frozen, batch, rng, config: StepConfig):
-  # The head is used in every turn of the loss's loop, the layers in their own.
+  # Gather the head here, because every iteration of the loss's loop uses it;
+  # the layers gather their own weights.
   params, frozen = sharding.gathered(
     (params, frozen), config.mesh, leave="layers"
   )
@@ -540,8 +546,8 @@ def train_step(
   """Returns the state after one optimiser step, and its metrics.
 
   The loss is the mean over all targets of the whole batch, however it is cut
-  in micro batches. A step whose gradients are not finite changes nothing but
-  the loss scale and the counts.
+  into micro batches. A step with non-finite gradients changes only the loss
+  scale and the counts.
 
   Args:
     state: The state before.
@@ -550,10 +556,10 @@ def train_step(
       packed documents add `segment_ids` and `positions` (int32).
     graphdef: The model's structure, from `nnx.split`.
     optimizer: From `make_optimizer`.
-    config: What the step does.
+    config: Settings of the step.
 
   Returns:
-    The state, and float32 scalars `loss` (nats a target), `grad_norm` (before
+    The state, and float32 scalars `loss` (nats per target), `grad_norm` (before
     clipping), `num_targets`, `loss_scale`, `skipped` and `skipped_in_a_row`.
 
   Raises:
@@ -563,13 +569,14 @@ def train_step(
   parts = config.num_micro_batches
   if batch_size % parts:
     raise ValueError(
-      f"a batch of {batch_size} sequences cannot be cut in {parts} micro"
-      " batches of one size."
+      f"a batch of {batch_size} sequences cannot be cut into {parts} micro"
+      " batches of the same size."
     )
   rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
   num_targets = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
   scale = state.loss_scale.scale
-  # Micro batch i takes the sequences i, i + parts, ...: as many per device.
+  # Micro batch i takes the sequences i, i + parts, ..., equally many per
+  # device.
   micro_batches = jax.tree.map(
     lambda x: jnp.swapaxes(
       x.reshape(batch_size // parts, parts, *x.shape[1:]), 0, 1
@@ -582,7 +589,7 @@ def train_step(
     zeros = jax.lax.with_sharding_constraint(
       zeros, sharding.shardings(zeros, config.mesh)
     )
-  # Each gradient is summed in place, so that there is no second copy of it.
+  # Each gradient is summed in place, to avoid a second copy of it.
   sums = [jax.new_ref(zero) for zero in jax.tree.leaves(zeros)]
 
   def accumulate(total, micro):
@@ -596,9 +603,9 @@ def train_step(
 
     loss, pull_back = jax.vjp(loss_of, leaves)
     # Scale each micro batch as if it were the whole batch; dividing by their
-    # number here would underflow float16. The barrier has the loss computed
-    # before the backward pass: nothing in there needs it, and XLA would keep
-    # what it is computed from until the end.
+    # number here would underflow float16. The barrier makes XLA compute the
+    # loss before the backward pass. Nothing in there needs the loss, so XLA
+    # would otherwise keep its inputs until the end.
     cotangent, loss = jax.lax.optimization_barrier(
       (scale * parts / num_targets, loss)
     )
@@ -617,8 +624,8 @@ def train_step(
 
   of_optimizer = state.optimizer
   if config.offload_optimizer:
-    # Only once the gradients exist: XLA would otherwise fetch the moments first
-    # of all, and nothing would be gained.
+    # Only once the gradients exist: otherwise XLA would fetch the moments at
+    # the very start, and nothing would be gained.
     of_optimizer, finite = jax.lax.optimization_barrier((of_optimizer, finite))
     of_optimizer = _placed(of_optimizer, jax.memory.Space.Device)
   updates, new_optimizer = optimizer.update(grads, of_optimizer, state.params)
@@ -646,9 +653,9 @@ def train_step(
 
 
 def compiler_options() -> dict[str, bool]:
-  """Returns the options of XLA that a step is compiled with.
+  """Returns the XLA options that a step is compiled with.
 
-  Options that the user's XLA_FLAGS name are left to them.
+  Options in the user's XLA_FLAGS take precedence.
   """
   flags = os.environ.get("XLA_FLAGS", "")
   return {
@@ -667,7 +674,8 @@ def compile_step(
 ):
   """Returns `train_step` under jit, called with `(state, frozen, batch)`.
 
-  The state's buffers are donated: the one passed in is gone afterwards.
+  The state's buffers are donated, so the state passed in is unusable
+  afterwards.
 
   Args:
     graphdef: See `train_step`.

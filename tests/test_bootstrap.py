@@ -217,7 +217,7 @@ def test_bad_input_is_named(change, message):
   ],
 )
 def test_losses_that_are_no_pairs_are_refused(baseline):
-  with pytest.raises(ValueError, match="paired losses must be of the same"):
+  with pytest.raises(ValueError, match="paired losses must have the same"):
     bootstrap.paired_difference(np.ones((2, 2, 3)), baseline, np.zeros(2, int))
 
 

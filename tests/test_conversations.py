@@ -84,7 +84,7 @@ def test_a_completion_goes_on_the_prompt_and_ends(words):
     ({"messages": TALK}, None, "need a chat template"),
     ({"messages": TALK[:1]}, TEMPLATE, "no answer"),
     ({"messages": [{"role": "user"}]}, TEMPLATE, "a role and a content"),
-    ({"text": "a"}, TEMPLATE, "neither messages.*but text"),
+    ({"text": "a"}, TEMPLATE, "needs messages.*but has text"),
     (
       {"messages": TALK},
       ChatTemplate(
@@ -93,7 +93,7 @@ def test_a_completion_goes_on_the_prompt_and_ends(words):
         "{% endfor %}",
         special_tokens={},
       ),
-      "message 2 otherwise once more follows",
+      "message 2 differently once more messages follow",
     ),
   ],
 )

@@ -138,8 +138,8 @@ def test_the_text_may_be_in_another_field(tmp_path):
     ("a.jsonl", b'["text"]', r"line 1: not a JSON object"),
     ("a.jsonl", b'{"text": null}', r"the field 'text' is NoneType, not text"),
     ("a.jsonl", b'{"text": "\\ud800"}', r"line 1: .*U\+D800"),
-    ("a.pdf", b"", r"a\.pdf is of no known kind"),
-    ("a.gz", b"", r"a\.gz is of no known kind"),
+    ("a.pdf", b"", r"a\.pdf is not of a known kind"),
+    ("a.gz", b"", r"a\.gz is not of a known kind"),
   ],
 )
 def test_bad_text_is_refused_with_file_and_line(
@@ -153,7 +153,7 @@ def test_bad_text_is_refused_with_file_and_line(
 def test_missing_text_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
     list(documents.read_documents(tmp_path / "absent.txt"))
-  with pytest.raises(FileNotFoundError, match=r"holds no file that ends in"):
+  with pytest.raises(FileNotFoundError, match=r"contains no file that ends in"):
     list(documents.read_documents(tmp_path))
 
 

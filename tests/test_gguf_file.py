@@ -229,9 +229,7 @@ def test_the_rope_scaling_of_llama_3_is_read_from_its_tensor(tmp_path):
   )
   tensors["rope_freqs.weight"] = np.array([1, 2, 3, 8], np.float32)
   path = gguf_files.write(tmp_path / "n.gguf", tensors, theta=5e5)
-  with pytest.raises(
-    ValueError, match="not a rope scaling of the kind of Llama 3"
-  ):
+  with pytest.raises(ValueError, match="not a rope scaling of Llama 3's kind"):
     convert.load_config(path)
 
 

@@ -178,8 +178,8 @@ def _is_of_words(folder):
 @pytest.mark.parametrize(
   ("change", "said"),
   [
-    (_normalises, "no name for the way it cuts"),
-    (_cuts_otherwise, "no name for the way it cuts"),
+    (_normalises, "no name for the way it splits"),
+    (_cuts_otherwise, "no name for the way it splits"),
     (_is_of_words, "no WordLevel vocabulary"),
   ],
 )

@@ -102,7 +102,7 @@ def test_damaged_files_are_refused(tmp_path, content):
 
 
 def test_a_missing_file_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match="there is no file of losses"):
+  with pytest.raises(FileNotFoundError, match="the file of losses"):
     loss_file.read(tmp_path / "no.npz")
 
 
@@ -117,16 +117,16 @@ def test_pairs_are_compared_at_the_lengths_they_share():
   [
     (
       {"about": {"tokens_sha256": "0b"}},
-      "a.npz and b.npz are not of the same tokens",
+      "a.npz and b.npz do not have the same tokens",
     ),
     (
       {"about": {"protocol": "longlora"}},
-      "not of the same protocol: strided and longlora",
+      "do not have the same protocol: strided and longlora",
     ),
     ({"_16": _windows(16)}, "no length in common: 8 and 16 tokens"),
     (
       {"_8": _windows(8, starts=np.array([0, 4, 9]))},
-      r"not of the same windows of 8 tokens \(starts differ\)",
+      r"do not have the same windows of 8 tokens \(starts differ\)",
     ),
     ({"_8": _windows(8, documents=np.zeros(3, int))}, "documents differ"),
     ({"_8": _windows(8, firsts=np.array([1, 1, 1]))}, "firsts differ"),

@@ -318,19 +318,19 @@ LONG = 6 * 256 + CONTEXT + 1
     (
       5000,
       {"context_len": 99_999},
-      "has 5,000 tokens, windows of 99,999 need 100,256",
+      "has 5,000 tokens, but windows of 99,999 need 100,256",
     ),
-    (LONG - 6 * 256, {}, "has 13 tokens, windows of 12 need 269"),
+    (LONG - 6 * 256, {}, "has 13 tokens, but windows of 12 need 269"),
     (
       LONG,
       {"protocol": "strided", "stride": 1000, "context_len": 2000},
-      "has 1,549 tokens, windows of 2,000 need 3,001",
+      "has 1,549 tokens, but windows of 2,000 need 3,001",
     ),
     (LONG, {"protocol": "document", "stride": 4}, "needs the document ends"),
     (
       LONG,
       {"protocol": "document", "stride": 4, "document_ends": [LONG]},
-      "give bos_id within the vocabulary of 11, got None",
+      "give a bos_id within the vocabulary of 11, got None",
     ),
     (
       LONG,
@@ -340,7 +340,7 @@ LONG = 6 * 256 + CONTEXT + 1
         "document_ends": [LONG],
         "bos_id": 11,
       },
-      "give bos_id within the vocabulary of 11, got 11",
+      "give a bos_id within the vocabulary of 11, got 11",
     ),
     (
       LONG,
@@ -350,7 +350,7 @@ LONG = 6 * 256 + CONTEXT + 1
         "document_ends": [LONG - 1],
         "bos_id": BOS,
       },
-      "document_ends must rise to the 1,549 tokens",
+      "document_ends must increase up to the 1,549 tokens",
     ),
     (
       LONG,
@@ -360,7 +360,7 @@ LONG = 6 * 256 + CONTEXT + 1
         "document_ends": [49, LONG],
         "bos_id": BOS,
       },
-      "no document of the corpus has 2,000 tokens, the longest has 1,500",
+      "no document of the corpus has 2,000 tokens, and the longest has 1,500",
     ),
   ],
 )

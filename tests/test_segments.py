@@ -294,7 +294,7 @@ def test_sinks_of_packed_documents_and_meshes_are_refused():
   sinks = patterns.scca_near(4, 8, 8, sinks=2)
   with pytest.raises(ValueError, match="scca_near.*packed documents"):
     segments.check(sinks, config, segment_len=16, seq_len=SEQ, packed=True)
-  with pytest.raises(ValueError, match="one device, not on 2.*mesh"):
+  with pytest.raises(ValueError, match="a single device, not 2.*mesh"):
     segments.check(
       SERVED["fixed"], config, segment_len=16, seq_len=SEQ, num_devices=2
     )

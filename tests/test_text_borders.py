@@ -140,7 +140,9 @@ def test_a_long_document_without_borders_is_refused(
 ):
   monkeypatch.setattr(token_file, "_PIECE_CHARACTERS", 50)
   monkeypatch.setattr(token_file, "_MAX_CHARACTERS", 100)
-  with pytest.raises(ValueError, match="101 characters .* no place to cut"):
+  with pytest.raises(
+    ValueError, match="no place to cut a document in 101 char"
+  ):
     token_file.write_token_file(
       ["a" * 101], all_words["gpt-2"], tmp_path / "a.bin"
     )

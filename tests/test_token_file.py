@@ -256,7 +256,7 @@ def _ids(*values, dtype="<u2"):
       {"dtype": "uint32"},
       r"has 6 bytes, which is not divisible by 4",
     ),
-    (_ids(1, 2), {"tokens": 3}, "has 2 tokens, its JSON says 3: it is cut"),
+    (_ids(1, 2), {"tokens": 3}, "has 2 tokens, but its JSON says 3: it is cut"),
     (_ids(1, 2, 10, 3, 99), None, "the id 10 at position 2, outside .* of 10"),
     (
       _ids(*range(1, 65), dtype="<u4"),
@@ -265,22 +265,22 @@ def _ids(*values, dtype="<u2"):
     ),
     (_ids(1, 2), "{", r"test\.json is damaged"),
     (_ids(1, 2), b"\xff", r"test\.json is damaged"),
-    (_ids(1, 2), "[]", r"test\.json describes no token file"),
-    (_ids(1, 2), {"dtype": [1]}, r"test\.json describes no token file"),
+    (_ids(1, 2), "[]", r"test\.json does not describe a token"),
+    (_ids(1, 2), {"dtype": [1]}, r"test\.json does not describe a token"),
     (_ids(1, 2), "[" * 100_000, r"test\.json is damaged"),
-    (_ids(1, 2), {"dtype": "float32"}, r"test\.json describes no token file"),
+    (_ids(1, 2), {"dtype": "float32"}, r"test\.json does not describe a token"),
     (
       _ids(1, 5, 2, 7, 5, 2),
       {"document_ends": [3, 6], "bos_id": 1, "add_bos": True},
-      "the id 7 at position 3, where its JSON says that a document begins",
+      "the id 7 at position 3, where according to its JSON a document begins",
     ),
     (
       _ids(1, 5, 2, 1, 5, 7),
       {"eos_id": 2, "append_eos": True},
-      "the id 7 at position 5, where its JSON says that a document ends with 2",
+      "the id 7 at position 5, where according to its JSON a document ends",
     ),
     *(
-      (_ids(1, 2, 3), {"document_ends": ends}, "do not rise to 3")
+      (_ids(1, 2, 3), {"document_ends": ends}, "do not increase up to 3")
       for ends in (
         [],
         [1, 2],
@@ -343,7 +343,7 @@ def test_an_id_beyond_the_vocabulary_is_found_anywhere(tmp_path, monkeypatch):
 
 def test_a_missing_token_file_is_named(tmp_path):
   for path in (tmp_path / "absent.bin", tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no token file {path}"):
+    with pytest.raises(FileNotFoundError, match=f"file {path} does not exist"):
       TokenFile.open(path)
 
 
@@ -457,12 +457,12 @@ _SOME = np.arange(1, 301, dtype=np.uint16)
   [
     (_saved(np.save, _SOME), r"is a \.npy file: .*numpy.load\(FILE\).tofile"),
     (_saved(np.savez, _SOME), "is a zip archive"),
-    (_saved(np.savetxt, _SOME, "%d"), "is text: make ids of it"),
+    (_saved(np.savetxt, _SOME, "%d"), "is text: turn it into ids"),
     (pickle.dumps(_SOME), "is a pickled object"),
     (pickle.dumps({"a": 1}, 2), "is a pickled object"),
     (safetensors.numpy.save({"ids": _SOME}), "is a safetensors file"),
     (bz2.compress(_SOME.tobytes()), "is compressed with bzip2: decompress it"),
-    ("Привет, мир! ".encode() * 90, "is text: make ids of it"),
+    ("Привет, мир! ".encode() * 90, "is text: turn it into ids"),
     ("It was the best of times. ".encode("utf-16") * 9, "is text"),
     (_tar(_SOME.tobytes()), "is a tar archive: unpack it"),
     (gzip.compress(_SOME.tobytes()), "is compressed with gzip: decompress it"),
@@ -520,13 +520,13 @@ def test_bytes_may_be_those_of_a_text(tmp_path):
 
 
 def test_document_ends_must_fit_the_tokens():
-  with pytest.raises(ValueError, match="ends of the corpus do not rise to its"):
+  with pytest.raises(ValueError, match="ends of the corpus do not increase up"):
     TokenFile(tokens=np.arange(5), document_ends=np.array([2, 4]))
 
 
 def test_uint16_is_not_assumed_of_a_large_vocabulary(tmp_path):
   np.array([5, 7], "<u2").tofile(tmp_path / "test.bin")
-  with pytest.raises(ValueError, match="cannot hold .* of 128,256: say what"):
+  with pytest.raises(ValueError, match="too small for a vocabulary of 128,256"):
     TokenFile.open(tmp_path / "test.bin", vocab_size=128_256)
   (tmp_path / "test.json").write_text('{"dtype": "uint16"}')
   assert len(TokenFile.open(tmp_path / "test.bin", vocab_size=128_256)) == 2
@@ -551,5 +551,5 @@ def test_the_last_documents_are_held_out():
   for count in (0, 3):
     with pytest.raises(ValueError, match=f"out {count} of the 3 .*1 to 2"):
       corpus.split(count)
-  with pytest.raises(ValueError, match="needs the document ends"):
+  with pytest.raises(ValueError, match="requires the document ends"):
     TokenFile(tokens=np.arange(9)).split(1)

@@ -497,7 +497,7 @@ metadata: {{max_seq_lengths: [512], tokenizer: {adapter / "fused"}}}
     ({"batch_size": "many"}, "batch_size must be a number of at least 1, got"),
     ({"max_length": 0}, "max_length must be a number of at least 1, got 0"),
     ({"device": "cuda:1"}, "device=cuda:1: jax runs on cpu here"),
-    ({"pattern": "training"}, "needs an adapter that says what pattern"),
+    ({"pattern": "training"}, "needs an adapter that records the pattern"),
     ({"pattern": "nothing"}, "nothing"),
     ({"pattern": "s2(causality='slot')"}, "depend on how far a batch is padd"),
   ],
