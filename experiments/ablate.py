@@ -2,8 +2,8 @@ r"""Compares ways to extend a context: patterns, rope scalings, recipes.
 
 A config lists arms as data. Each is trained with every learning rate and seed;
 the rate is chosen on held-out documents, and the verdict is on test text, with
-intervals of the paired difference to the baseline. What a killed run has done
-is kept: the same command goes on from there.
+intervals of the paired difference to the baseline. The work of a killed run is
+kept: the same command resumes from there.
 
     scca ablate --config=configs/ablation_tiny.py \
       --output_dir=runs/ablation --quick
@@ -31,10 +31,10 @@ _CONFIG = ConfigFlag(AblationConfig, "ablation_tiny")
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir",
   "runs/ablation",
-  "Folder of the study, from which an interrupted study resumes.",
+  "Folder of the study; an interrupted study resumes from it.",
 )
 _ARMS = flags.DEFINE_list(
-  "arms", [], "Only these arms, and the baseline; by default all."
+  "arms", [], "Only these arms and the baseline; by default all."
 )
 _QUICK = flags.DEFINE_boolean(
   "quick", False, "Few arms, steps and windows: minutes on a CPU."
@@ -45,12 +45,13 @@ _DRY_RUN = flags.DEFINE_boolean(
 _SHARED = flags.DEFINE_boolean(
   "shared_device",
   False,
-  "Other programs use the device too: leave seconds out of the report.",
+  "Other programs use the device too, so leave seconds out of the report.",
 )
 _TIME_LIMIT = flags.DEFINE_float(
   "time_limit",
   None,
-  "Seconds after which no other arm is begun; the report has what is done.",
+  "Seconds after which no further arm is started; the report covers the arms"
+  " that are done.",
 )
 
 
@@ -63,7 +64,7 @@ def _read_settings() -> AblationConfig:
     for name in _ARMS.value:
       if name not in names:
         raise ValueError(
-          f"there is no arm {name!r}: the arms are {', '.join(names)}."
+          f"unknown arm {name!r}: the arms are {', '.join(names)}."
         )
   return found
 
@@ -93,7 +94,7 @@ def main() -> None:
     _print_arms(settings)
     return
   saved = to_json(settings)
-  # Arms may be added to a study that has begun.
+  # Arms may be added to a study that has already started.
   fixed = {
     name: x for name, x in saved.items() if name not in ("arms", "quick")
   }
@@ -107,7 +108,7 @@ def _run(
   folder: pathlib.Path,
   begin: float,
 ) -> None:
-  """Runs the arms and reports, all in the folder of the study."""
+  """Runs the arms and writes the report, all in the folder of the study."""
   texts = study.Texts.open(settings, folder / "tokens")
   file = folder / "config.json"
   if not file.exists():
@@ -116,12 +117,12 @@ def _run(
   runner = study.Runner(settings, store, texts, timed=not _SHARED.value)
   by_name = {arm.name: arm for arm in settings.arms}
   done = []
-  # The baseline comes first: everything is compared with it.
+  # The baseline comes first, because everything is compared with it.
   for name in dict.fromkeys((settings.baseline, *(_ARMS.value or by_name))):
     arm = by_name[name]
     limit = _TIME_LIMIT.value
     if limit is not None and time.perf_counter() - begin > limit:
-      print(f"{arm.name}: not begun, the time is up", flush=True)
+      print(f"{arm.name}: not started, the time is up", flush=True)
       continue
     runner.run(arm)
     done.append(arm)

@@ -1,21 +1,22 @@
-r"""Measures attention: correctness first, then time and memory beside peers.
+r"""Measures attention: correctness, then time and memory compared with peers.
 
     scca benchmark_attention --output=benchmark.json \
       --patterns='scca_fixed(chunk_size=512),sda(dilation=4)'
 
 A case is a pattern at a length; forward, and forward with backward (the
 gradients of query, key and value) are measured. Implementation and peers take
-turns, round after round, so that ratios compare calls made while the chip had
-the same temperature. By default, on a CPU: 4,096 tokens, 8 heads of 64, chunks
-of 512, float32, beside `jax.nn.dot_product_attention`, dense; and memory alone,
-by compiling, at twice and four times the length. On a GPU the peers are cuDNN's
-dense attention (`jax.nn`), `xla`, FlashAttention-3 (`pip install
-flash-attn3-jax`) as a user would compose it and its kernels alone, and, where
-PyTorch is installed, flex_attention with the same mask, dense SDPA, and
-LongLoRA's S2 as its users run it. Times are of calls in flight, and of single
-calls besides; of the backward pass alone, the difference of the two.
+turns, round after round, so that ratios compare calls at the same temperature
+of the chip. By default, on a CPU: 4,096 tokens, 8 heads of 64, chunks of 512,
+float32, compared with dense `jax.nn.dot_product_attention`; and only the
+memory, by compiling, at twice and four times the length. On a GPU the peers are
+cuDNN's dense attention (`jax.nn`), `xla`, FlashAttention-3
+(`pip install flash-attn3-jax`), both as a user would compose it and its kernels
+alone, and, if PyTorch is installed, flex_attention with the same mask, dense
+SDPA, and LongLoRA's S2 as its users run it. Times are for calls in flight and,
+in addition, for single calls; the backward pass alone is the difference of the
+two.
 
-`--tune` looks for the best sizes of the kernels instead.
+`--tune` searches for the best kernel sizes instead.
 """
 
 import os
@@ -24,7 +25,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-# PyTorch needs room on the GPU beside jax, which would take most of it.
+# PyTorch needs room on the GPU, and jax would take most of it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
@@ -50,7 +51,8 @@ _SEQ_LENS = shared_flags.define_lengths(
 _MEMORY_LENS = shared_flags.define_lengths(
   "memory_lens",
   None,
-  "Lengths to compile for their memory; by default 8192,16384 on a CPU.",
+  "Lengths to compile for only to measure memory; by default 8192,16384 on a"
+  " CPU.",
   least=0,
 )
 _PATTERNS = shared_flags.define_patterns(
@@ -61,7 +63,7 @@ _PATTERNS = shared_flags.define_patterns(
 _CASES = shared_flags.define_patterns(
   "cases",
   None,
-  "PATTERN:LENGTH,... to time just these, in place of all --patterns at all"
+  "PATTERN:LENGTH,... to time only these, instead of all --patterns at all"
   " --seq_lens.",
 )
 _IMPLEMENTATIONS = flags.DEFINE_list(
@@ -83,15 +85,17 @@ _DTYPES = flags.DEFINE_list(
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Sequences.")
 _NUM_HEADS = flags.DEFINE_integer("num_heads", 8, "Query heads.")
 _NUM_KV_HEADS = flags.DEFINE_integer(
-  "num_kv_heads", None, "Key and value heads; by default as query heads."
+  "num_kv_heads",
+  None,
+  "Key and value heads; by default as many as query heads.",
 )
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of a head.")
 _REPEATS = flags.DEFINE_integer(
-  "repeats", 5, "Rounds of a case.", lower_bound=1, upper_bound=10_000
+  "repeats", 5, "Rounds per case.", lower_bound=1, upper_bound=10_000
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 _PLOT = flags.DEFINE_string(
-  "plot", None, "Where to draw time against length, a .png."
+  "plot", None, "Plot of time against length, a .png."
 )
 _TUNE = flags.DEFINE_boolean(
   "tune",
@@ -101,7 +105,7 @@ _TUNE = flags.DEFINE_boolean(
 _SIZES_OUTPUT = flags.DEFINE_string(
   "sizes_output",
   str(block_sizes.SIZES_PATH),
-  "Table in which --tune writes the sizes it finds; other entries stay.",
+  "Table into which --tune writes the sizes it finds; other entries stay.",
 )
 
 
@@ -132,7 +136,7 @@ def _print_row(row: dict[str, Any]) -> None:
 
 
 def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
-  """Draws time against length, a line per contestant and pattern."""
+  """Draws time against length, one line per contestant and pattern."""
   panels: dict[str, dict[str, list[tuple[int, float]]]] = {
     part: {} for part in PARTS
   }
@@ -227,7 +231,7 @@ def main() -> None:
 
   Raises:
     ValueError: A flag is out of range, or an implementation is wrong.
-    NotImplementedError: The device lacks an implementation asked for.
+    NotImplementedError: The device lacks a requested implementation.
   """
   for path in (_OUTPUT.value, _PLOT.value):
     if path is not None:

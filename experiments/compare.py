@@ -1,14 +1,14 @@
 """Compares two models loss by loss: the paired difference, by position.
 
-Both files come from `scca evaluate --positions=FILE.npz` on the same
-text: every loss of A has its partner in B, so that what makes some windows
-harder than others cancels.
+Both files come from `scca evaluate --positions=FILE.npz` on the same text:
+every loss of A has its partner in B, so that differences in difficulty between
+windows cancel.
 
     scca compare tuned.npz untuned.npz \
       --output=compared.json --plot=compared.png
 
-A difference is the loss of A minus that of B, in nats per token: below 0, A is
-better. Intervals are bootstrap intervals at 95 % over documents and windows
+A difference is the loss of A minus the loss of B, in nats per token; below 0, A
+is better. Intervals are bootstrap intervals at 95 % over documents and windows
 (`scca_jax.bootstrap`).
 """
 
@@ -26,7 +26,7 @@ from scca_jax.perplexity import WindowLosses
 
 _OUTPUT = flags.DEFINE_string("output", None, "Results, a .json.")
 _PLOT = flags.DEFINE_string(
-  "plot", None, "Loss and difference against the position, a .png."
+  "plot", None, "Plot of loss and difference against the position, a .png."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the resamples.")
 
@@ -72,7 +72,7 @@ def _print(results: dict[str, dict[str, Any]]) -> None:
 def _draw(
   path: str, a: loss_file.LossFile, b: loss_file.LossFile, lengths: list[int]
 ) -> None:
-  """Draws the losses above their difference, a column for each length."""
+  """Draws the losses above their difference, one column per length."""
   above, below = [], []
   for length in lengths:
     one, other = a.by_length[length], b.by_length[length]
@@ -106,10 +106,10 @@ def main(first: str, second: str) -> None:
 
   Args:
     first: File of the losses of A.
-    second: File of those of B.
+    second: File of the losses of B.
 
   Raises:
-    ValueError: A file is damaged, or they are not of the same windows.
+    ValueError: A file is damaged, or the windows differ.
     OSError: A file is missing or cannot be written.
   """
   shared_flags.check_output(_OUTPUT, ".json")

@@ -8,11 +8,10 @@ scca evaluate --model=smollm2.gguf --context_lens=1024,4096 \
 scca evaluate --context_lens=256,1024 \
   --context_gain=1024:256 --positions=losses.npz
 
-Attention is dense unless `--pattern` asks for another. With `--tasks`,
-perplexity is measured only where `--data` is given too.
+Attention is dense unless `--pattern` names a pattern. With `--tasks`,
+perplexity is measured only if `--data` is given too.
 
-The parts are: flags and their checks, measuring, and what is printed and
-written.
+The parts: flags and their checks, measuring, and output.
 """
 
 import dataclasses
@@ -48,7 +47,7 @@ from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.token_file import TokenFile
 
-# Mean, interval and stride of a gain, by the longer length and the shorter.
+# Mean, interval and stride of a gain, by the longer and the shorter length.
 Gains = dict[int, dict[int, dict[str, Any]]]
 
 _MODEL = shared_flags.define_model()
@@ -61,9 +60,9 @@ _IMPLEMENTATION = shared_flags.define_implementation()
 _DATA = flags.DEFINE_string(
   "data",
   None,
-  "What perplexity is measured on: a token file (.bin), or text: .txt,"
-  " .jsonl, either with .gz, .xz or .zst, or a folder of such files; by default"
-  " the embedded test books.",
+  "Text to measure perplexity on: a token file (.bin), or .txt, .jsonl, either"
+  " with .gz, .xz or .zst, or a folder of such files; by default the embedded"
+  " test books.",
 )
 _CONTEXT_LENS = shared_flags.define_lengths(
   "context_lens",
@@ -85,8 +84,8 @@ _STRIDE = flags.DEFINE_integer(
 _POSITIONS = flags.DEFINE_string(
   "positions",
   None,
-  "The loss of every window at every position, an .npz, which"
-  " `scca compare` reads.",
+  "File for the loss of every window at every position, an .npz for `scca"
+  " compare`.",
 )
 _CONTEXT_GAIN = flags.DEFINE_list(
   "context_gain",
@@ -98,8 +97,8 @@ _CONTEXT_GAIN = flags.DEFINE_list(
 _GAIN_STRIDE = flags.DEFINE_integer(
   "gain_stride",
   None,
-  "For --context_gain, tokens are given l to l + stride - 1 tokens: 1 is exact"
-  " and slow. By default l / 8.",
+  "For --context_gain, tokens get l to l + stride - 1 tokens of context: 1 is"
+  " exact but slow. By default l / 8.",
 )
 _TASKS = flags.DEFINE_list(
   "tasks",
@@ -109,24 +108,24 @@ _TASKS = flags.DEFINE_list(
 _NUM_SAMPLES = flags.DEFINE_integer(
   "num_samples", 200, "Samples per task and length."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Draws other samples.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
 _QA_DATA = flags.DEFINE_string(
-  "qa_data", None, "Questions of the task qa, a .json like SQuAD's."
+  "qa_data", None, "Questions for the task qa, a .json like SQuAD's."
 )
 _GENERATE = flags.DEFINE_boolean(
   "generate",
   False,
-  "Let the model write answers, too, and score them as RULER does: the mean"
-  " share of the references found in what it wrote.",
+  "Also let the model write answers, and score them as RULER does: the mean"
+  " share of the references found in its text.",
 )
 _SAMPLE_CACHE = flags.DEFINE_string(
   "sample_cache",
   None,
   "Folder in which the tokens of samples are kept for the next run; by default"
-  " scca_jax/samples of the user's cache folder, empty keeps none.",
+  " scca_jax/samples in the user's cache folder. An empty value keeps none.",
 )
 _HEAT_MAP = flags.DEFINE_string(
-  "heat_map", None, "Accuracy by length and depth, a picture (.png)."
+  "heat_map", None, "Plot of accuracy by length and depth, a .png."
 )
 _MESH = flags.DEFINE_string(
   "mesh",
@@ -146,7 +145,7 @@ _SEGMENT_LEN = flags.DEFINE_integer(
   "segment_len",
   None,
   "Tokens of a window that go through the layers at a time, for longer windows"
-  " and a --pattern that looks back only so far. Tasks take all at once.",
+  " and a --pattern with limited reach. Tasks are not computed in segments.",
   lower_bound=1,
 )
 _BATCH_TOKENS = flags.DEFINE_integer(
@@ -169,7 +168,7 @@ def _gains() -> list[tuple[int, int]]:
   """Returns the pairs of `--context_gain`: a length and a shorter one.
 
   Raises:
-    ValueError: One is no pair, or its gain is not defined.
+    ValueError: One is not a pair, or its gain is not defined.
   """
   pairs = []
   for text in _CONTEXT_GAIN.value:
@@ -191,7 +190,7 @@ def _check_flags() -> None:
     for flag in (_POSITIONS, _CONTEXT_GAIN):
       if flag.value:
         raise ValueError(
-          f"--{flag.name} is measured on text: give --data beside --tasks."
+          f"--{flag.name} is measured on text: give --data as well as --tasks."
         )
   if _GAIN_STRIDE.value is not None and not _CONTEXT_GAIN.value:
     raise ValueError("--gain_stride needs --context_gain=L:l.")
@@ -244,7 +243,7 @@ def _execution() -> Execution:
 def _open_tokens(
   folder: pathlib.Path, config: LlamaConfig, cache: pathlib.Path
 ) -> tuple[TokenFile, int | None]:
-  """Returns the corpus, and its BOS if a tokenizer was needed to make it."""
+  """Returns the corpus, and its BOS if it had to be tokenised."""
   path = pathlib.Path(_DATA.value or assets.BOOKS_TEST)
   if path.suffix == ".bin":
     return TokenFile.open(path, vocab_size=config.vocab_size), None
@@ -283,7 +282,7 @@ def print_table(results: dict[int, perplexity.Perplexity]) -> None:
 
 
 def _plan(context_lens: tuple[int, ...]) -> task_scores.Plan:
-  """Returns which samples are scored."""
+  """Returns the plan of the samples to score."""
   cache = None
   if _SAMPLE_CACHE.value is None:
     cache = cli.cache_folder("samples")
@@ -299,7 +298,7 @@ def _plan(context_lens: tuple[int, ...]) -> task_scores.Plan:
 
 
 def _bar(total: int, unit: str) -> tqdm:
-  """Returns a progress bar, which a log does not get: it is one long line."""
+  """Returns a progress bar; not in a log, where it would be one long line."""
   return tqdm(total=total, unit=unit, mininterval=0.5, disable=None)
 
 
@@ -347,7 +346,7 @@ def _measure_gains(
   layers: dict[int, Any],
   bos_id: int | None,
 ) -> Gains:
-  """Returns what each length is worth against the shorter one of its pair."""
+  """Returns what each length is worth compared with the shorter one."""
   gains: Gains = {}
   for context_len, short_len in pairs:
     windows: Any = results[context_len].by_window
@@ -392,14 +391,14 @@ def _write_positions(
 
 
 def _batch_size(context_len: int) -> int:
-  """Returns the sequences of a batch, as many for each shard of it."""
+  """Returns the sequences per batch, equally many for each shard."""
   config = sharding.MeshConfig.parse(_MESH.value)
   shards = config.data * config.fsdp
   return shards * max(1, _BATCH_TOKENS.value // context_len // shards)
 
 
 def _check_parts(config: LlamaConfig, layers: dict[int, Any]) -> None:
-  """Checks that mesh and segments can cut the windows of each length."""
+  """Checks that mesh and segments can divide the windows of each length."""
   for context_len, of_length in layers.items():
     segments.check(
       of_length,
@@ -523,7 +522,7 @@ def main() -> None:
 
 
 def _title() -> str:
-  """Returns what is measured."""
+  """Returns the name of what is measured."""
   name = _MODEL.value or assets.MODEL.name
   return f"{name} with {_ADAPTER.value}" if _ADAPTER.value else name
 
@@ -565,12 +564,12 @@ def _print_gains(gains: Gains) -> None:
           f"{low:.4f} to {high:.4f}",
         ]
       )
-  print("what the longer context is worth, per token")
+  print("gain from the longer context, per token")
   _print_rows(rows)
 
 
 def _about(config: LlamaConfig, layers: Any) -> dict[str, Any]:
-  """Returns what was measured: the model, its attention and the device."""
+  """Returns facts about the measurement: model, attention and device."""
   pattern = _PATTERN.value or "dense"
   if pattern == shared_flags.TRAINING:
     pattern = patterns.text(layers, num_kv_heads=config.num_kv_heads)
@@ -594,7 +593,7 @@ def _result(
   gains: Gains,
   scores: task_scores.Scores,
 ) -> dict[str, Any]:
-  """Returns what the JSON file holds."""
+  """Returns the content of the JSON file."""
 
   def by_length(field: str) -> dict[str, Any]:
     return {str(n): getattr(result, field) for n, result in results.items()}

@@ -1,17 +1,17 @@
-"""Writes a model, or an adapter, in the form that other tools read.
+"""Writes a model or an adapter in a form that other tools read.
 
 scca export --adapter=runs/scca_fixed/adapter --format=hf \
   --output_dir=extended
 
-* `hf`: a Hugging Face folder, the adapter fused into the weights, whose
-  config.json has the rope scaling.
+* `hf`: a Hugging Face folder with the adapter fused into the weights and the
+  rope scaling in its config.json.
 * `gguf`: the same in one file for llama.cpp, tokenizer included.
 * `peft`: the adapter for PEFT, with the norms and embeddings that were trained.
-* `peft_plain`: for tools that take LoRA matrices alone (vLLM, SGLang,
-  llama.cpp, Ollama): norms, embeddings and rope scaling in a base of its own,
-  and the adapter beside it.
+* `peft_plain`: for tools that only take LoRA matrices (vLLM, SGLang, llama.cpp,
+  Ollama): a base with norms, embeddings and rope scaling, and the adapter
+  separately.
 
-Every folder has a model card, README.md. A GGUF file can be the model.
+Every folder gets a model card, README.md. The model may be a GGUF file.
 """
 
 import pathlib
@@ -37,7 +37,7 @@ _ADAPTER = shared_flags.define_adapter(
   "Folder of the adapter to fuse or write."
 )
 _DTYPE = shared_flags.define_dtype(
-  None, "Dtype of the tensors; by default that of the files read."
+  None, "Dtype of the tensors; by default the dtype of the input files."
 )
 _ROPE_SCALING, _ROPE_FACTOR = shared_flags.define_rope(
   "the context grows by it as well"
@@ -47,10 +47,13 @@ _FORMAT = flags.DEFINE_enum(
   "hf",
   ("hf", "gguf", "peft", "peft_plain"),
   "hf, gguf: a fused model; peft: the adapter; peft_plain: the adapter without"
-  " trained norms and embeddings, and the base that has them.",
+  " trained norms and embeddings, and a base that has them.",
 )
 _GGUF_TYPE = flags.DEFINE_enum(
-  "gguf_type", None, gguf_writer.KINDS, "Type of a GGUF's matrices; F16."
+  "gguf_type",
+  None,
+  gguf_writer.KINDS,
+  "Type of a GGUF's matrices; by default F16.",
 )
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir", None, "Folder to write; new or empty."
@@ -63,11 +66,11 @@ _MAX_SHARD_GB = flags.DEFINE_float(
 def _check_flags() -> pathlib.Path:
   """Returns the folder to write."""
   if not _OUTPUT_DIR.value:
-    raise ValueError("say where to write: --output_dir=FOLDER.")
+    raise ValueError("no folder to write to: give --output_dir=FOLDER.")
   output_dir = pathlib.Path(_OUTPUT_DIR.value)
   if not atomic_file.is_free(output_dir):
     raise ValueError(
-      f"--output_dir={output_dir} is not empty: name a new folder."
+      f"--output_dir={output_dir} is not empty: use a new folder."
     )
   atomic_file.check_writable(output_dir / "config.json")
   if _FORMAT.value.startswith("peft") and _ADAPTER.value is None:
@@ -76,7 +79,7 @@ def _check_flags() -> pathlib.Path:
     )
   if _FORMAT.value == "gguf" and _DTYPE.value is not None:
     raise ValueError(
-      "--dtype is for other formats: give --gguf_type, one of"
+      "--dtype does not apply to gguf: give --gguf_type, one of"
       f" {', '.join(gguf_writer.KINDS)}."
     )
   if _FORMAT.value != "gguf" and _GGUF_TYPE.value is not None:
@@ -97,7 +100,7 @@ def _check_flags() -> pathlib.Path:
 def _save_model(
   model: Llama, source: pathlib.Path, folder: pathlib.Path, dtype: Any, **card
 ) -> None:
-  """Writes a model's folder, with its adapter fused or, for peft_plain, not."""
+  """Writes a model's folder, with its adapter fused except for peft_plain."""
   convert.copy_tokenizer(source, folder, context_len=model.config.context_len)
   convert.save_model(
     model,
@@ -116,7 +119,7 @@ def _save_gguf(
   output_dir: pathlib.Path,
   **card,
 ) -> str:
-  """Writes a folder with one file, and returns its name."""
+  """Writes a folder with a single file, and returns its path."""
   kind = _GGUF_TYPE.value or "F16"
   name = f"{output_dir.resolve().name}-{kind}.gguf"
   vocabulary = gguf_vocabulary.fields(source, model.config)
@@ -124,8 +127,8 @@ def _save_gguf(
   ends = set(gguf_file.GgufFile(folder / name).config.eos_token_ids)
   if ends != set(model.config.eos_token_ids):
     logging.warning(
-      "llama.cpp ends at the tokens %s, not at %s: it knows ends by their"
-      " names, and two beside the end of the text.",
+      "llama.cpp ends generation at the tokens %s, not at %s: it recognises end"
+      " tokens by name, and allows two besides the end of the text.",
       sorted(ends),
       sorted(model.config.eos_token_ids),
     )
@@ -139,19 +142,19 @@ def _save_gguf(
 
 
 def _warn_of_peft(model: Llama, source: pathlib.Path) -> None:
-  """Says what PEFT, and tools that read its files, would not see."""
+  """Warns of what PEFT, and tools that read its files, would not see."""
   lora: Any = model.lora
   if lora.train_embeddings or lora.train_norms:
     logging.warning(
       "vLLM and SGLang refuse an adapter with trained norms or embeddings;"
       " llama.cpp and Ollama refuse the embeddings and ignore the norms:"
-      " --format=peft_plain writes what they take."
+      " --format=peft_plain writes what they accept."
     )
   base, scaling = convert.load_config(source), model.config.rope_scaling
   if scaling is not None and scaling != base.rope_scaling:
     logging.warning(
-      "PEFT does not see this adapter's rope scaling (%s, factor %g) nor its"
-      " pattern: set the rope scaling on the base as the README.md beside it"
+      "PEFT sees neither this adapter's rope scaling (%s, factor %g) nor its"
+      " pattern: set the rope scaling on the base as the adapter's README.md"
       " shows, or use --format=peft_plain.",
       scaling.kind,
       scaling.factor,
@@ -166,7 +169,7 @@ def _save_adapter(
   dtype: Any,
   **card,
 ) -> None:
-  """Writes an adapter and, for peft_plain, its base beside it."""
+  """Writes an adapter and, for peft_plain, its base."""
   path = _ADAPTER.value or ""
   settings: dict[str, Any] = {
     "base_model": card["base"],

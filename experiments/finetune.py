@@ -1,8 +1,8 @@
-"""Extends the context of a LLaMA: LoRA, rope scaling, a sparse pattern.
+"""Extends the context of a LLaMA with LoRA, rope scaling, a sparse pattern.
 
-With no flag it takes the embedded model from 256 to 1,024 tokens on the
-embedded books, on a CPU, in minutes. It ends with the perplexity of the model
-untuned, with rope scaling alone, and tuned, all with dense attention, and
+Without flags it extends the embedded model from 256 to 1,024 tokens on the
+embedded books, on a CPU, in minutes. At the end it prints the perplexity of the
+model untuned, with rope scaling alone, and tuned, all with dense attention, and
 writes a report with the loss by position.
 
     scca finetune --config=configs/tiny.py --output_dir=runs/a
@@ -56,8 +56,8 @@ _DATA = shared_flags.define_training_data()
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir",
   None,
-  "Folder of the run, from which an interrupted run resumes; by default runs/"
-  " and the pattern.",
+  "Folder of the run; an interrupted run resumes from it. By default runs/ and"
+  " the pattern.",
 )
 _WANDB = shared_flags.define_wandb()
 flags.adopt_module_key_flags(cluster)
@@ -81,7 +81,7 @@ def _load(
   adapter: lora.LoraConfig | None,
   mesh: Any,
 ) -> Any:
-  """Returns the model of a run, with a new adapter or without."""
+  """Returns the model of a run, with or without a new adapter."""
   train = run.training
   return loop.load(
     lambda: convert.load_model(
@@ -98,7 +98,7 @@ def _load(
 
 
 def print_table(rows: dict[str, dict[int, Perplexity]]) -> None:
-  """Prints perplexity by context length, a line per model.
+  """Prints perplexity by context length, one line per model.
 
   The last column is the last quarter of the longest windows.
   """
@@ -126,7 +126,7 @@ def _summary(
   speed: float | None,
   rows: dict[str, dict[int, Perplexity]],
 ) -> dict[str, Any]:
-  """Returns what `summary.json` holds."""
+  """Returns the content of `summary.json`."""
 
   def by_length(results: dict[int, Perplexity], field: str) -> dict[str, Any]:
     return {str(n): getattr(result, field) for n, result in results.items()}
@@ -245,7 +245,8 @@ def _finetune(
       convert.save_model(trained, tuned_to, dtype=jnp.dtype(train.param_dtype))
   final_loss, speed = result.final_loss, result.tokens_per_second
   tuned = measure("tuned", result.model)
-  # Free one model before the next is read: the device may not hold two.
+  # Free one model before reading the next: the device may not have room for
+  # two.
   del result, trained
   rows = {
     "untuned": measure("untuned", _load(run, base, None, mesh)),

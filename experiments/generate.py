@@ -5,8 +5,8 @@ scca generate --model=llama/ --adapter=runs/a/adapter \
   --prompts=prompts.jsonl --output=answers.jsonl --temperature=0.8 --top_p=0.95
 scca generate --model=llama-chat/ --chat --prompt="Who?"
 
-One prompt is answered on the terminal as it is made; the prompts of a file go
-through the model together.
+The answer to a single prompt is printed as it is generated; the prompts of a
+file go through the model together.
 """
 
 import json
@@ -42,33 +42,33 @@ _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 _PROMPTS = flags.DEFINE_string(
   "prompts",
   None,
-  "Texts to continue: .jsonl with a field prompt, or .txt, a line each.",
+  "Texts to continue: .jsonl with a field prompt, or .txt with one per line.",
 )
 _CHAT = flags.DEFINE_boolean(
   "chat",
   False,
-  "Ask each prompt as a user does, by the model's chat template, and show the"
-  " answer alone.",
+  "Ask each prompt as a user's question, through the model's chat template, and"
+  " show only the answer.",
 )
 _SYSTEM = flags.DEFINE_string(
-  "system", None, "System message in front of each question; with --chat."
+  "system", None, "System message before each question, with --chat."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens",
   128,
-  "Most tokens that a prompt gets.",
+  "Maximum number of new tokens per prompt.",
   lower_bound=1,
   # Their keys and values are allocated at the start.
   upper_bound=1 << 20,
 )
 _TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.0, "Divides the logits; 0 takes the likeliest token."
+  "temperature", 0.0, "Divides the logits; 0 picks the likeliest token."
 )
 _TOP_K = flags.DEFINE_integer(
-  "top_k", None, "Draw among this many of the likeliest tokens."
+  "top_k", None, "Draw from this many of the likeliest tokens."
 )
 _TOP_P = flags.DEFINE_float(
-  "top_p", 1.0, "Draw among the likeliest that reach this probability."
+  "top_p", 1.0, "Draw from the likeliest that reach this probability."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
 _PREFILL_PATTERN = flags.DEFINE_string(
@@ -92,7 +92,7 @@ def _check_flags() -> None:
   if (_PROMPT.value is None) == (_PROMPTS.value is None):
     raise ValueError("give either --prompt=TEXT or --prompts=FILE.")
   if _SYSTEM.value is not None and not _CHAT.value:
-    raise ValueError("--system is a message of a chat: give --chat, too.")
+    raise ValueError("--system is a chat message: give --chat too.")
   documents.check_text("--system", _SYSTEM.value or "")
   for pattern in (_PREFILL_PATTERN, _DECODE_PATTERN):
     shared_flags.check_trained(pattern, _ADAPTER)
@@ -104,7 +104,7 @@ def _check_flags() -> None:
 
 
 def read_prompts(path: pathlib.Path) -> list[str]:
-  """Returns the prompts of a file, one a line; see `documents.read_documents`.
+  """Returns the prompts of a file, one per line; see `read_documents`.
 
   Raises:
     FileNotFoundError: There is no such file.
@@ -114,7 +114,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     documents.read_documents(path, text_field="prompt", by_line=True)
   )
   if not prompts:
-    raise ValueError(f"{path} has no prompt.")
+    raise ValueError(f"{path} has no prompts.")
   return prompts
 
 
@@ -134,8 +134,8 @@ def _ask(
 class _Printer:
   """Prints the text of tokens as they come.
 
-  A character may take several tokens, and a token's text depends on those
-  before it, so all are decoded and what is new is printed.
+  A character may take several tokens, and a token's text depends on the ones
+  before it, so everything is decoded and only the new part is printed.
   """
 
   def __init__(self, vocabulary: tokenizer.Tokenizer, prompt: list[int]):
@@ -144,7 +144,7 @@ class _Printer:
     self._shown = vocabulary.decode(self._ids)
 
   def show(self, token: int) -> None:
-    """Prints what a token adds, once its character is whole."""
+    """Prints what a token adds, once its character is complete."""
     self._ids.append(token)
     text = self._vocabulary.decode(self._ids)
     if text.startswith(self._shown) and not text.endswith("\ufffd"):
@@ -187,8 +187,8 @@ def main() -> None:
   )
   for name, value in convert.unapplied_generation(source).items():
     logging.warning(
-      "generation_config.json has %s=%r, which is not applied here:"
-      " transformers gives other text.",
+      "generation_config.json has %s=%r, which is not applied here, so"
+      " transformers would generate different text.",
       name,
       value,
     )

@@ -1,11 +1,11 @@
 # pyright: reportMissingImports=false
-"""Runs lm-evaluation-harness, with its flags, on scca_jax and its other models.
+"""Runs lm-evaluation-harness, with its own flags, including model scca_jax.
 
 scca lm_eval --model=scca_jax --tasks=lambada_openai \
   --model_args=model=llama/,adapter=runs/a/adapter --batch_size=auto
 
-`--help` lists the harness's flags; `scca_jax.harness` what `--model_args`
-takes. Needs the extra `lm_eval`.
+`--help` lists the harness's flags; `scca_jax.harness` documents `--model_args`.
+Needs the extra `lm_eval`.
 """
 
 from experiments.shared import cli

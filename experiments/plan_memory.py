@@ -1,9 +1,9 @@
-"""Plans how much GPU memory training takes, without the GPU.
+"""Plans how much GPU memory training takes, without needing the GPU.
 
 It compiles the training step of the config (or evaluation, or generation with
-its model) for a GPU that this machine need not have; see `scca_jax.memory`. The
-compiler is in `pip install 'scca_jax[plan]'`. Weights are not read: config.json
-is enough.
+its model) for a GPU that this machine may not have; see `scca_jax.memory`.
+`pip install 'scca_jax[plan]'` brings the compiler. Weights are not read:
+config.json is enough.
 
     scca plan_memory --config=configs/llama2_7b_8k.py \
       --gpu=v100-32gb --output=plan.json
@@ -24,7 +24,7 @@ from experiments.shared.config_flag import ConfigFlag
 from scca_jax import atomic_file, deviceless, memory, sharding
 from scca_jax.llama import Execution
 
-# Contexts that --search tries are multiples of it, in tokens.
+# --search tries contexts that are multiples of this, in tokens.
 _SEARCH_MULTIPLE = 1024
 
 _CONFIG = ConfigFlag(FinetuneConfig, "tiny")
@@ -38,15 +38,15 @@ _TASK = flags.DEFINE_enum(
   "task",
   "train",
   memory.TASKS,
-  "What to compile: the training step; perplexity or generation of the tuned"
-  " model, with dense attention.",
+  "What to compile: the training step, or perplexity or generation with the"
+  " tuned model and dense attention.",
 )
 _SEARCH = flags.DEFINE_enum(
   "search",
   None,
   ["seq_len", "batch_size"],
-  "Find the longest context (a multiple of 1,024), or the most sequences at"
-  " once, that fit.",
+  "Find the longest context (a multiple of 1,024), or the largest batch, that"
+  " fits.",
 )
 _MESH = flags.DEFINE_string(
   "mesh",
@@ -59,7 +59,7 @@ _FRACTION = flags.DEFINE_float(
   memory.DEFAULT_FRACTION,
   "Share of the card that jax may use (XLA_PYTHON_CLIENT_MEM_FRACTION).",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 
 
 def _plan(run: FinetuneConfig, batch_size: int, seq_len: int) -> memory.Plan:
@@ -135,7 +135,7 @@ def main() -> None:
   """
   if _OUTPUT.value is not None:
     atomic_file.check_writable(_OUTPUT.value)
-  # Nothing runs, so a GPU of this machine should keep its memory.
+  # Nothing runs, so leave the memory of this machine's GPU alone.
   jax.config.update("jax_platforms", "cpu")
   run = _CONFIG.read()
   if _MODEL.value is not None:
@@ -147,7 +147,7 @@ def main() -> None:
   if _TASK.value == "train":
     batch_size = train.batch_size // train.num_micro_batches
   elif _TASK.value == "evaluate":
-    # As `finetune` does at its end.
+    # As at the end of `finetune`.
     seq_len = max(run.evaluation.context_lens or (seq_len,))
     batch_size = max(1, run.evaluation.batch_tokens // seq_len)
   else:
@@ -169,8 +169,8 @@ def main() -> None:
     plan = memory.search(of_size, multiple, multiple)
     if plan is None:
       raise ValueError(
-        f"nothing fits on {_GPU.value}: the least, {_SEARCH.value}={multiple},"
-        " takes more than jax may use."
+        f"nothing fits on {_GPU.value}: even {_SEARCH.value}={multiple} takes"
+        " more than jax may use."
       )
     print("the largest that fits:")
     _print(plan)

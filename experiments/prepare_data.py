@@ -8,7 +8,7 @@
     scca prepare_data --input=talks.jsonl --conversations \
       --tokenizer=llama-chat/ --output=talks.bin
 
-The second also writes the tokenizer it trained, books.model.
+The second command also writes the tokenizer that it trained, books.model.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from scca_jax.token_file import write_conversations, write_token_file
 _INPUT = flags.DEFINE_string(
   "input",
   None,
-  "Text to read: .txt (one document), .jsonl (one a line), either with .gz, .xz"
-  " or .zst, or a folder of such files.",
+  "Text to read: .txt (one document), .jsonl (one per line), either with .gz,"
+  " .xz or .zst, or a folder of such files.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "The token file, a .bin.")
 _TOKENIZER = flags.DEFINE_string(
   "tokenizer",
   None,
-  "SentencePiece .model, tokenizer.json, or a folder holding one.",
+  "SentencePiece .model, tokenizer.json, or a folder with one.",
 )
 _TRAIN_TOKENIZER = flags.DEFINE_boolean(
   "train_tokenizer",
   False,
-  "Train a SentencePiece model on the text and write it beside the output,"
-  " as .model.",
+  "Train a SentencePiece model on the text and write it next to the output, as"
+  " .model.",
 )
 _VOCAB_SIZE = flags.DEFINE_integer(
   "vocab_size", 4096, "Pieces of the tokenizer to train."
@@ -48,11 +48,12 @@ _VOCAB_SIZE = flags.DEFINE_integer(
 _SAMPLE_BYTES = flags.DEFINE_integer(
   "sample_bytes",
   20_000_000,
-  "Most text to train the tokenizer on, in bytes, drawn evenly from the input.",
+  "Maximum amount of text to train the tokenizer on, in bytes, drawn evenly"
+  " from the input.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of that sample.")
 _TEXT_FIELD = flags.DEFINE_string(
-  "text_field", "text", "Field of a .jsonl line that holds the text."
+  "text_field", "text", "Field of a .jsonl line that has the text."
 )
 _ADD_BOS = flags.DEFINE_boolean(
   "add_bos", False, "Start every document with the BOS token."
@@ -60,8 +61,8 @@ _ADD_BOS = flags.DEFINE_boolean(
 _APPEND_EOS = flags.DEFINE_boolean(
   "append_eos",
   False,
-  "End every document with the EOS token: for pretraining. Without it the file"
-  " holds the tokens of the text alone, as perplexity needs them.",
+  "End every document with the EOS token, for pretraining. Without it the file"
+  " has only the tokens of the text, as perplexity needs them.",
 )
 
 
@@ -69,8 +70,8 @@ _CONVERSATIONS = flags.DEFINE_boolean(
   "conversations",
   False,
   "Each line of the .jsonl is a conversation: messages, prompt and completion,"
-  " or instruction and output. It is written by the tokenizer's chat template,"
-  " and training counts the answers alone.",
+  " or instruction and output. It is rendered by the tokenizer's chat template,"
+  " and training counts only the answers.",
 )
 
 
@@ -82,7 +83,7 @@ def _bar(source: str, action: str) -> tqdm:
     unit="B",
     unit_scale=True,
     mininterval=0.5,
-    disable=None,  # In a log it would be a line every half second.
+    disable=None,  # In a log it would print a line every half second.
   )
 
 
@@ -103,7 +104,7 @@ def _conversations(
     ValueError: One is damaged; the message names its line.
   """
   template = None
-  with contextlib.suppress(ValueError):  # Not needed by prompts.
+  with contextlib.suppress(ValueError):  # Plain prompts do not need one.
     template = chat.load(_TOKENIZER.value or "")
   with _bar(source, "encoding") as bar:
     for where, record in read_records(source, on_read=bar.update):
@@ -122,7 +123,7 @@ def main() -> None:
   """
   source = _INPUT.value
   if not source or not _OUTPUT.value:
-    raise ValueError("give the text as --input=PATH and --output=FILE.bin.")
+    raise ValueError("give the text as --input=PATH, and --output=FILE.bin.")
   if (_TOKENIZER.value is None) != _TRAIN_TOKENIZER.value:
     raise ValueError("give either --tokenizer=FILE or --train_tokenizer.")
   output = pathlib.Path(_OUTPUT.value)
@@ -133,8 +134,9 @@ def main() -> None:
     _TRAIN_TOKENIZER.value or _ADD_BOS.value or _APPEND_EOS.value
   ):
     raise ValueError(
-      "--conversations takes the --tokenizer of a model, which says how texts"
-      " begin and end: leave --train_tokenizer, --add_bos and --append_eos out."
+      "--conversations needs the --tokenizer of a model, which determines how"
+      " texts begin and end: leave out --train_tokenizer, --add_bos and"
+      " --append_eos."
     )
   started = time.monotonic()
   if _TOKENIZER.value is None:
@@ -168,10 +170,9 @@ def main() -> None:
       sources=sources,
     )
   print(
-    f"wrote {output}: {about['documents']:,} documents,"
-    f" {about['tokens']:,} tokens ({about['dtype']}),"
-    f" {about['text_bytes'] / about['tokens']:.3f} bytes a token,"
-    f" {time.monotonic() - started:.1f} s"
+    f"wrote {output}: {about['documents']:,} documents, {about['tokens']:,}"
+    f" tokens ({about['dtype']}), {about['text_bytes'] / about['tokens']:.3f}"
+    f" bytes per token, {time.monotonic() - started:.1f} s"
   )
 
 

@@ -1,7 +1,7 @@
-"""Trains a LLaMA from its initialisation, all parameters.
+"""Trains all parameters of a LLaMA from scratch.
 
 It writes the model in Hugging Face layout, with its tokenizer, and prints its
-perplexity. The embedded model was made so (scca_jax/assets/README.md):
+perplexity. The embedded model was made this way (scca_jax/assets/README.md):
 
     scca pretrain --config=configs/tiny_pretrain.py \
       --data=train.bin --output_dir=runs/pretrain
@@ -30,7 +30,7 @@ _DATA = shared_flags.define_training_data()
 _OUTPUT_DIR = flags.DEFINE_string(
   "output_dir",
   "runs/pretrain",
-  "Folder of the run, from which an interrupted run resumes.",
+  "Folder of the run; an interrupted run resumes from it.",
 )
 _WANDB = shared_flags.define_wandb()
 flags.adopt_module_key_flags(cluster)
@@ -54,8 +54,8 @@ def _read_settings() -> PretrainConfig:
     )
   if run.training.quantize is not None:
     raise ValueError(
-      f"training.quantize={run.training.quantize!r} holds weights that cannot"
-      " be trained, and pretraining trains all: leave it out."
+      f"training.quantize={run.training.quantize!r} makes weights that cannot"
+      " be trained, but pretraining trains them all: leave it out."
     )
   return run
 
@@ -81,13 +81,13 @@ def _model_config(
 
 
 def _check_memory(num_params: int) -> None:
-  """Refuses more parameters than a CPU's memory holds; devices say it alone."""
+  """Refuses more parameters than fit into a CPU's memory."""
   needed = num_params * 4 * 4  # Weights, gradients and two moments in float32.
   there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   if jax.default_backend() == "cpu" and needed > there:
     raise ValueError(
       f"{num_params:,} parameters take at least {needed >> 30:,} GiB in"
-      f" training, and this machine has {there >> 30}: take a smaller"
+      f" training, but this machine has {there >> 30}: use a smaller"
       " architecture."
     )
 

@@ -1,4 +1,4 @@
-"""Draws an attention pattern: each head's mask, their union, the reach.
+"""Draws an attention pattern: each head's mask, their union and their reach.
 
 scca show_pattern --pattern=longmixed --seq_len=64
 scca show_pattern --pattern='scca_flow(rotate="layer")'
@@ -15,8 +15,8 @@ from experiments.shared import cli
 from experiments.shared import flags as shared_flags
 from scca_jax import atomic_file, patterns, receptive_field
 
-# A picture with more pixels than a screen shows nothing more, and the masks
-# would take gigabytes.
+# A picture with more pixels than a screen shows no more, and the masks would
+# take gigabytes.
 _MAX_SEQ_LEN, _MAX_PAIRS = 2048, 1 << 28
 _MAX_HEADS = _MAX_LAYERS = 128
 _COLUMNS = 4
@@ -33,12 +33,13 @@ _NUM_HEADS = flags.DEFINE_integer(
 _NUM_KV_HEADS = flags.DEFINE_integer(
   "num_kv_heads",
   None,
-  "Key and value heads, for interleaved=True; by default as query heads.",
+  "Key and value heads, for interleaved=True; by default as many as query"
+  " heads.",
 )
 _NUM_LAYERS = flags.DEFINE_integer(
   "num_layers",
   3,
-  "Layers to show the receptive field after.",
+  "Number of layers to show the receptive field of.",
   lower_bound=1,
   upper_bound=_MAX_LAYERS,
 )
@@ -48,8 +49,8 @@ _OUTPUT = flags.DEFINE_string("output", "pattern.png", "The picture.")
 def _draw(
   path: pathlib.Path, title: str, panels: list[tuple[str, np.ndarray]]
 ) -> None:
-  """Writes the masks side by side, queries downwards, keys to the right."""
-  # Imported here: a bad flag should not wait for it.
+  """Draws the masks side by side, queries downwards, keys to the right."""
+  # Imported late, so that a bad flag does not wait for it.
   import matplotlib
 
   matplotlib.use("Agg")
@@ -79,7 +80,7 @@ def _draw(
 
 
 def main() -> None:
-  """Draws the picture and prints what is seen.
+  """Draws the picture and prints the numbers of pairs.
 
   Raises:
     ValueError: A flag is out of range.
@@ -88,7 +89,7 @@ def main() -> None:
   if _NUM_HEADS.value * seq_len**2 > _MAX_PAIRS:
     raise ValueError(
       f"--num_heads={_NUM_HEADS.value} masks of {seq_len:,} tokens are too many"
-      f" to draw: take at most {_MAX_PAIRS // seq_len**2} heads."
+      f" to draw: use at most {_MAX_PAIRS // seq_len**2} heads."
     )
   output = pathlib.Path(_OUTPUT.value)
   if output.suffix != ".png":

@@ -295,7 +295,7 @@ def test_pairs_count_what_an_arm_trains_with(folder):
   [
     ({"arms": ()}, "no arms"),
     ({"seeds": ()}, "no seeds"),
-    ({"baseline": "sparse"}, "no arm 'sparse'"),
+    ({"baseline": "sparse"}, "unknown arm 'sparse'"),
     ({"learning_rates": (0.0,)}, "must be above 0: 0.0"),
     ({"learning_rates": ()}, "no learning rates"),
     ({"arms": (TUNED, TUNED), "baseline": "near"}, "two arms have the name"),

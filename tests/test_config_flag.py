@@ -104,8 +104,8 @@ def test_a_value_is_read_by_its_type(config, given, name, value):
     ("config.training.steps", "--config.training.steps needs a value"),
     ("config.lora.rslora=maybe", "lora.rslora must be of type bool.*'maybe'"),
     ("config.lora.targets=('q_proj", "lora.targets must be of type tuple"),
-    ("config.zzzz=1", "--help lists"),
-    ("config=no.py", "no.py cannot be read: there is no such file"),
+    ("config.zzzz=1", "see --help"),
+    ("config=no.py", "no.py cannot be read: it does not exist"),
   ],
 )
 def test_a_wrong_setting_is_named_with_the_nearest(config, given, said):

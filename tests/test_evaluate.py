@@ -320,7 +320,7 @@ def test_a_model_is_interpolated_to_the_longest_length(
     (["--pattern=zigzag"], "unknown pattern 'zigzag'"),
     (["--pattern=training"], "needs the --adapter"),
     (["--implementation=magic"], "unknown implementation 'magic'"),
-    (["--segment_len=8"], "segment_len=8 does not serve dense"),
+    (["--segment_len=8"], "segment_len=8 does not work with dense"),
     (["--batch_tokens=0"], "--batch_tokens must be at least 1"),
     (["--rope_factor=2"], "--rope_factor needs --rope_scaling"),
     (["--rope_scaling=linear"], "--rope_scaling needs the lengths"),
@@ -382,7 +382,7 @@ def test_rope_scaling_is_not_put_on_an_adapter(run_command, files, capsys):
   )
   assert status == 2
   assert (
-    "an adapter brings the one it was tuned with" in capsys.readouterr().err
+    "the adapter comes with the one it was tuned" in capsys.readouterr().err
   )
 
 
@@ -405,7 +405,7 @@ def test_rope_scaling_can_be_said_for_an_adapter_of_peft(
   expect(found, {2 * CONTEXT: measure(files.tuned, files, 2 * CONTEXT)})
   assert not warnings
   evaluate(f"--adapter={plain}", "--num_windows=1")
-  assert "does not say what rope scaling" in warnings[0]
+  assert "does not record which rope scaling" in warnings[0]
 
 
 def test_an_adapter_without_its_pattern_cannot_be_run_with_it(
@@ -420,7 +420,7 @@ def test_an_adapter_without_its_pattern_cannot_be_run_with_it(
     "--pattern=training",
   )
   assert status == 2
-  assert "does not say what pattern" in capsys.readouterr().err
+  assert "does not record which pattern" in capsys.readouterr().err
 
 
 def test_text_that_is_too_short_is_named_by_its_own_path(

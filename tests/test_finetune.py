@@ -397,7 +397,7 @@ def test_foreign_metrics_are_refused_and_half_a_line_is_dropped(
   ):
     text = "\n".join([*lines, foreign, *lines, ""])
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match="jsonl, line 3 is not of a run"):
+    with pytest.raises(ValueError, match="jsonl, line 3 is not from a run"):
       loop.read_metrics(tmp_path)
 
 
@@ -406,7 +406,7 @@ def test_what_is_no_file_of_a_run_is_named(tmp_path):
   for content in ("{", "[" * 100_000):
     config.write_text(content)
     with (
-      pytest.raises(ValueError, match="not valid JSON .*name another"),
+      pytest.raises(ValueError, match="not valid JSON .*use another"),
       loop.output_dir(str(tmp_path), {}),
     ):
       pass
@@ -414,7 +414,7 @@ def test_what_is_no_file_of_a_run_is_named(tmp_path):
     (tmp_path / "config.json").unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     with (
-      pytest.raises(ValueError, match=f"{name} is .*name another"),
+      pytest.raises(ValueError, match=f"{name} is .*use another"),
       loop.output_dir(str(tmp_path), {}),
     ):
       pass

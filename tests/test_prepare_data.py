@@ -107,7 +107,7 @@ def test_documents_get_their_ends_and_other_fields_are_read(
   ("change", "message"),
   [
     ({"input": None}, "give the text as --input=PATH"),
-    ({"output": None}, "give the text as --input=PATH and --output=FILE.bin"),
+    ({"output": None}, "give the text as --input=PATH, and --output=FILE.bin"),
     ({"output": "books.npy"}, "--output must end in .bin, got books.npy"),
     ({"tokenizer": None}, "give either --tokenizer=FILE or --train_tokenizer"),
     ({"train_tokenizer": "true"}, "give either --tokenizer"),

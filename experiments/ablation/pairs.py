@@ -1,8 +1,8 @@
-"""Training of many (learning rate, seed) pairs of an arm at once.
+"""Trains many (learning rate, seed) pairs of an arm at once.
 
 One compiled step serves all pairs of an arm: learning rate, seed and data are
-its arguments, and `jax.vmap` runs several pairs side by side. What is trained
-has a leading axis of pairs; frozen weights are shared.
+its arguments, and `jax.vmap` runs several pairs side by side. Trained
+parameters have a leading axis of pairs; frozen weights are shared.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ from scca_jax.token_file import TokenFile
 
 # A learning rate and a seed.
 Pair = tuple[float, int]
-# Steps that are not timed: the first one compiles.
+# Steps that are not timed, as the first one compiles.
 _UNTIMED_STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """The models of some pairs, in two parts.
+  """The models of several pairs, in two parts.
 
   Attributes:
     graphdef: Structure of each model.
-    params: What is trained, `[pairs, ...]`.
-    frozen: All the rest, which pairs share.
+    params: Trained parameters, `[pairs, ...]`.
+    frozen: All other parameters, which pairs share.
   """
 
   graphdef: nnx.GraphDef
@@ -52,12 +52,12 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-  """The validation loss on the way.
+  """A validation loss measured during training.
 
   Attributes:
     steps: Steps done.
-    seconds: Training seconds of a pair until then, without compilation: those
-      of all pairs that are trained at once, divided by their number.
+    seconds: Training seconds per pair until then, without compilation: the
+      seconds of all pairs trained at once, divided by their number.
     losses: `[pairs]` nats.
   """
 
@@ -89,7 +89,7 @@ def _new_model(
   resolved: resolve.Resolved,
   seed: int,
 ) -> Llama:
-  """Returns the model that a run starts from; its arrays are shared."""
+  """Returns the model that a run starts from, sharing its arrays."""
   dtypes = run.training.dtype, run.training.param_dtype
   # Only new adapters depend on the seed.
   seed = 0 if adapter is None else seed
@@ -99,21 +99,21 @@ def _new_model(
 
 
 def untuned(run: FinetuneConfig, resolved: resolve.Resolved) -> Weights:
-  """Returns the model of an arm that tunes nothing, as one pair."""
+  """Returns the model of an arm that tunes nothing, as a single pair."""
   model = _new_model(run, None, resolved, 0)
   graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
   return Weights(graphdef, jax.tree.map(lambda x: x[None], params), frozen)
 
 
 def stack(trees: list[Any]) -> Any:
-  """Returns trees of arrays as one, with an axis of pairs in front."""
+  """Returns trees of arrays as one tree with a leading axis of pairs."""
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _states(
   run: FinetuneConfig, resolved: resolve.Resolved, seeds: list[int]
 ) -> tuple[nnx.GraphDef, training.TrainState, nnx.State]:
-  """Returns what training starts from; the state has an axis of pairs."""
+  """Returns the start of training; the state has an axis of pairs."""
   optimizer = training.make_optimizer(run.optimizer, run.training.steps)
   trainable = lora.trainable(run.adapter)
   by_seed = {
@@ -142,7 +142,7 @@ def make_step(
   num_steps: int,
   dense_from: int,
 ) -> Callable[..., Any]:
-  """Returns a step of several pairs, compiled once for calls that are alike.
+  """Returns a step of several pairs, compiled once for similar calls.
 
   It takes the state `[pairs, ...]`, the frozen weights, batches
   `[pairs, batch, seq]`, learning rates and seeds `[pairs]`, and returns the
@@ -150,10 +150,10 @@ def make_step(
 
   Args:
     graphdef: The model's structure.
-    config: What a step does; its seed is not read.
-    optimizer: The optimiser; its learning rate is not read.
+    config: Settings of the step; its seed is ignored.
+    optimizer: The optimiser; its learning rate is ignored.
     num_steps: Steps of the run.
-    dense_from: Step from which training is dense, for the second warm-up.
+    dense_from: Step at which training becomes dense, for the second warm-up.
   """
 
   def step(state, frozen, batch, rate, seed):
@@ -252,10 +252,10 @@ def _stacked(
 
 
 class _Clock:
-  """Seconds of the steps with the pattern, and of those with dense attention.
+  """Seconds of the steps with the pattern, and of the dense steps.
 
-  A step counts as long as the others of its kind took on average, so that
-  compiling does not count.
+  A step counts with the average of the others of its kind, so that compilation
+  does not count.
   """
 
   def __init__(self, num_pairs: int):
@@ -266,7 +266,7 @@ class _Clock:
     self.done = dict.fromkeys((False, True), 0)
 
   def stepped(self, kind: bool, metrics: Any, index: int, count: int) -> None:
-    """Notes that step `index` of a stretch of `count` steps was started."""
+    """Records the start of step `index` in a stretch of `count` steps."""
     self.done[kind] += 1
     if index == min(_UNTIMED_STEPS, count - 1) - 1:
       jax.block_until_ready(metrics)
@@ -283,7 +283,7 @@ class _Clock:
     return sum(self._seconds.values())
 
   def seconds(self, done: dict[bool, int]) -> float:
-    """Returns the seconds that so many steps of each kind take a pair."""
+    """Returns the seconds per pair for these numbers of steps of each kind."""
     return (
       sum(
         count * self._seconds[kind] / max(1, self._timed[kind])

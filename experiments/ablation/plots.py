@@ -17,10 +17,10 @@ def write(
   """Writes the plots.
 
   Args:
-    whole: What results.json holds.
+    whole: The content of results.json.
     losses: `[seeds, windows, blocks]` test losses of each arm, at the study's
       length.
-    folder: Where they go.
+    folder: The folder to write to.
   """
   _save(folder / "loss_by_position.png", lambda ax: _positions(ax, losses))
   for name, field, label in (
@@ -68,7 +68,7 @@ def _positions(axes: Any, losses: dict[str, np.ndarray]) -> None:
   lowest = min(x.mean(axis=(0, 1)).min() for x in losses.values())
   axes.set_ylim(lowest - 0.05, middle + 1)
   axes.set_xlabel("position, as a share of the length")
-  axes.set_ylabel("loss (nats a token)")
+  axes.set_ylabel("loss (nats per token)")
   axes.legend(fontsize=6, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -114,6 +114,6 @@ def _retrieval(axes: Any, whole: dict[str, Any]) -> None:
         **_style(index),
       )
   axes.set_xlabel("context length (tokens)")
-  axes.set_ylabel("loss of the answer (nats a token)")
+  axes.set_ylabel("loss of the answer (nats per token)")
   axes.set_xscale("log", base=2)
   axes.legend(fontsize=5, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))

@@ -1,4 +1,4 @@
-"""What a study ends with: results.json, table.md, windows.npz and plots."""
+"""Writes the results of a study: results.json, table.md, windows.npz, plots."""
 
 import dataclasses
 import io
@@ -24,20 +24,17 @@ _BY_DISTANCE = "answer_loss_by_distance"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
-  """What is known of an arm.
+  """The results of an arm.
 
-  Attributes:
-    arm: The arm.
-    learning_rate: The chosen one.
-    seeds: Its seeds.
-    test: `[seeds, windows, blocks]` losses by context length.
-    short: `[seeds, windows]` losses of the last quarter of the study's length,
-      given only the pretrained length before it; None where that is all.
-    validation: Mean loss of the last quarter on held-out text by learning rate.
-    seconds: Training seconds of a run; None if they were not measured.
-    looks: Steps, seconds and validation losses `[seeds, looks]` on the way.
-    scores: Task scores of each seed.
-    about: What is known of the first run: device, pairs at once.
+  Attributes: arm: The arm. learning_rate: The chosen learning rate. seeds: Its
+  seeds. test: `[seeds, windows, blocks]` losses by context length. short:
+  `[seeds, windows]` losses of the last quarter of the study's length, given
+  only the pretrained length before it; None if that is all there is.
+  validation: Mean loss of the last quarter on held-out text by learning rate.
+  seconds: Training seconds of a run; None if they were not measured. looks:
+  Steps, seconds and validation losses `[seeds, looks]` during training. ¶
+  scores: Task scores of each seed. ¶ about: Facts about the first run: device,
+  pairs at once.
   """
 
   arm: ArmConfig
@@ -91,7 +88,7 @@ def _against(
 ) -> dict[str, Any]:
   """Returns the paired difference in the loss of the last quarter."""
   ours, theirs = found.test[seq_len], other.test[seq_len]
-  # An untuned model has no seeds: it is the same under each.
+  # An untuned model has no seeds, as it is the same for all of them.
   num_seeds = max(len(ours), len(theirs))
   ours = np.broadcast_to(ours, (num_seeds, *ours.shape[1:]))
   return _interval(
@@ -100,7 +97,7 @@ def _against(
 
 
 def _context_gain(found: Found, documents: np.ndarray, seq_len: int) -> Any:
-  """Returns what the longer context is worth to the last quarter's tokens."""
+  """Returns the gain of the last quarter's tokens from the longer context."""
   if found.short is None:
     return None
   whole = scoring.last_quarter(found.test[seq_len])
@@ -137,7 +134,7 @@ def _task_scores(found: Found) -> dict[str, Any]:
 
 
 def _pooled(scores: list[dict[str, Any]]) -> dict[str, Any]:
-  """Returns one score over the samples of several."""
+  """Returns a single score over the samples of several scores."""
   total = sum(score["num_samples"] for score in scores)
   right = round(sum(x["accuracy"] * x["num_samples"] for x in scores))
   result: dict[str, Any] = {
@@ -182,7 +179,7 @@ def _cost_to_target(found: Found, target: float) -> dict[str, Any]:
 def results(
   settings: AblationConfig, store: Store, texts: Texts
 ) -> tuple[dict[str, Any], dict[str, Found]]:
-  """Returns what results.json holds, and what it is made from.
+  """Returns the content of results.json, and what it is made from.
 
   Raises:
     ValueError: An arm diverged at every rate, or a file is damaged.
@@ -230,7 +227,7 @@ def results(
 
 
 def table(whole: dict[str, Any], seq_len: int) -> str:
-  """Returns the arms as a Markdown table, the best first."""
+  """Returns the arms as a Markdown table, best first."""
   lens = list(next(iter(whole["arms"].values()))["loss"])
   names = [
     (task, length)

@@ -1,9 +1,9 @@
-"""Losses of several models at once, and their scores on tasks.
+"""Measures losses and task scores of several models at once.
 
 Losses are kept by window and position, in equal blocks of positions, so that
-arms can be compared window by window and by how much context a token has. A
-block holds the mean loss of its predictions; the first one has one fewer,
-because the first token is not predicted.
+arms can be compared window by window and by the context a token has. A block
+has the mean loss of its predictions; the first block has one fewer, because the
+first token is not predicted.
 """
 
 import dataclasses
@@ -59,13 +59,13 @@ class Windows:
     return cls(*found, context_len // NUM_BLOCKS)
 
   def short(self, short_len: int) -> "Windows":
-    """Returns what gives the last quarter only `short_len` tokens or few more.
+    """Returns windows with little more than `short_len` tokens of context.
 
-    The last blocks of the new windows, `perplexity.gain_windows` of each old
-    one in turn, are the tokens of its last quarter.
+    Each old window is replaced by its `perplexity.gain_windows`, whose last
+    blocks together are the tokens of its last quarter.
 
     Raises:
-      ValueError: The quarter cannot be cut so.
+      ValueError: The quarter cannot be cut that way.
     """
     context_len = self.ids.shape[1]
     starts, length = perplexity.gain_windows(context_len, short_len)
@@ -133,7 +133,7 @@ def losses(
   """
   count, context_len = windows.ids.shape
   size = min(count, max(1, batch_tokens // context_len))
-  # A short last batch is filled up, so that all batches share one shape.
+  # A short last batch is padded, so that all batches have the same shape.
   padded = np.pad(windows.ids, ((0, -count % size), (0, 0)))
   found = [
     _pair_losses(
@@ -151,7 +151,7 @@ def losses(
 
 
 def mean(blocks: np.ndarray, context_len: int) -> np.ndarray:
-  """Returns the mean loss of whole windows, `[...]`, of `[..., NUM_BLOCKS]`."""
+  """Returns mean losses of whole windows, `[...]`, from `[..., NUM_BLOCKS]`."""
   counts = np.full(NUM_BLOCKS, context_len // NUM_BLOCKS)
   counts[0] -= 1
   return np.average(np.asarray(blocks, np.float64), axis=-1, weights=counts)

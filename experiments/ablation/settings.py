@@ -1,4 +1,4 @@
-"""Settings of a study: what its arms share, and how each one differs."""
+"""Settings of a study: what its arms share and how they differ."""
 
 import dataclasses
 import math
@@ -20,18 +20,18 @@ class ArmConfig:
       it.
     rope: Rope scaling.
     dense_fraction: Share of the steps, at the end, with dense attention.
-    steps_fraction: Share of the study's steps that are made, for arms that get
-      fewer tokens.
+    steps_fraction: Share of the study's steps to run, for arms that get fewer
+      tokens.
     tuning: "lora", "full" (every parameter) or "none" (the model as it is).
-    rank: Rank of LoRA, with the study's `alpha / rank`; None takes the study's.
-    train_norms: Whether LoRA trains the norms too; None does what the study
-      does.
+    rank: Rank of LoRA, with the study's `alpha / rank`; None uses the study's
+      rank.
+    train_norms: Whether LoRA trains the norms too; None follows the study.
     train_embeddings: The same for the embeddings.
     embedding_ratio: See `OptimizerConfig`.
     lora_b_ratio: See `OptimizerConfig`.
     skip_window: Length of PoSE's short windows, whose positions skip up to the
       study's length; None trains on whole windows.
-    learning_rates: Those to try; none takes the study's.
+    learning_rates: Rates to try; if empty, the study's.
   """
 
   name: str = ""
@@ -75,7 +75,7 @@ class TasksConfig:
     names: Tasks.
     context_lens: Lengths in tokens.
     num_samples: Samples of each at each length.
-    longest_samples: Samples of each at the longest length; None takes as many
+    longest_samples: Samples of each at the longest length; None means as many
       as at the others.
   """
 
@@ -101,7 +101,7 @@ class TasksConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickConfig:
-  """What `--quick` makes of a study: minutes on a CPU.
+  """How `--quick` shortens a study, to minutes on a CPU.
 
   Attributes:
     arms: Names of the arms.
@@ -121,20 +121,20 @@ class AblationConfig:
   """A study.
 
   Attributes:
-    run: What the arms share, as settings of `scca finetune`.
-      `data.held_out` says how many documents validate; `evaluation` how the
-      verdict is measured, with the "longlora" protocol. Its pattern, rope,
+    run: What the arms share, as settings of `scca finetune`. `data.held_out` is
+      the number of documents for validation; `evaluation` says how the final
+      losses are measured, with the "longlora" protocol. Its pattern, rope,
       tuning, learning rate and seed are replaced.
     arms: The arms.
     baseline: Name of the arm that others are compared with.
-    learning_rates: Those to try in each arm.
+    learning_rates: Rates to try in each arm.
     seeds: Seeds of initialisation and order of the data.
     validation_windows: Windows of the held-out documents by which a learning
       rate is chosen.
-    looks: How often the validation loss is measured on the way, evenly spaced,
-      for the cost to a target.
-    look_windows: Windows that a look takes.
-    margin: The target is the baseline's loss plus so many nats.
+    looks: How often the validation loss is measured during training, evenly
+      spaced, for the cost to a target.
+    look_windows: Windows per look.
+    margin: The target is the baseline's loss plus this many nats.
     pairs_at_once: How many (learning rate, seed) pairs a GPU trains at once.
     tasks: Retrieval.
     quick: What `--quick` does.
@@ -165,7 +165,7 @@ class AblationConfig:
     for name in (self.baseline, *self.quick.arms):
       if name not in names:
         raise ValueError(
-          f"there is no arm {name!r}: the arms are {', '.join(names)}."
+          f"unknown arm {name!r}: the arms are {', '.join(names)}."
         )
     check_rates(self.learning_rates, "the study")
     for arm in self.arms:
@@ -183,7 +183,7 @@ class AblationConfig:
         )
     if self.run.evaluation.protocol != "longlora":
       raise ValueError(
-        "a study measures with the protocol 'longlora', got"
+        "a study uses the protocol 'longlora', got"
         f" {self.run.evaluation.protocol!r}."
       )
     if self.run.data.held_out < 1:
@@ -193,15 +193,15 @@ class AblationConfig:
       )
 
   def rates(self, arm: ArmConfig) -> tuple[float, ...]:
-    """Returns the learning rates to try in an arm; 0 where nothing is tuned."""
+    """Returns the learning rates to try in an arm; 0 if nothing is tuned."""
     if arm.tuning == "none":
       return (0.0,)
     return arm.learning_rates or self.learning_rates
 
   def settings(self, arm: ArmConfig) -> FinetuneConfig:
-    """Returns the settings with which `finetune` does what the arm does.
+    """Returns settings for `finetune` that do the same as the arm.
 
-    The learning rate and the seed are those of `run`.
+    The learning rate and the seed come from `run`.
 
     Raises:
       ValueError: PoSE's window does not divide the length, or a setting is out

@@ -1,4 +1,4 @@
-"""The files of a study: one for each pair of an arm, whole or absent.
+"""The files of a study: one for each pair of an arm, complete or absent.
 
 runs/ARM/RATE-SEED.npz          validation loss, and its looks on the way
 runs/ARM/RATE-SEED.params.npz   what was trained, until the arm is scored
@@ -53,11 +53,11 @@ class Store:
       return json.loads(str(arrays.pop(_ABOUT))) | arrays
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
       raise ValueError(
-        f"{path} is damaged ({error}): remove it, and it is made again."
+        f"{path} is damaged ({error}): remove it to have it made again."
       ) from error
 
   def trained(self, arm: str, pair: Pair) -> dict[str, Any] | None:
-    """Returns what is known of a trained pair, None if it is not trained."""
+    """Returns the results of a trained pair, None if it is not trained."""
     return self._read(self._path(arm, pair, ""))
 
   def write_trained(
@@ -68,10 +68,10 @@ class Store:
     arrays: dict[str, np.ndarray],
     about: dict[str, Any],
   ) -> None:
-    """Writes a trained pair: its parameters first, so that both are there."""
+    """Writes a trained pair, parameters first so that both files exist."""
     leaves = jax.device_get(jax.tree.leaves(params))
     content = io.BytesIO()
-    # numpy's files have no bfloat16; float32 holds it exactly.
+    # numpy's files have no bfloat16; float32 represents it exactly.
     np.savez(content, *(np.asarray(leaf, np.float32) for leaf in leaves))
     atomic_file.write(self._path(arm, pair, ".params"), content.getvalue())
     self._write(self._path(arm, pair, ""), arrays, about)

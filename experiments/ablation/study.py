@@ -1,4 +1,4 @@
-"""What a study measures, arm by arm; what was measured before is left out."""
+"""Runs a study arm by arm, skipping what was measured before."""
 
 import dataclasses
 import itertools
@@ -30,9 +30,9 @@ class Texts:
 
   Attributes:
     train: Tokens to train on.
-    validation: Windows of the study's length, by which rates are chosen.
-    looks: Windows for the looks on the way.
-    test: Windows of the verdict, by their length.
+    validation: Windows of the study's length, to choose rates by.
+    looks: Windows for the looks during training.
+    test: Windows for the final losses, by length.
     vocabulary: The tokenizer.
   """
 
@@ -79,19 +79,19 @@ def base_config(study: AblationConfig) -> LlamaConfig:
 
 
 def test_lens(study: AblationConfig, base: LlamaConfig) -> tuple[int, ...]:
-  """Returns the lengths of the verdict, the study's own among them."""
+  """Returns the lengths of the final losses, including the study's own."""
   seq_len = study.run.training.seq_len
   lens = study.run.evaluation.context_lens or (base.context_len,)
   return tuple(sorted({*lens, seq_len}))
 
 
 def seeds(study: AblationConfig, arm: ArmConfig) -> tuple[int, ...]:
-  """Returns the seeds of an arm; one where nothing is tuned."""
+  """Returns the seeds of an arm; one if nothing is tuned."""
   return study.seeds if arm.tuning != "none" else study.seeds[:1]
 
 
 def pairs_of_steps(study: AblationConfig, arm: ArmConfig) -> int:
-  """Returns the (query, key) pairs of an arm's training, over heads and layers.
+  """Returns an arm's (query, key) pairs in training, over heads and layers.
 
   Raises:
     ValueError: The pattern is unknown or does not fit the model.
@@ -137,7 +137,7 @@ def check(study: AblationConfig) -> None:
 
 
 class Runner:
-  """Runs the arms of a study, and keeps what they give in its files."""
+  """Runs the arms of a study and keeps the results in its files."""
 
   def __init__(
     self,
@@ -153,7 +153,7 @@ class Runner:
       study: The study.
       store: Where its files are.
       texts: Its texts.
-      timed: Whether the device is free of other work, so that seconds count.
+      timed: Whether the device has no other work, so that seconds count.
     """
     self._study, self._store, self._texts = study, store, texts
     self._timed = timed
@@ -175,7 +175,7 @@ class Runner:
     return scoring.last_quarter(found).mean(axis=-1)
 
   def run(self, arm: ArmConfig) -> None:
-    """Trains and scores what an arm still lacks."""
+    """Trains and scores whatever an arm still lacks."""
     study, store = self._study, self._store
     all_pairs = itertools.product(study.rates(arm), seeds(study, arm))
     missing = []
@@ -244,7 +244,7 @@ class Runner:
     )
 
   def _weights(self, arm: ArmConfig, some: list[Pair]) -> Weights:
-    """Returns trained pairs as their files have them."""
+    """Returns trained pairs from their files."""
     run = self._study.settings(arm)
     resolved = resolve.resolve(run)
     if arm.tuning == "none":
@@ -256,7 +256,7 @@ class Runner:
     if lost:
       raise ValueError(
         f"the parameters of arm {arm.name} at {lost[0]} are gone, but it is not"
-        " scored yet: remove its files, and it is trained again."
+        " scored yet: remove its files to train it again."
       )
     return dataclasses.replace(blank, params=pairs.stack(read))
 
@@ -307,7 +307,7 @@ class Runner:
 
 
 def _about(arm: ArmConfig) -> dict[str, Any]:
-  """Returns what the files of an arm depend on, as JSON types."""
+  """Returns the settings that an arm's files depend on, as JSON types."""
   about = json.loads(json.dumps(to_json(arm)))
   del about["learning_rates"]  # Others may be added.
   return about
@@ -322,7 +322,7 @@ def validation_losses(
 ) -> dict[float, float]:
   """Returns the mean loss of the last quarter of held-out text by rate.
 
-  It is over seeds and windows; NaN where a run diverged or is not there.
+  The mean is over seeds and windows; NaN if a run diverged or is missing.
   """
   result = {}
   for rate in study.rates(arm):
@@ -350,7 +350,7 @@ def chosen_pairs(
   if not finite:
     raise ValueError(
       f"arm {arm.name} diverged at every learning rate, {list(found)}: give"
-      " lower ones."
+      " lower rates."
     )
   best = min(finite, key=lambda rate: finite[rate])
   return [(best, seed) for seed in seeds(study, arm)]

@@ -1,1 +1,1 @@
-"""What the commands share: settings, flags, the loop."""
+"""Code shared by the commands: settings, flags, the training loop."""

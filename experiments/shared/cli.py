@@ -1,12 +1,12 @@
 """How every command starts, and how it ends on bad input.
 
-A bad flag, file or setting is for the user to correct, so the command ends with
-one line on standard error and exit status 2. `--traceback` shows where the
-error came from.
+The user can correct a bad flag, file or setting, so the command ends with one
+line on standard error and exit status 2. `--traceback` shows where the error
+came from.
 
-What jax compiles is kept between runs, in `scca_jax/compiled` of the user's
-cache folder ($XDG_CACHE_HOME, ~/.cache). JAX_COMPILATION_CACHE_DIR names
-another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+Compiled programs are kept between runs, in `scca_jax/compiled` of the user's
+cache folder ($XDG_CACHE_HOME or ~/.cache). JAX_COMPILATION_CACHE_DIR names
+another folder; JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _MAX_LETTERS = 480
 
 def _one_line(error: BaseException) -> str:
   text = " ".join(str(error).split()) or type(error).__name__
-  # A name may be anything, in any number; the remedy is at the end.
+  # A name may be of any length, and the remedy is at the end.
   if len(text) > _MAX_LETTERS:
     text = f"{text[:300]} ... {text[-150:]}"
   return text.encode(errors="backslashreplace").decode()
@@ -53,11 +53,11 @@ def _out_of_memory(error: Exception) -> ValueError | None:
   if "RESOURCE_EXHAUSTED" not in text:
     return None
   asked = re.search(r"allocat(?:e|ing) ([\d.]+ ?\w+)", text)
-  more = f", {asked[1]} more were asked for" if asked else ""
+  more = f" (it needed {asked[1]} more)" if asked else ""
   return ValueError(
-    f"{jax.local_devices()[0].device_kind} is out of memory{more}: take fewer"
-    " or shorter sequences at once, or the settings that"
-    " `scca plan_memory` finds to fit."
+    f"{jax.local_devices()[0].device_kind} is out of memory{more}: use smaller"
+    " batches or shorter sequences, or settings that fit according to `scca"
+    " plan_memory`."
   )
 
 
@@ -102,7 +102,7 @@ def _help(
   files: Sequence[str],
   config: config_flag.ConfigFlag[Any] | None,
 ) -> str:
-  """Returns what `--help` prints: the command, its flags, its settings."""
+  """Returns the text of `--help`: the command, its flags, its settings."""
   width = min(100, shutil.get_terminal_size().columns)
   text = inspect.cleandoc(main.__globals__["__doc__"] or "")
   spec = main.__globals__["__spec__"]
@@ -122,13 +122,13 @@ def _help(
     )
   if config:
     flags.FLAGS(config.take([a for a in sys.argv if a not in _HELP]))
-    lines += ["", f"Settings (here: what {config.path()} and flags make them):"]
+    lines += ["", f"Settings (here: the value with {config.path()} and flags):"]
     lines.append(config.help(width))
   return "\n".join(lines)
 
 
 def _keep_compiled() -> None:
-  """Tells jax where to keep what it compiles, unless the user has."""
+  """Tells jax where to keep compiled programs, unless the user did."""
   settings: Any = jax.config
   if (
     settings.jax_compilation_cache_dir
@@ -150,16 +150,18 @@ def cache_folder(name: str) -> pathlib.Path | None:
   except OSError:
     # The cache folder is not writable: skip caching.
     return None
-  # What is compiled is run: nobody else may put it there.
+  # Compiled programs are run, so nobody else may write them.
   if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
-    logging.warning("%s belongs to others: nothing is kept there.", folder)
+    logging.warning(
+      "%s can be written by others, so it is not used as a cache.", folder
+    )
     return None
   return folder
 
 
 @functools.cache
 def _quieten_orbax() -> None:
-  """Hides what Orbax logs; the command reports its errors."""
+  """Silences Orbax's log; the command reports its errors."""
   logging.get_absl_handler().addFilter(
     lambda record: "orbax" not in pathlib.PurePath(record.pathname).parts
   )
@@ -177,14 +179,14 @@ def _quieten_orbax() -> None:
 
 
 class _Stopped(BaseException):
-  """The process is asked to end; its argument is the signal."""
+  """A request to end the process; its argument is the signal."""
 
 
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-  """Raises `_Stopped` on SIGINT and SIGTERM, so that all is cleaned up.
+  """Raises `_Stopped` on SIGINT and SIGTERM, so that everything is cleaned up.
 
-  A second signal of a kind ends the process at once.
+  A second signal of the same kind ends the process at once.
   """
 
   def stop(number: int, frame: Any) -> NoReturn:
@@ -210,19 +212,20 @@ def run(
   files: Sequence[str] = (),
   has_flags: bool = True,
 ) -> None:
-  """Runs `main(*files)` with the flags parsed; does not return.
+  """Parses the flags, runs `main(*files)` and exits.
 
-  `--help` lists flags and settings, `--version` names the version; both end
+  `--help` lists flags and settings, `--version` prints the version; both exit
   with status 0.
 
   Args:
-    main: The command. Its ValueError, OSError and NotImplementedError are about
-      its input: their message is printed as one line and the exit status is 2.
-      The same holds for a device that is out of memory. On SIGINT and SIGTERM
-      it ends with a line, and with status 128 + the signal's number.
+    main: The command. Its ValueError, OSError and NotImplementedError concern
+      the input: their message is printed as one line and the exit status is 2.
+      The same goes for a device that is out of memory. On SIGINT and SIGTERM it
+      ends with one line and status 128 + the signal's number.
     config: The settings of the command, if it has any.
-    files: What messages call the files that the command takes beside flags.
-    has_flags: Whether the command line is ours to parse; otherwise `main` does.
+    files: Names, for messages, of the files that the command takes besides
+      flags.
+    has_flags: Whether to parse the command line here; otherwise `main` does it.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -238,7 +241,7 @@ def run(
       (number,) = stopped.args
       print(
         f"\nStopped by {signal.Signals(number).name}: no file is half-written;"
-        " the same command starts again, or goes on.",
+        " the same command starts again, or resumes.",
         file=sys.stderr,
         flush=True,
       )
@@ -250,9 +253,7 @@ def run(
     except MemoryError as error:
       if _TRACEBACK.value:
         raise
-      _fail(
-        MemoryError(f"the input needs more memory than there is ({error}).")
-      )
+      _fail(MemoryError(f"the input needs too much memory ({error})."))
     except jax.errors.JaxRuntimeError as error:
       exhausted = _out_of_memory(error)
       if exhausted is None or _TRACEBACK.value:

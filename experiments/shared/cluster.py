@@ -1,8 +1,8 @@
-"""Runs of several processes, on one host or many: which is which, who writes.
+"""Runs of several processes, on one host or many.
 
-JAX's runtime joins the processes, and finds out by itself how SLURM's `srun`
-and Open MPI's `mpirun` started them; flags say it otherwise. Every process runs
-the same command. All need the output folder on a file system they share.
+JAX's runtime joins the processes. It detects how SLURM's `srun` and Open MPI's
+`mpirun` started them; otherwise flags describe it. Every process runs the same
+command, and the output folder must be on a shared file system.
 
     srun --ntasks-per-node=8 scca finetune --distributed \
       --config=configs/llama2_7b_32k.py --config.mesh.fsdp=16
@@ -22,7 +22,7 @@ _DISTRIBUTED = flags.DEFINE_boolean(
   "distributed",
   False,
   "Whether this is one of several processes of a run, started by SLURM, by Open"
-  " MPI, or as the next three flags say.",
+  " MPI, or as described by the next three flags.",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator_address", None, "HOST:PORT of process 0, the same in all."
@@ -34,8 +34,8 @@ _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "Number of this process, from 0."
 )
 
-# Exit status of processes that end because process 0 did: that of bad input,
-# which all of them were given.
+# Exit status of processes that end because process 0 did: the status for bad
+# input, since all got the same input.
 _PRIMARY_FAILED = 2
 
 
@@ -45,7 +45,7 @@ def start() -> None:
   Call it before anything else in JAX. Only process 0 prints afterwards.
 
   Raises:
-    ValueError: It is not known how many processes there are, or where.
+    ValueError: The number of processes or their address is unknown.
   """
   given = {
     "coordinator_address": _COORDINATOR.value,
@@ -56,12 +56,12 @@ def start() -> None:
   if not _DISTRIBUTED.value:
     if said:
       raise ValueError(
-        f"--{said[0]} is for a run of several processes: add --distributed."
+        f"--{said[0]} is for runs of several processes: add --distributed."
       )
     return
   if said and len(said) < len(given):
     missing = next(name for name, value in given.items() if value is None)
-    raise ValueError(f"--{said[0]} needs --{missing} too.")
+    raise ValueError(f"--{said[0]} also needs --{missing}.")
   try:
     jax.distributed.initialize(**given)
   except (ValueError, RuntimeError) as error:
@@ -80,7 +80,7 @@ def is_primary() -> bool:
 
 
 def barrier(name: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes arrive."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
@@ -96,11 +96,11 @@ def agree(flag: bool) -> bool:
 def primary_first() -> Iterator[None]:
   """Runs a block in process 0, then in the other processes.
 
-  If process 0 raises in the block, the others end too, silently: one message
-  is enough.
+  If process 0 raises in the block, the others end too, silently, because one
+  message is enough.
 
   Raises:
-    SystemExit: Process 0 has failed, and this is another one.
+    SystemExit: Process 0 has failed, and this is a different process.
   """
   if not is_primary():
     if agree(False):

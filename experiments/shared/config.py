@@ -2,9 +2,9 @@
 
 A file in `configs/` returns a `ConfigDict`, made by `to_config_dict` from the
 dataclasses here, so every setting has its default, type and description in one
-place. Flags change single settings (`--config.training.steps=100`). At the
-door of a command the `ConfigDict` becomes a dataclass again: an unknown setting
-or one of the wrong type ends the command, naming it.
+place. Flags change single settings (`--config.training.steps=100`). When a
+command starts, the `ConfigDict` becomes a dataclass again, and an unknown
+setting or one of the wrong type ends the command with its name.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ from scca_jax.training import OptimizerConfig
 Settings = TypeVar("Settings")
 DTYPES = ("float32", "bfloat16", "float16")
 TUNINGS = ("lora", "full")
-# Numbers are below it: no size, seed or rate is larger.
+# Numbers must be below it; no sensible size, seed or rate is larger.
 _LIMIT = 1 << 31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-  """How the positions are fitted to the longer context.
+  """How the positions are adapted to the longer context.
 
   Attributes:
     kind: "linear" (Position Interpolation), "dynamic", "ntk", "yarn" or
-      "llama3"; None leaves RoPE as the model has it.
-    factor: None takes target length / pretrained length.
+      "llama3"; None keeps the model's RoPE.
+    factor: Factor of the scaling; None means target length / pretrained length.
   """
 
   kind: str | None = "linear"
@@ -49,16 +49,16 @@ class DataConfig:
   """The texts.
 
   Attributes:
-    train: A token file (.bin), or text (.txt, .jsonl, packed or a folder);
-      None takes the embedded books.
-    test: The same, for perplexity; it must share no document with `train`.
-    tokenizer: `tokenizer.model` or `tokenizer.json`; None takes the model's.
+    train: A token file (.bin), or text (.txt, .jsonl, compressed or a folder);
+      None uses the embedded books.
+    test: The same, for perplexity; it must not share documents with `train`.
+    tokenizer: `tokenizer.model` or `tokenizer.json`; None uses the model's.
     packing: "concatenate" (documents run on, as in LongLoRA) or "packed"
       (attention stays within a document).
-    held_out: Documents at the end of `train` that are not trained on, so that
-      settings can be chosen on them; `ablate` validates on them.
-    skip_to: Length up to which positions skip in shorter windows, for PoSE; see
-      `batches.make_batches`. None skips none.
+    held_out: Number of documents at the end of `train` that are not trained on,
+      so that settings can be chosen on them; `ablate` validates on them.
+    skip_to: Length that positions reach by skipping within shorter windows, for
+      PoSE; see `batches.make_batches`. None skips nothing.
   """
 
   train: str | None = None
@@ -89,37 +89,39 @@ class TrainingConfig:
     batch_size: Sequences per optimiser step.
     num_micro_batches: Parts that a batch is cut into (gradient accumulation).
     steps: Optimiser steps.
-    dense_fraction: Share of the steps, at the end, with dense attention in
-      place of the pattern. The optimiser's moments are kept, and the learning
-      rate warms up again over `optimizer.rewarmup_steps`.
+    dense_fraction: Share of the steps, at the end, with dense attention instead
+      of the pattern. The optimiser's moments are kept, and the learning rate
+      warms up again over `optimizer.rewarmup_steps`.
     seed: Seed of initialisation, shuffling and dropout.
     dtype: Compute dtype, "float32", "bfloat16" or "float16".
     param_dtype: Dtype of the frozen weights.
     quantize: "int8" or "nf4" for the frozen matrices of the layers; None keeps
       them in `param_dtype`.
-    remat: What is saved of each layer for the backward pass: "none", all
-      activations; "layer", its input alone, from which the rest is recomputed;
-      "attention", also what the attention kernels save; "projections", also
-      what the projections give, so that no large product runs forward twice;
-      "offload", the inputs of attention and MLP, in the host's memory;
-      "offload_projections", what "projections" saves, there.
+    remat: What each layer saves for the backward pass: "none", all activations;
+      "layer", only its input, from which the rest is recomputed; "attention",
+      also what the attention kernels save; "projections", also the outputs of
+      the projections, so that no large product runs forward twice; "offload",
+      the inputs of attention and MLP, in the host's memory;
+      "offload_projections", the same as "projections", in the host's memory.
     offload_optimizer: Whether the optimiser's moments stay in the host's
       memory between updates.
-    mlp_chunk: Tokens of each sequence whose MLP is computed at once; None
-      takes all.
-    loss_chunk: Tokens of each sequence whose logits are held at once.
+    mlp_chunk: How many tokens of each sequence the MLP processes at a time;
+      None means all.
+    loss_chunk: How many tokens of each sequence have their logits in memory at
+      once.
     segment_len: Tokens of a sequence that go through the layers at a time, with
-      exact gradients: memory does not grow with the length of the sequence.
-      None takes all. Patterns must look back only so far: not dense attention.
-    offload_segments: Whether the keys and values that later segments see wait
-      for the backward pass in the host's memory.
-    log_every: Steps between writes of the metrics (each step has its line).
+      exact gradients, so that memory does not grow with the length of the
+      sequence. None means all. The pattern must have a limited reach, so not
+      dense attention.
+    offload_segments: Whether the keys and values that later segments see are
+      kept in the host's memory until the backward pass.
+    log_every: Steps between writes of the metrics (each step has its own line).
     checkpoint_every: Steps between checkpoints; the last step has one too.
     keep_checkpoints: How many of the newest checkpoints are kept.
-    implementation: Attention back end; None takes the best for the device.
+    implementation: Attention back end; None picks the best for the device.
     deterministic: Whether attention has bit-equal gradients from run to run, so
-      that a run that is killed and resumed on a GPU ends as it would have;
-      otherwise it ends within noise of that, and may be faster.
+      that a run that is killed and resumed on a GPU ends exactly as it would
+      have; otherwise it ends within noise of that, and may be faster.
   """
 
   seq_len: int = 1024
@@ -192,13 +194,15 @@ class EvaluationConfig:
   """Perplexity, during training and at its end.
 
   Attributes:
-    context_lens: Lengths in tokens; None takes the pretrained and the target.
+    context_lens: Lengths in tokens; None means the pretrained and the target
+      length.
     protocol: "longlora", "strided" or "document".
-    num_windows: Evenly spaced windows per length; None takes all.
-    stride: Tokens between windows; "longlora" has 256.
+    num_windows: Evenly spaced windows per length; None uses all.
+    stride: Tokens between windows; "longlora" always has 256.
     batch_tokens: Tokens per batch of windows.
     every: Steps between evaluations during training; 0 means none.
-    windows_on_the_way: Number of windows of those, at the target length.
+    windows_on_the_way: Number of windows of those evaluations, at the target
+      length.
     tasks: Tasks to score at the end, such as "passkey", at the same lengths;
       see `scca_jax.tasks`.
     num_samples: Samples of each task at each length.
@@ -243,11 +247,11 @@ class FinetuneConfig:
 
   Attributes:
     model: Hugging Face folder, .gguf file, or a name on Hugging Face such as
-      "HuggingFaceTB/SmolLM2-135M"; None takes the embedded model.
+      "HuggingFaceTB/SmolLM2-135M"; None uses the embedded model.
     rope: Rope scaling.
-    tuning: What is trained: "lora", an adapter and what `lora` says beside it;
-      or "full", every parameter.
-    lora: Adapter, and what else is trained.
+    tuning: What is trained: "lora", an adapter and what else `lora` selects; or
+      "full", every parameter.
+    lora: The adapter, and what else is trained.
     pattern: Attention pattern of training, as `scca_jax.patterns.parse` reads
       it.
     data: Texts.
@@ -275,27 +279,27 @@ class FinetuneConfig:
       )
     if self.tuning == "full" and self.training.quantize is not None:
       raise ValueError(
-        f"training.quantize={self.training.quantize!r} holds weights that"
-        " cannot be trained: leave it out, or take tuning='lora'."
+        f"training.quantize={self.training.quantize!r} makes weights that"
+        " cannot be trained: leave it out, or use tuning='lora'."
       )
 
   @property
   def adapter(self) -> LoraConfig | None:
-    """The adapter that is trained, None if every parameter is."""
+    """The adapter to train; None if every parameter is trained."""
     return self.lora if self.tuning == "lora" else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArchitectureConfig:
-  """Sizes of a model that is trained from its initialisation.
+  """Sizes of a model that is trained from scratch.
 
   Attributes:
     hidden_size: Width of the residual stream.
     intermediate_size: Width of the MLP.
-    num_layers: Layers.
-    num_heads: Query heads.
-    num_kv_heads: Key and value heads.
-    head_dim: Width of a head; None takes hidden_size / num_heads.
+    num_layers: Number of layers.
+    num_heads: Number of query heads.
+    num_kv_heads: Number of key and value heads.
+    head_dim: Width of a head; None means hidden_size / num_heads.
     rope_theta: Base of the rotary frequencies.
     tie_embeddings: Whether the output head is the embedding.
   """
@@ -344,7 +348,7 @@ class PretrainConfig:
 
 
 def without_none(kind: Any) -> Any:
-  """Returns `T` for `T | None`, and any other annotation as it is."""
+  """Returns `T` for `T | None`, and any other annotation unchanged."""
   if isinstance(kind, types.UnionType) or typing.get_origin(kind) is (
     typing.Union
   ):
@@ -374,7 +378,7 @@ def to_config_dict(settings: Any) -> ml_collections.ConfigDict:
 def _checked(value: Any, kind: Any, name: str) -> Any:
   """Returns the value if it has the annotated type."""
   allowed = without_none(kind)
-  # A flag cannot say None otherwise.
+  # The only way for a flag to say None.
   if allowed is not kind and (value is None or value in ("None", "none")):
     return None
   if dataclasses.is_dataclass(allowed):
@@ -405,9 +409,9 @@ def from_config_dict(
   """Returns the settings dataclass of a `ConfigDict` or plain dict.
 
   Args:
-    kind: Which dataclass.
-    settings: Its settings, nested; those left out take their defaults.
-    prefix: Put before names in messages.
+    kind: The dataclass.
+    settings: Its settings, nested; missing ones get their defaults.
+    prefix: Prefix of names in messages.
 
   Raises:
     ValueError: A setting is unknown, ill-typed or out of range.
@@ -437,7 +441,7 @@ def from_config_dict(
 
 
 def to_json(settings: Any) -> dict[str, Any]:
-  """Returns the settings as JSON types, to be saved with a result."""
+  """Returns the settings as JSON types, to save with a result."""
   return dataclasses.asdict(settings)
 
 

@@ -1,8 +1,8 @@
 """Settings on the command line: `--config=FILE` and `--config.NAME=VALUE`.
 
-The dataclasses of a run say which settings there are, with type, default and
-description; what is here reads values for them, lists them for `--help`, and
-finds the one that was meant.
+The dataclasses of a run define the settings with type, default and description.
+This module reads their values, lists them for `--help`, and suggests the
+nearest one for a misspelt name.
 """
 
 import ast
@@ -24,12 +24,12 @@ from experiments.shared.config import from_config_dict, without_none
 
 Run = TypeVar("Run")
 
-# Holds `configs/`, in a checkout and in a wheel.
+# Contains `configs/`, in a checkout and in a wheel.
 _ROOT = pathlib.Path(__file__).parents[2]
 _CHANGE = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
-# `--config` belongs to the command that asks for it.
+# `--config` counts as a flag of the command that defines it.
 flags.disclaim_key_flags()
 
 
@@ -42,7 +42,7 @@ class Setting:
     kind: Its type.
     default: Its default.
     text: Its description.
-    group: What its group is.
+    group: Description of its group.
   """
 
   name: str
@@ -53,7 +53,7 @@ class Setting:
 
   @property
   def type_name(self) -> str:
-    """Its type as a reader writes it, such as "int | None"."""
+    """Its type as people write it, such as "int | None"."""
     if items := _items(self.kind):
       return f"tuple of {items.__name__}"
     is_class = isinstance(self.kind, type) and not typing.get_args(self.kind)
@@ -61,14 +61,14 @@ class Setting:
 
 
 def _describe(kind: type) -> dict[str, str]:
-  """Returns what the docstring of a dataclass says of each attribute."""
+  """Returns the description of each attribute in a dataclass's docstring."""
   _, _, text = (inspect.getdoc(kind) or "").partition("Attributes:\n")
   found = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", text, re.MULTILINE)
   return {name: " ".join(words.split()) for name, words in found}
 
 
 def _items(kind: Any) -> type | None:
-  """Returns `T` for `tuple[T, ...]` of a dataclass, else None."""
+  """Returns `T` for `tuple[T, ...]` of a dataclass, otherwise None."""
   first = next(iter(typing.get_args(kind)), None)
   return first if dataclasses.is_dataclass(first) else None  # pyright: ignore
 
@@ -80,8 +80,8 @@ def list_settings(
 
   Args:
     kind: The dataclass.
-    prefix: Put before names.
-    group: What it is, if it is a group of another.
+    prefix: Prefix of names.
+    group: Description of the dataclass, if it is a group in another one.
   """
   hints, texts = typing.get_type_hints(kind), _describe(kind)
   own, groups = [], []
@@ -91,7 +91,7 @@ def list_settings(
     if dataclasses.is_dataclass(hint):
       found = list_settings(hint, f"{name}.", text)  # pyright: ignore
       default = field.default
-      # A group may have other defaults than its class.
+      # A group may have different defaults from its class.
       groups += [
         dataclasses.replace(x, default=_get(default, x.name[len(name) + 1 :]))
         for x in found
@@ -110,7 +110,7 @@ def list_settings(
 
 
 def _get(settings: Any, name: str) -> Any:
-  """Returns the value of a dotted name, None of one in a list."""
+  """Returns the value of a dotted name, or None for one in a list."""
   for part in name.split("."):
     if part.endswith("[]"):
       return None
@@ -138,8 +138,8 @@ def read_value(text: str, setting: Setting) -> Any:
   """Returns the value that a flag gives a setting.
 
   Args:
-    text: What stands behind the "=". "none" in any case is None where the
-      setting may be None; a tuple may go without parentheses.
+    text: The text after the "=". "none", in upper or lower case, means None if
+      the setting may be None; a tuple needs no parentheses.
     setting: The setting.
 
   Raises:
@@ -185,14 +185,14 @@ def nearest(given: str, names: Iterable[str]) -> list[str]:
 
 
 class ConfigFlag(Generic[Run]):
-  """The settings of a command: a file, and what flags change of it."""
+  """The settings of a command: a file, and the changes made by flags."""
 
   def __init__(self, kind: type[Run], default: str):
     """Defines the flag `--config`.
 
     Args:
       kind: Dataclass of the settings.
-      default: Name in `configs/` of the config if no other is given.
+      default: Name in `configs/` of the default config.
     """
     self._kind = kind
     self._settings = {s.name: s for s in list_settings(kind)}
@@ -200,17 +200,17 @@ class ConfigFlag(Generic[Run]):
     self._file = flags.DEFINE_string(
       "config",
       f"configs/{default}.py",
-      "Settings of the run, a Python program that is run: take none from"
-      " strangers. --config.NAME=VALUE changes one of them.",
+      "Settings of the run: a Python program, which is executed, so do not use"
+      " files from strangers. --config.NAME=VALUE changes a setting.",
     )
 
   @property
   def names(self) -> list[str]:
-    """The settings, as flags without dashes."""
+    """The settings as flags, without dashes."""
     return [f"config.{name}" for name in self._settings]
 
   def take(self, argv: Sequence[str]) -> list[str]:
-    """Takes the changes of settings out of a command line; returns the rest.
+    """Takes changes of settings out of a command line; returns the rest.
 
     Raises:
       ValueError: A setting is unknown, or its value cannot be read.
@@ -252,7 +252,7 @@ class ConfigFlag(Generic[Run]):
     self._changes[name] = read_value(value, setting)
 
   def path(self) -> pathlib.Path:
-    """Returns the config file; one that is shipped is found in any folder."""
+    """Returns the config file; the shipped ones are found from any folder."""
     path = pathlib.Path(self._file.value or "")
     shipped = _ROOT / path
     return shipped if not path.exists() and shipped.is_file() else path
@@ -268,11 +268,11 @@ class ConfigFlag(Generic[Run]):
       raise ValueError(f"the config file {path} is not a file.")
     try:
       settings = runpy.run_path(str(path))["get_config"]()
-    # A config file may fail in any way of its own, and may not end the command.
+    # A config file may fail in any way, but must not end the command.
     except (Exception, SystemExit) as error:
       text = str(error) or type(error).__name__
       if isinstance(error, FileNotFoundError):
-        text = "there is no such file"
+        text = "it does not exist"
       elif isinstance(error, KeyError) and error.args == ("get_config",):
         text = "it has no function get_config"
       raise ValueError(
@@ -335,5 +335,5 @@ def unknown(given: str, names: Iterable[str]) -> str:
   """
   kind = "setting" if given.startswith("config.") else "flag"
   near = " or ".join(f"--{name}" for name in nearest(given, names))
-  hint = f"did you mean {near}?" if near else "--help lists what there is."
+  hint = f"did you mean {near}?" if near else "see --help for the list."
   return f"unknown {kind} --{given}: {hint}"

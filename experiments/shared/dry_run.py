@@ -1,4 +1,4 @@
-"""What `--dry_run` prints: what a run would do, without doing it."""
+"""`--dry_run`: prints what a run would do, without doing it."""
 
 import itertools
 import pathlib
@@ -29,13 +29,13 @@ def show(
 ) -> None:
   """Prints settings, shapes, pairs, tokens and memory; writes nothing.
 
-  The training step is compiled for the devices at hand, on shapes alone.
+  The training step is compiled for the devices at hand, using only shapes.
 
   Args:
     run: The settings.
-    resolved: What they mean.
-    text: What it would train on.
-    adapter: The adapter that is trained; None trains every parameter.
+    resolved: The resolved settings.
+    text: The text it would train on.
+    adapter: The adapter to train; None trains every parameter.
 
   Raises:
     ValueError: The token file is damaged.
@@ -105,7 +105,7 @@ def _show_tokens(
     times = train.steps * a_step / count
     print(f"  {path}: {count:,} tokens, read {times:.2f} times")
   else:
-    print(f"  {path.name}: text, which becomes tokens when the run starts")
+    print(f"  {path.name}: text, to be tokenised when the run starts")
 
 
 def _memory(
@@ -114,7 +114,7 @@ def _memory(
   model: Llama,
   trainable: Any,
 ) -> str:
-  """Returns what a compiled step allocates, or why that is not known."""
+  """Returns what a compiled step allocates, or why that is unknown."""
   train, step = run.training, resolved.step
   optimizer = training.make_optimizer(run.optimizer, train.steps)
   graphdef, params, frozen = nnx.split(model, trainable, ...)
@@ -138,13 +138,13 @@ def _memory(
   try:
     found = memory.device_bytes(compiled.lower(state, frozen, batch).compile())
   except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-    return f"not known: the step does not compile here: {error}"
+    return f"unknown: the step does not compile here: {error}"
   limit = (device.memory_stats() or {}).get("bytes_limit")
   of = f" of {limit / 2**30:.2f} GiB" if limit else ""
   other = (
     ""
     if device.platform == "gpu"
-    else "; `scca plan_memory` plans for a GPU that is not here"
+    else "; `scca plan_memory` plans for a GPU that you do not have"
   )
   return (
     f"a step compiles to {found / 2**30:.2f} GiB{of} on each"

@@ -1,7 +1,7 @@
-"""Flags that several commands take, and the checks that go with them.
+"""Flags that several commands share, and their checks.
 
-A command calls these functions at its top; the flags then count as its own, in
-`--help` too.
+A command calls these functions at its top; the flags then count as its own,
+also in `--help`.
 """
 
 import pathlib
@@ -22,12 +22,12 @@ PATTERN_HELP = (
   f" {', '.join(patterns.NAMES)}, mix, mixture, layers"
 )
 
-# What follows belongs to the commands that call it.
+# The flags below belong to the commands that call these functions.
 flags.disclaim_key_flags()
 
 
 def split_patterns(text: str) -> list[str]:
-  """Returns the parts between commas that are not in parentheses."""
+  """Splits a text at the commas outside parentheses."""
   parts, depth = [""], 0
   for letter in text:
     depth += (letter in "([") - (letter in ")]")
@@ -39,7 +39,7 @@ def split_patterns(text: str) -> list[str]:
 
 
 class _CommasSerializer(flags.ArgumentSerializer[Any]):
-  """Writes a list as the parsers below read it."""
+  """Writes a list in the form that the parsers below read."""
 
   def serialize(self, value: Any) -> str:
     """Returns the list with commas between."""
@@ -47,7 +47,7 @@ class _CommasSerializer(flags.ArgumentSerializer[Any]):
 
 
 class _PatternsParser(flags.ArgumentParser[list[str]]):
-  """Reads patterns, or what holds one each, separated by commas."""
+  """Reads patterns, or texts with one each, separated by commas."""
 
   syntactic_help = "patterns, separated by commas"
 
@@ -64,14 +64,14 @@ class _LengthsParser(flags.ArgumentParser[tuple[int, ...]]):
   syntactic_help = "lengths in tokens, separated by commas"
 
   def __init__(self, least: int):
-    """Takes the smallest number of lengths."""
+    """Stores the smallest number of lengths."""
     self._least = least
 
   def parse(self, argument: Any) -> tuple[int, ...]:
-    """Returns the lengths, each once.
+    """Returns the lengths, without repetitions.
 
     Raises:
-      ValueError: One is not a whole number above 0, or there are too few.
+      ValueError: One is not an integer above 0, or there are too few.
     """
     words = argument.split(",") if isinstance(argument, str) else argument
     words = [str(word).strip() for word in words if str(word).strip()]
@@ -91,7 +91,7 @@ def define_lengths(
 
   Args:
     name: The flag.
-    default: Its value if it is not given.
+    default: Its default value.
     text: Its help.
     least: The smallest number of lengths.
   """
@@ -176,9 +176,9 @@ def define_wandb() -> Holder:
   return flags.DEFINE_string(
     "wandb",
     None,
-    "Project of Weights & Biases that gets the metrics too, beside"
+    "Weights & Biases project that gets the metrics, in addition to"
     " metrics.jsonl and TensorBoard (pip install 'scca_jax[wandb]');"
-    " WANDB_MODE=offline keeps them here.",
+    " WANDB_MODE=offline keeps them local.",
   )
 
 
@@ -186,14 +186,14 @@ def define_rope(text: str) -> tuple[Holder, Holder]:
   """Defines `--rope_scaling` and `--rope_factor`.
 
   Args:
-    text: What the factor is by default.
+    text: The default of the factor, in words.
   """
   return (
     flags.DEFINE_string(
       "rope_scaling",
       None,
-      "Extend a model that was not tuned, or whose adapter does not say what it"
-      " was tuned with: linear, dynamic, ntk, yarn or llama3.",
+      "Rope scaling for a model that was not tuned, or whose adapter does not"
+      " record its scaling: linear, dynamic, ntk, yarn or llama3.",
     ),
     flags.DEFINE_float("rope_factor", None, f"Its factor; {text}."),
   )
@@ -203,8 +203,8 @@ def check_rope(scaling: Holder, factor: Holder, adapter: Holder) -> None:
   """Checks the flags of `define_rope`.
 
   Raises:
-    ValueError: They are given for an adapter that has settings of its own, or
-      the factor without its scaling.
+    ValueError: They are given for an adapter with its own settings, or the
+      factor is given without the scaling.
   """
   if scaling.value is None and factor.value is not None:
     raise ValueError("--rope_factor needs --rope_scaling=linear or another.")
@@ -214,16 +214,16 @@ def check_rope(scaling: Holder, factor: Holder, adapter: Holder) -> None:
     and adapters.has_settings(adapter.value)
   ):
     raise ValueError(
-      f"--rope_scaling cannot replace that of {adapter.value}: such an adapter"
-      " brings the one it was tuned with."
+      f"--rope_scaling cannot replace the scaling of {adapter.value}: the"
+      " adapter comes with the one it was tuned with."
     )
 
 
 def check_exist(*paths: Holder) -> None:
-  """Checks that what some flags name exists; a model may yet be downloaded.
+  """Checks that the paths in some flags exist, or may be downloaded.
 
   Raises:
-    FileNotFoundError: It does not.
+    FileNotFoundError: One does not exist.
   """
   for flag in paths:
     if flag.value is None or (flag.name == "model" and hub.is_name(flag.value)):
@@ -248,7 +248,7 @@ def check_output(flag: Holder, suffix: str) -> None:
 
 
 def check_trained(pattern: Holder, adapter: Holder) -> None:
-  """Checks that there is an adapter if its pattern is asked for.
+  """Checks that there is an adapter if its pattern is requested.
 
   Raises:
     ValueError: There is none.

@@ -1,15 +1,15 @@
 """The training loop that `pretrain` and `finetune` share.
 
-What a run leaves in its output folder:
+A run writes into its output folder:
 
     config.json      the settings; a run that resumes must have the same, but
                      may use another mesh
-    metrics.jsonl    one line a step, and one an evaluation
+    metrics.jsonl    one line per step, and one per evaluation
     tensorboard/     the same, for TensorBoard; wandb/ with --wandb
     checkpoints/     the newest few, through Orbax
 
-The parts are: the folder and its settings, metrics, requests to stop, results,
-and `fit`.
+The parts: the folder and its settings, metrics, requests to stop, results, and
+`fit`.
 """
 
 import contextlib
@@ -49,24 +49,24 @@ from scca_jax import (
   training,
 )
 
-# Steps at the start that say nothing about speed: the first one compiles.
+# Steps at the start that say nothing about speed, as the first one compiles.
 _UNTIMED_STEPS = 2
 
 
 @contextlib.contextmanager
 def output_dir(path: str, settings: dict[str, Any]) -> Iterator[pathlib.Path]:
-  """Gives the run's folder, in which no other process trains meanwhile.
+  """Gives the run's folder and keeps other runs out of it.
 
   All processes of a run must enter it together. If the `with` block writes
-  nothing, a new folder is removed.
+  nothing, a new folder is removed again.
 
   Args:
-    path: The folder; it need not exist.
+    path: The folder; may be missing.
     settings: The run's settings, as JSON types.
 
   Raises:
-    ValueError: It holds a run with other settings, one that another process is
-      at, or metrics that no run wrote.
+    ValueError: It contains a run with different settings, a run in progress, or
+      metrics that no run wrote.
     OSError: The folder cannot be written to.
   """
   folder = pathlib.Path(path)
@@ -80,16 +80,16 @@ def output_dir(path: str, settings: dict[str, Any]) -> Iterator[pathlib.Path]:
 
 
 def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Refuses a folder that holds a run with other settings."""
+  """Refuses a folder with a run that has different settings."""
   file = folder / "config.json"
-  # As JSON has it: tuples are lists there.
+  # In JSON's form, where tuples are lists.
   settings = json.loads(json.dumps(settings))
   if file.exists():
     try:
       earlier = json_file.value(file)
     except ValueError as error:
       raise ValueError(
-        f"{str(error).rstrip('.')}: remove {folder}, or name another"
+        f"{str(error).rstrip('.')}: remove {folder}, or use another"
         " --output_dir."
       ) from error
     differing = [
@@ -99,13 +99,13 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     ]
     if differing:
       raise ValueError(
-        f"{folder} holds a run with other settings ({', '.join(differing)}):"
-        " name another --output_dir, or remove it."
+        f"{folder} contains a run with different settings"
+        f" ({', '.join(differing)}): use another --output_dir, or remove it."
       )
 
 
 def _differing(a: Any, b: Any, name: str = "") -> list[str]:
-  """Returns the dotted names of the settings in which the two differ."""
+  """Returns the dotted names of the settings that differ."""
   if isinstance(a, dict) and isinstance(b, dict):
     return [
       found
@@ -118,12 +118,12 @@ def _differing(a: Any, b: Any, name: str = "") -> list[str]:
 
 
 def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the lines of a run's `metrics.jsonl`, without a last half line.
+  """Returns the lines of a run's `metrics.jsonl`.
 
-  A killed run may leave one.
+  A last half line, which a killed run may leave, is left out.
 
   Args:
-    folder: The run's folder; it need not have the file.
+    folder: The run's folder, with or without the file.
 
   Raises:
     ValueError: No run wrote them; the message names the first such line.
@@ -132,7 +132,7 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   if not path.is_file():
-    raise ValueError(f"{path} is not a file: name another --output_dir.")
+    raise ValueError(f"{path} is not a file: use another --output_dir.")
   lines = path.read_bytes().split(b"\n")
   found = []
   for number, line in enumerate(lines[:-1], start=1):
@@ -144,16 +144,16 @@ def read_metrics(folder: pathlib.Path) -> list[dict[str, Any]]:
           raise TypeError(f"{value} is not a number")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
       raise ValueError(
-        f"{path}, line {number} is not of a run, which writes a step and"
-        " numbers: remove the line, or name another --output_dir."
+        f"{path}, line {number} is not from a run, which writes a step and"
+        " numbers: remove the line, or use another --output_dir."
       ) from error
   return found
 
 
 class Metrics:
-  """`metrics.jsonl`, TensorBoard and, if asked for, Weights & Biases.
+  """Writes `metrics.jsonl`, TensorBoard and optionally Weights & Biases.
 
-  One line a step, one an evaluation.
+  There is one line per step and one per evaluation.
   """
 
   def __init__(
@@ -165,11 +165,11 @@ class Metrics:
   ):
     """Opens the files to continue after `step`; later lines are dropped.
 
-    An interrupted run wrote them after its last checkpoint; their steps will be
-    done again.
+    An interrupted run wrote those after its last checkpoint; their steps will
+    be repeated.
 
     Args:
-      folder: The run's.
+      folder: The run's folder.
       step: Steps that are done.
       wandb_project: Project of Weights & Biases, or None.
       settings: Settings of the run, which Weights & Biases shows.
@@ -193,8 +193,8 @@ class Metrics:
   def write(self, lines: list[dict[str, Any]]) -> None:
     """Appends lines; each has `step` and numbers, or dicts of numbers.
 
-    They are on the disk when this returns: a checkpoint that is saved later
-    counts on them.
+    They are on the disk when this returns, as checkpoints saved later rely on
+    them.
     """
     if self._board is None:
       return
@@ -230,7 +230,7 @@ class Metrics:
 
 
 def _open_wandb(folder: pathlib.Path, project: str, settings: Any) -> Any:
-  """Returns the run of Weights & Biases; a run that resumes keeps its own."""
+  """Returns the run at Weights & Biases; a resumed run keeps its own."""
   try:
     wandb: Any = importlib.import_module("wandb")
   except ImportError:
@@ -255,7 +255,7 @@ def _open_wandb(folder: pathlib.Path, project: str, settings: Any) -> Any:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-  """Collects SIGINT and SIGTERM; a second one of a kind ends the process."""
+  """Collects SIGINT and SIGTERM; a second one ends the process."""
   received: list[int] = []
 
   def note(number, frame):
@@ -280,8 +280,8 @@ class Result:
 
   Attributes:
     model: The trained model.
-    tokens_per_second: Median over the steps, in all the run's processes; None
-      if there were too few.
+    tokens_per_second: Median over the steps, for all the run's processes; None
+      if there were too few steps.
     final_loss: Loss of the last step, in nats per token.
   """
 
@@ -293,7 +293,7 @@ class Result:
 def _check_finite(line: dict[str, Any], scaled: bool) -> None:
   """Stops a run whose loss, or gradients for many steps, are not finite."""
   if not math.isfinite(line.get("loss", 0.0)):
-    # No loss scale mends this: it acts on the gradients only.
+    # The loss scale cannot help: it only acts on the gradients.
     raise ValueError(
       f"the loss of step {line['step']} is not finite: lower the learning rate"
       " or compute in bfloat16 or float32."
@@ -312,7 +312,7 @@ def _check_finite(line: dict[str, Any], scaled: bool) -> None:
 
 
 def load(make: Callable[[], Any], mesh: Mesh | None) -> Any:
-  """Returns a model on a mesh; no single device has to hold all of it.
+  """Returns a model on a mesh, without any device holding all of it.
 
   Args:
     make: Reads the model.
@@ -326,7 +326,7 @@ def load(make: Callable[[], Any], mesh: Mesh | None) -> Any:
 
 
 def to_host(model: Any, trainable: Any) -> Any:
-  """Returns the model with its trained parameters on the host, to be saved.
+  """Returns the model with its trained parameters on the host, for saving.
 
   All processes must call it.
   """
@@ -336,21 +336,22 @@ def to_host(model: Any, trainable: Any) -> Any:
 
 @dataclasses.dataclass(kw_only=True)
 class _Run:
-  """A run between two steps: what it has computed, written and saved.
+  """The state of a run between two steps.
 
   Attributes:
     graphdef: Structure of the model.
     state: The training state.
     frozen: Parameters that are not trained.
     step_fn: From `training.compile_step`.
-    dense_step_fn: The same with dense attention; None if there is no such step.
-    dense_from: Step, counted from 0, from which that one is taken.
+    dense_step_fn: The same with dense attention; None if there are no dense
+      steps.
+    dense_from: The first dense step, counted from 0.
     batches: Iterator of batches.
     checkpoints: Where the state is saved.
     metrics: Where the metrics are written.
     rates: The learning rate by step.
     config: Settings of the loop.
-    mesh: Devices of the run; None is one.
+    mesh: Devices of the run; None means one.
     done: Steps so far.
   """
 
@@ -369,10 +370,10 @@ class _Run:
   done: int
 
   def __post_init__(self):
-    # Speed counts from here on: compiling slows down the steps before.
+    # Measure the speed from here: compilation slows down the steps before.
     self.timed_from = self.done + _UNTIMED_STEPS
     self._saved = self.done
-    # Steps that are not written yet, with their metrics on the device.
+    # Steps not yet written, with their metrics on the device.
     self._waiting: list[tuple[int, Any]] = []
     self._last_flush = time.perf_counter()
 
@@ -421,20 +422,20 @@ class _Run:
     return lines[-1]
 
   def evaluate(self, evaluate: Callable[[Any], dict[str, Any]]) -> None:
-    """Writes what an evaluation of the model gives."""
+    """Evaluates the model and writes the results."""
     numbers = evaluate(self.model)
     self.metrics.write([{"step": self.done, "evaluation": numbers}])
     self._last_flush = time.perf_counter()
 
   def save(self) -> None:
-    """Starts to save a checkpoint, unless this step has one."""
+    """Starts saving a checkpoint, unless this step has one."""
     if self.done != self._saved:
       self.checkpoints.save(self.done, self.state, self.batches.get_state())
       self._saved = self.done
     self._last_flush = time.perf_counter()
 
   def stop(self, number: int) -> NoReturn:
-    """Ends the process on a signal, once the checkpoint is saved."""
+    """Ends the process after a signal, once the checkpoint is saved."""
     self.checkpoints.wait()
     print(
       f"Stopped by {signal.Signals(number).name} after step {self.done}; the"
@@ -444,7 +445,7 @@ class _Run:
     raise SystemExit(128 + number)
 
   def result(self) -> Result:
-    """Returns what the run ends with, once everything is saved."""
+    """Returns the result of the run, once everything is saved."""
     self.checkpoints.wait()
     lines = [line for line in self.metrics.read() if "loss" in line]
     speeds = [
@@ -453,7 +454,7 @@ class _Run:
     return Result(
       self.model,
       statistics.median(speeds) if speeds else None,
-      # Someone may have removed the metrics of a run that is done.
+      # Someone may have removed the metrics of a finished run.
       lines[-1]["loss"] if lines else math.nan,
     )
 
@@ -480,15 +481,15 @@ def fit(
   the process ends with status 128 + the signal's number.
 
   Args:
-    model: The model as it is before the first step.
-    run: The settings. They are written to `config.json` only now, when all
+    model: The model before the first step.
+    run: The settings. They are written to `config.json` only now, after all
       input has been read, so that bad input leaves no run behind.
-    step: What a step does, and on which devices; a checkpoint may come from a
-      run on others.
+    step: Settings of a step, and its devices; a checkpoint may come from a run
+      on other devices.
     trainable: The nnx filter of the parameters to train.
     batches: Iterator of batches with `get_state` and `set_state`.
     output_dir: Where checkpoints and metrics go.
-    evaluate: Gives numbers for the log from a model, every
+    evaluate: Returns numbers for the log from a model; called every
       `run.evaluation.every` steps.
     wandb_project: Project of Weights & Biases, or None.
 
@@ -511,8 +512,8 @@ def fit(
     step.mesh,
     offload_optimizer=config.offload_optimizer,
   )
-  # The state holds its arrays; a checkpoint replaces them, which frees them if
-  # nothing else does.
+  # The state holds the model's arrays. A checkpoint replaces them, which frees
+  # them if nothing else refers to them.
   del model
   checkpoints = checkpoint.Checkpointer(
     output_dir / "checkpoints", keep=config.keep_checkpoints
@@ -561,7 +562,7 @@ def fit(
         evaluating = every and (done % every == 0 or last)
         stopping = bool(received)
         if jax.process_count() > 1:
-          # All stop after the same step: one at which all of them ask.
+          # All stop after the same step, one at which all of them check.
           stopping = logging and cluster.agree(stopping)
         saving = done % config.checkpoint_every == 0 or last or stopping
         progress.advance()

@@ -1,8 +1,8 @@
 """Model cards: the README.md of the models and adapters that commands write.
 
-A card has the lines that load what it stands beside, with paths as they were
-given to the command, the settings that matter then, and, where they are known,
-the recipe and the perplexities.
+A card shows how to load the model or adapter, with the paths given to the
+command, the relevant settings and, if they are known, the recipe and the
+perplexities.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from scca_jax.lora import LoraConfig
 from scca_jax.patterns import AttentionPattern, Mixture
 
 FILE_NAME = "README.md"
-# Settings of a run that make its result what it is.
+# Settings of a run that determine its result.
 _RECIPE = {
   "optimizer": None,
   "data": ("packing", "skip_to"),
@@ -39,7 +39,7 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def for_transformers(folder: pathlib.Path) -> str:
-  """Returns how a model's folder is loaded."""
+  """Returns how to load a model's folder."""
   return f"""\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,7 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
 
 
 def for_peft(folder: pathlib.Path, base: str, config: LlamaConfig) -> str:
-  """Returns how an adapter is loaded whose base has no rope scaling yet."""
+  """Returns how to load an adapter whose base has no rope scaling yet."""
   settings = convert.config_to_json(config, "float32")
   rope = settings["rope_parameters"]
   lines = f"""\
@@ -66,11 +66,10 @@ base = AutoModelForCausalLM.from_pretrained({base!r}, config=config)
 model = peft.PeftModel.from_pretrained(base, {str(folder)!r})
 ```
 
-PEFT does not read `scca_config.json`, which holds the rope scaling and the
-pattern: the lines above set the one, and the other matters to further training
-only."""
+PEFT ignores `scca_config.json`, which has the rope scaling and the pattern. The
+lines above set the scaling; the pattern only matters for further training."""
   if base.endswith(gguf_file.SUFFIX):
-    lines = "The base is a GGUF file, on which PEFT puts no adapter."
+    lines = "The base is a GGUF file, and PEFT cannot put an adapter on one."
   return f"""\
 {lines} vLLM, llama.cpp, Ollama and SGLang refuse trained norms and embeddings
 or ignore them. `--format=peft_plain` writes a base and an adapter for all of
@@ -81,7 +80,7 @@ scca export --format=peft_plain --output_dir=plain \\
   --model={base} --adapter={folder}
 ```
 
-Here it is used as it is:
+Here it works as it is:
 
 ```sh
 scca generate --prompt='Once' \\
@@ -93,7 +92,7 @@ scca generate --prompt='Once' \\
 def for_plain_peft(
   folder: pathlib.Path, base: pathlib.Path, config: LlamaConfig, rank: int
 ) -> str:
-  """Returns how an adapter is loaded whose base has all that is not LoRA."""
+  """Returns how to load an adapter whose base has everything but LoRA."""
   max_rank = next((r for r in _VLLM_RANKS if r >= rank), rank)
   return f"""\
 ```python
@@ -104,8 +103,8 @@ base = AutoModelForCausalLM.from_pretrained({str(base)!r})
 model = peft.PeftModel.from_pretrained(base, {str(folder)!r})
 ```
 
-The base has the rope scaling, and the norms and embeddings that were trained:
-the adapter is worth nothing on another.
+The base has the rope scaling and the trained norms and embeddings: the adapter
+is useless on any other.
 
 ```sh
 vllm serve {base} --enable-lora --max-lora-rank {max_rank} \\
@@ -126,7 +125,7 @@ In a Modelfile of Ollama, with the two files made for llama.cpp:
 def for_llama_cpp(
   file: pathlib.Path, context_len: int, *, of_pieces: bool
 ) -> str:
-  """Returns how a GGUF file is loaded.
+  """Returns how to load a GGUF file.
 
   Args:
     file: The file.
@@ -148,7 +147,7 @@ In a Modelfile of Ollama: `FROM ./{file.name}` and
 {note if of_pieces else ""}"""
 
 
-# What is known of it.
+# What is known about it.
 
 
 def recipe(run: FinetuneConfig) -> dict[str, Any]:
@@ -211,18 +210,17 @@ def write(
   Args:
     folder: Where it is.
     loading: How to load it, in Markdown.
-    title: What it is called.
-    library: The one of Hugging Face's that does: "transformers", "peft" or
-      "gguf".
+    title: Its name.
+    library: The library that loads it: "transformers", "peft" or "gguf".
     base: The model that it was made from.
     config: Sizes, rope scaling and context.
     layers: Pattern of each layer in training.
-    adapter: Its LoRA, if it was trained.
-    run: What `adapters.load_run` returns.
+    adapter: Its LoRA settings, if it was trained.
+    run: From `adapters.load_run`.
 
   Raises:
     OSError: The card cannot be written.
-    ValueError: What is known of the run is damaged.
+    ValueError: The record of the run is damaged.
   """
   run = run or {}
   scaling = config.rope_scaling
@@ -258,7 +256,7 @@ def write(
       ]
     )
   parts = [
-    # No base_model: it would have to be a name on the Hub, not a path.
+    # No base_model, which would have to be a name on the Hub, not a path.
     f"---\nlibrary_name: {library}\ntags:\n- scca_jax\n- long-context\n---\n",
     f"# {title}\n",
     f"{'A LoRA adapter that gives a' if library == 'peft' else 'A'} LLaMA"

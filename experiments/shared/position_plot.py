@@ -1,4 +1,4 @@
-"""Pictures of the loss against the position in the window."""
+"""Plots of the loss against the position in the window."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ class Panel:
 
 def make_figure(num_rows: int, num_columns: int) -> tuple[Any, np.ndarray]:
   """Returns a figure of matplotlib and its axes, `[rows, columns]`."""
-  # Imported here: a bad flag should not wait for it.
+  # Imported late, so that a bad flag does not wait for it.
   import matplotlib
 
   matplotlib.use("Agg")
@@ -66,7 +66,7 @@ def save(path: str | os.PathLike[str], figure: Any) -> None:
   """Writes a figure to a .png and closes it.
 
   Raises:
-    OSError: It cannot be written; a file from before is kept.
+    OSError: It cannot be written; an existing file is kept.
   """
   from matplotlib import pyplot as plt
 
@@ -79,10 +79,10 @@ def save(path: str | os.PathLike[str], figure: Any) -> None:
 def draw(
   path: str | os.PathLike[str], title: str, rows: Sequence[Sequence[Panel]]
 ) -> None:
-  """Writes rows of panels to a .png; all rows have equally many.
+  """Writes rows of panels to a .png; all rows have the same number.
 
   Raises:
-    OSError: It cannot be written; a file from before is kept.
+    OSError: It cannot be written; an existing file is kept.
   """
   figure, axes = make_figure(len(rows), len(rows[0]))
   for panels, row in zip(rows, axes, strict=True):

@@ -7,25 +7,25 @@ from typing import Any
 
 import tqdm
 
-# Lines of a whole run, about.
+# Approximate number of lines in a run.
 _NUM_LINES = 50
 
 
 class Progress:
   """Steps done, with the loss, the speed and the time left.
 
-  On a terminal it is a bar. Elsewhere a line is printed every few steps: a bar
-  would fill a log with one long line.
+  On a terminal it is a bar. Otherwise a line is printed every few steps,
+  because a bar would fill a log with one long line.
   """
 
   def __init__(self, total: int, done: int, *, every: int, shown: bool):
-    """Begins at a step.
+    """Starts at a step.
 
     Args:
       total: Steps of the run.
-      done: Steps before this process.
-      every: Fewest steps between two lines.
-      shown: Whether anything is shown at all.
+      done: Steps done before this process.
+      every: Minimum number of steps between two lines.
+      shown: Whether to show anything.
     """
     self._total, self._done = total, done
     self._every = max(every, -(-total // _NUM_LINES))
@@ -41,7 +41,7 @@ class Progress:
     )
 
   def start_clock(self) -> None:
-    """Counts the time from here on: what was before says little of the rest."""
+    """Starts measuring the time; earlier steps say little about the rest."""
     self._timed = self._done, time.perf_counter()
 
   def advance(self) -> None:
@@ -71,5 +71,5 @@ class Progress:
     return f", {datetime.timedelta(seconds=left)} left"
 
   def close(self) -> None:
-    """Leaves the bar as it is."""
+    """Finishes the bar."""
     self._bar.close()

@@ -1,9 +1,9 @@
-"""What a run ends with: `report.md` and `report.png`.
+"""Writes `report.md` and `report.png` at the end of a run.
 
-The report says what was run and how well it went: the perplexities with paired
+The report says what was run and how well it went: perplexities with paired
 intervals, the settings that differ from their defaults, speed, memory, versions
 and the command. The picture shows the loss by position in the window, before
-and after, and the loss of training.
+and after, and the training loss.
 """
 
 import math
@@ -27,7 +27,7 @@ from experiments.shared.config import (
 from scca_jax import __version__, atomic_file, bootstrap, tasks
 from scca_jax.perplexity import Perplexity
 
-# For a band in a picture fewer resamples do than for a number.
+# A band in a picture needs fewer resamples than a number.
 _RESAMPLES = 1000
 
 
@@ -44,9 +44,9 @@ def write(
     folder: The run's, with its `metrics.jsonl`.
     title: What the run does.
     run: Its settings.
-    rows: What was measured, by model and length, losses included; the last
-      model is compared with the others. There may be none.
-    summary: What `summary.json` holds.
+    rows: The measurements, by model and length, including losses; the last
+      model is compared with the others. May be empty.
+    summary: The content of `summary.json`.
 
   Raises:
     OSError: A file cannot be written.
@@ -69,7 +69,7 @@ def write(
 
 
 def _command() -> str:
-  """Returns how this process was started."""
+  """Returns the command that started this process."""
   spec = getattr(sys.modules.get("__main__"), "__spec__", None)
   name = (spec and spec.name) or f"experiments.{pathlib.Path(sys.argv[0]).stem}"
   return shlex.join(["scca", name.rpartition(".")[2], *sys.argv[1:]])
@@ -133,7 +133,7 @@ def _results(rows: Mapping[str, Mapping[int, Perplexity]]) -> str:
 
 
 def _tasks(scores: Mapping[str, Any]) -> str:
-  """Returns the table of accuracies, or losses of answers where those count."""
+  """Returns the table of accuracies, or of answer losses if those count."""
   lines = []
   for task, lengths in next(iter(scores.values())).items():
     by_loss = tasks.TASKS[task].scored_by_loss
@@ -154,7 +154,7 @@ def _tasks(scores: Mapping[str, Any]) -> str:
 
 
 def _facts(summary: Mapping[str, Any]) -> str:
-  """Returns what it took, and on what."""
+  """Returns speed, memory, devices and versions."""
   speed, memory = summary["tokens_per_second"], summary["peak_bytes"]
   devices = jax.devices()
   lines = [
@@ -176,7 +176,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
 
 
 def _settings(run: FinetuneConfig | PretrainConfig) -> str:
-  """Returns the settings that are not the defaults of their class."""
+  """Returns the settings that differ from the defaults of their class."""
   defaults = flat(to_json(type(run)()))
   lines = [
     [f"`config.{name}`", f"`{value}`", f"`{defaults.get(name)}`"]
@@ -213,6 +213,6 @@ def _draw(folder: pathlib.Path, results: Mapping[str, Perplexity]) -> None:
   steps = [s for s in loop.read_metrics(folder) if s.get("loss") is not None]
   axis = axes[0, -1]
   axis.plot([s["step"] for s in steps], [s["loss"] for s in steps])
-  axis.set(xlabel="step", ylabel="nats per token", title="loss of training")
+  axis.set(xlabel="step", ylabel="nats per token", title="training loss")
   axis.grid(alpha=0.3)
   position_plot.save(folder / "report.png", figure)

@@ -1,8 +1,8 @@
-"""Turns the settings of a run into what training and evaluation take.
+"""Turns the settings of a run into arguments of training and evaluation.
 
 Three parts: the model with its patterns and devices (`resolve`), the texts
-(`open_tokens`), and perplexity (`Evaluator`). Commands that have flags in place
-of settings use the functions that `resolve` is made of.
+(`open_tokens`), and perplexity (`Evaluator`). Commands that have flags instead
+of settings use the functions that `resolve` consists of.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ from scca_jax.training import StepConfig
 
 Layers = tuple[AttentionPattern | Mixture, ...]
 
-# A rank that models with fewer channels may have too; it does no harm.
+# A rank that even models with fewer channels may have, as it does no harm.
 _RANK_OF_SMALL = 256
 # Bytes read at once when a file is hashed.
 _BLOCK = 1 << 20
@@ -54,11 +54,11 @@ _BLOCK = 1 << 20
 
 
 def model_path(name: str | None) -> pathlib.Path:
-  """Returns where a model is, downloaded if need be.
+  """Returns the path of a model, downloaded if necessary.
 
   Args:
-    name: A path, a name on Hugging Face, or a known shape; None is the embedded
-      model.
+    name: A path, a name on Hugging Face, or a known shape; None means the
+      embedded model.
 
   Raises:
     ValueError: See `hub.find`.
@@ -72,7 +72,7 @@ def model_path(name: str | None) -> pathlib.Path:
 
 
 def base_name(name: str | None) -> str:
-  """Returns what an adapter calls its base: a path, or a name on Hugging Face.
+  """Returns how an adapter names its base: a path, or a name on Hugging Face.
 
   Args:
     name: See `model_path`.
@@ -88,15 +88,15 @@ def load_model(
   Args:
     source: Hugging Face folder or GGUF file.
     adapter: Folder of the adapter, which brings its own rope scaling.
-    config: Replaces the model's; None takes its own.
+    config: Replaces the model's; None keeps its own.
     **dtypes: `dtype` and `param_dtype`.
   """
   if adapter is not None:
     model = adapters.load_adapter(source, adapter, config=config, **dtypes)
     if model.config.rope_scaling is None and not adapters.has_settings(adapter):
       logging.warning(
-        "The adapter %s does not say what rope scaling it was tuned with, and"
-        " none is set: if it had one, the model is much worse without.",
+        "The adapter %s does not record which rope scaling it was tuned with,"
+        " and none is set: if it had one, the model is much worse without it.",
         adapter,
       )
     return model
@@ -110,8 +110,8 @@ def extended(
 
   Args:
     config: The model as it was pretrained.
-    kind: Kind of rope scaling; None leaves the model as it is.
-    factor: Its factor; None takes target length / pretrained length.
+    kind: Kind of rope scaling; None leaves the model unchanged.
+    factor: Its factor; None means target length / pretrained length.
     target_len: Longest sequence, in tokens.
 
   Raises:
@@ -122,7 +122,7 @@ def extended(
   if config.rope_scaling is not None:
     raise ValueError(
       f"the model already has {config.rope_scaling.kind} rope scaling: to keep"
-      " it, ask for none (config.rope.kind=None, or no --rope_scaling)."
+      " it, set none (config.rope.kind=none, or no --rope_scaling)."
     )
   return dataclasses.replace(
     config,
@@ -140,12 +140,12 @@ def extended(
 def with_factor(
   source: pathlib.Path, kind: str | None, factor: float | None
 ) -> LlamaConfig | None:
-  """Returns a model's configuration with a rope scaling, None without `kind`.
+  """Returns a model's configuration with a rope scaling; None without `kind`.
 
   Args:
     source: Hugging Face folder or GGUF file.
     kind: Kind of rope scaling, or None.
-    factor: Its factor, by which the context grows as well.
+    factor: Its factor; the context grows by the same factor.
 
   Raises:
     ValueError: The factor is missing; or see `extended`.
@@ -181,13 +181,13 @@ def trained_or_made(
   """Returns the pattern of each layer that a flag asks for; None is dense.
 
   Args:
-    text: A pattern, or `flags.TRAINING` for that of the adapter.
+    text: A pattern, or `flags.TRAINING` for the adapter's pattern.
     adapter: Folder of the adapter.
     model: Sizes of the model.
-    seq_len: Length in tokens, from which sizes follow that are left out.
+    seq_len: Length in tokens, which determines omitted sizes.
 
   Raises:
-    ValueError: The adapter does not say its pattern; or see `make_patterns`.
+    ValueError: The adapter does not record its pattern; or see `make_patterns`.
   """
   if text is None:
     return None
@@ -196,8 +196,8 @@ def trained_or_made(
   layers = adapters.load_patterns(adapter)
   if layers is None:
     raise ValueError(
-      f"the adapter {adapter} does not say what pattern it was tuned with: name"
-      f" one in place of {shared_flags.TRAINING}."
+      f"the adapter {adapter} does not record which pattern it was tuned with:"
+      f" name a pattern instead of {shared_flags.TRAINING}."
     )
   return layers
 
@@ -207,7 +207,7 @@ def shapes(
   config: LlamaConfig,
   adapter: LoraConfig | None,
 ) -> Llama:
-  """Returns the model of a run with shapes in place of arrays.
+  """Returns the model of a run with shapes instead of arrays.
 
   Args:
     run: Its settings.
@@ -236,8 +236,8 @@ class Resolved:
   Attributes:
     base: Sizes of the model before training.
     target: The same at the length of training.
-    mesh: Devices of the run; None is one.
-    step: What a training step does.
+    mesh: Devices of the run; None means one.
+    step: Settings of a training step.
   """
 
   base: LlamaConfig
@@ -265,12 +265,12 @@ def lay_out(
     run: The settings.
     base: Sizes of the model before training.
     target: The same at the length of training.
-    find_devices: Whether to look for the devices of the mesh; otherwise it is
-      only checked that the run can be cut like that, and `mesh` is None.
+    find_devices: Whether to look for the devices of the mesh; otherwise this
+      only checks that the run can be divided that way, and `mesh` is None.
 
   Raises:
-    ValueError: A pattern does not fit the model, the run cannot be cut as the
-      mesh says, or there are too few devices.
+    ValueError: A pattern does not fit the model, the mesh cannot divide the
+      run, or there are too few devices.
   """
   train = run.training
   layers = make_patterns(run.pattern, base, train.seq_len)
@@ -310,7 +310,7 @@ def lay_out(
 
 
 def resolve(run: FinetuneConfig, *, find_devices: bool = True) -> Resolved:
-  """Returns what the settings of a run of `finetune` mean; reads no weights.
+  """Resolves the settings of a run of `finetune` without reading weights.
 
   Raises:
     OSError: The model has no configuration.
@@ -347,19 +347,19 @@ def open_tokens(
   *,
   vocab_size: int | None = None,
 ) -> TokenFile:
-  """Returns the tokens of a token file or of text.
+  """Returns the tokens of a token file or a text.
 
   Args:
     path: A `.bin`, or text: .txt, .jsonl, .jsonl.gz/.xz/.zst or a folder.
     tokenizer: Used for text.
-    cache: Folder in which the token file of a text is kept. Its name has a
-      hash of text and tokenizer, so that a change of either makes a new one.
-    vocab_size: Tokens of the model, whose embedding bounds the ids; None takes
-      the tokenizer's.
+    cache: Folder in which the token file of a text is kept. Its name contains a
+      hash of text and tokenizer, so a change of either makes a new file.
+    vocab_size: Vocabulary size of the model, whose embedding bounds the ids;
+      None uses the tokenizer's.
 
   Raises:
     FileNotFoundError: The path does not exist.
-    ValueError: It holds no usable tokens or text.
+    ValueError: It contains no usable tokens or text.
   """
   path = pathlib.Path(path)
   vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
@@ -369,8 +369,8 @@ def open_tokens(
     made_with = made_with if isinstance(made_with, dict) else {}
     if made_with.get("sha256", tokenizer.fingerprint) != tokenizer.fingerprint:
       logging.warning(
-        "%s was made with another tokenizer, %s, than %s of this run: unless"
-        " both give the same ids, prepare it again.",
+        "%s was made with the tokenizer %s, not %s of this run: unless both"
+        " give the same ids, prepare it again.",
         path,
         made_with.get("name"),
         tokenizer.name,
@@ -392,7 +392,7 @@ def open_tokens(
       print(f"Tokenising {path.name}.", flush=True)
       target.parent.mkdir(parents=True, exist_ok=True)
       write_token_file(read_parts(path), tokenizer, target)
-  # Messages should name what the user gave, not the file in the cache.
+  # Messages should name the user's file, not the one in the cache.
   tokens = dataclasses.replace(TokenFile.open(target), name=str(path))
   check_ids(tokens.tokens, vocab_size, tokens.name)
   return tokens
@@ -401,7 +401,7 @@ def open_tokens(
 def hold_out(
   tokens: TokenFile, num_documents: int
 ) -> tuple[TokenFile, TokenFile | None]:
-  """Returns the text to train on, and its held-out documents if there are any.
+  """Returns the text to train on, and its held-out documents, if any.
 
   Raises:
     ValueError: See `TokenFile.split`.
@@ -412,7 +412,7 @@ def hold_out(
 def make_batches(
   run: FinetuneConfig | PretrainConfig, tokens: TokenFile, mesh: Mesh | None
 ) -> Any:
-  """Returns the batches of a run, those of this process if there are several.
+  """Returns the batches of a run, or this process's share of them.
 
   Raises:
     ValueError: The text is shorter than a sequence, or than a batch.
@@ -432,8 +432,8 @@ def make_batches(
   if train.batch_size > found.windows_per_epoch:
     raise ValueError(
       f"training.batch_size={train.batch_size:,} is more than the"
-      f" {found.windows_per_epoch:,} windows of {train.seq_len:,} tokens that"
-      f" {tokens.name} has: take a smaller batch or more text."
+      f" {found.windows_per_epoch:,} windows of {train.seq_len:,} tokens in"
+      f" {tokens.name}: use a smaller batch or more text."
     )
   return found
 
@@ -454,7 +454,7 @@ class Evaluator:
     bos_id: int | None,
     context_lens: tuple[int, ...],
   ):
-    """Checks before the run what evaluation after it will need.
+    """Checks before the run whether its evaluation will work.
 
     Args:
       run: Its settings.
@@ -462,7 +462,7 @@ class Evaluator:
       model: Sizes of the model.
       mesh: Devices of the run.
       bos_id: Token that starts a document, or None.
-      context_lens: Lengths in tokens, unless the settings have others.
+      context_lens: Lengths in tokens, unless the settings give others.
 
     Raises:
       ValueError: A setting is out of range, or the text is too short.
@@ -507,7 +507,7 @@ class Evaluator:
     )
 
   def at_end(self, model: Llama) -> dict[int, Perplexity]:
-    """Returns the perplexity at each length, at the longest with its losses."""
+    """Returns the perplexity at each length, and losses at the longest."""
     num_windows = self._run.evaluation.num_windows
     return {
       n: self._measure(
@@ -530,7 +530,7 @@ class Evaluator:
     )
 
   def on_the_way(self, model: Llama) -> dict[str, float]:
-    """Returns a quick measurement at the length of training, for the log."""
+    """Returns a quick measurement at the training length, for the log."""
     length = self._run.training.seq_len
     num_windows = self._run.evaluation.windows_on_the_way
     return {str(length): self._measure(model, length, num_windows).perplexity}

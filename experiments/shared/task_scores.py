@@ -1,7 +1,6 @@
-"""Scores of a model on tasks: made, printed and drawn.
+"""Scores models on tasks, and prints and draws the scores.
 
-Commands that score models share this; the tasks themselves are in
-`scca_jax.tasks`.
+Several commands share this; the tasks themselves are in `scca_jax.tasks`.
 """
 
 import concurrent.futures
@@ -24,8 +23,8 @@ from scca_jax.tokenizer import Tokenizer
 
 Scores = dict[str, dict[int, tasks.Score]]
 
-# Tasks and lengths whose samples are made while a device scores others: short
-# samples are scored faster than longer ones are made.
+# How many tasks and lengths to make samples for while a device scores others:
+# short samples are scored faster than longer ones are made.
 _NUM_AHEAD = 3
 
 
@@ -37,8 +36,8 @@ class Plan:
     tasks: The tasks.
     context_lens: Lengths of the samples, in tokens.
     num_samples: Samples per task and length.
-    seed: Draws other samples.
-    cache: Folder in which samples are kept; None makes them each time.
+    seed: Seed of the samples.
+    cache: Folder in which samples are kept; None makes them every time.
   """
 
   tasks: Sequence[Task]
@@ -56,7 +55,7 @@ class Plan:
     """Returns the first sample of each task and length.
 
     Raises:
-      ValueError: There is none: the length is too short, say.
+      ValueError: There is none, for example because the length is too short.
     """
     return [
       next(task.samples(vocabulary, length, self.num_samples, self.seed))
@@ -66,7 +65,7 @@ class Plan:
   def samples(
     self, vocabulary: Tokenizer
   ) -> Iterator[tuple[Task, int, list[Sample]]]:
-    """Yields each task, length and its samples.
+    """Yields each task and length with its samples.
 
     While a device scores some, the next are made.
     """
@@ -89,12 +88,12 @@ class Plan:
 def of_run(
   settings: EvaluationConfig, context_lens: Sequence[int], vocabulary: Tokenizer
 ) -> Plan | None:
-  """Returns what a run is scored on at its end, None if it asks for no tasks.
+  """Returns the plan for the end of a run; None if it asks for no tasks.
 
   Args:
-    settings: Those of the run.
+    settings: The run's settings.
     context_lens: Lengths in tokens.
-    vocabulary: Makes the prompts.
+    vocabulary: The tokenizer.
 
   Raises:
     ValueError: A task does not fit into a length, or the run has several
@@ -104,8 +103,8 @@ def of_run(
     return None
   if jax.process_count() > 1:
     raise ValueError(
-      "evaluation.tasks are scored by one process: leave them out, and take"
-      " `scca evaluate --tasks` afterwards."
+      "evaluation.tasks need a single process: leave them out, and run `scca"
+      " evaluate --tasks` afterwards."
     )
   plan = Plan(
     tasks=[tasks.get(name) for name in settings.tasks],
@@ -133,13 +132,13 @@ def measure(
 
   Args:
     model: The model.
-    vocabulary: Makes the prompts.
+    vocabulary: The tokenizer.
     plan: The samples.
-    patterns: What each length attends by.
-    batch_size: Returns how many samples of a length are run at once.
+    patterns: The pattern for each length.
+    batch_size: Returns the batch size for a length.
     execution: See `Llama.hidden_states`.
-    generate: Whether the model also writes answers, which are scored as RULER
-      does, except where the score is the loss.
+    generate: Whether the model also writes answers, which are scored as in
+      RULER, except if the score is the loss.
     on_samples: Called after every batch with the number of its samples.
   """
   found: Scores = {task.name: {} for task in plan.tasks}
@@ -166,7 +165,7 @@ def measure(
 
 
 def as_json(scores: Scores) -> dict[str, Any]:
-  """Returns the scores as they are written to a file."""
+  """Returns the scores in the form written to a file."""
   return {
     name: {
       str(length): {
@@ -227,17 +226,17 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 
 def draw(path: str | os.PathLike[str], title: str, scores: Scores) -> None:
-  """Writes a picture of the tasks that have depths, a panel each, as PNG.
+  """Writes a PNG with a panel for each task that has depths.
 
   A panel shows the accuracy by length and depth, or the loss by length and
-  distance where that is the score.
+  distance if that is the score.
 
   Args:
     path: The .png.
-    title: Above all.
-    scores: Of one task with depths or more.
+    title: Title of the figure.
+    scores: Scores of at least one task with depths.
   """
-  # Imported here: a bad flag should not wait for it.
+  # Imported late, so that a bad flag does not wait for it.
   import matplotlib
 
   matplotlib.use("Agg")

@@ -1,8 +1,8 @@
-"""Attention as PyTorch users run it, to be timed beside this package.
+"""Attention as PyTorch users run it, for comparison with this package.
 
-PyTorch is optional: it is imported when a peer is made. Arrays are
-`[1, heads, seq, head_dim]` for `flex` and `sdpa`, and `[1, seq, heads,
-head_dim]` for `longlora_s2`, as its users have them.
+PyTorch is optional, and imported only when a peer is made. Arrays are
+`[1, heads, seq, head_dim]` for `flex` and `sdpa`, and
+`[1, seq, heads, head_dim]` for `longlora_s2`, as for its users.
 """
 
 # Types are checked without PyTorch too.
@@ -20,7 +20,7 @@ from scca_jax.patterns import (
   members,
 )
 
-# The peers by the names of the flag, with those that tables show.
+# Names of the peers in the flag, and in tables.
 LABELS = {
   "flex": "flex_attention",
   "sdpa": "SDPA dense",
@@ -53,7 +53,7 @@ def version() -> str:
 
 
 def release() -> None:
-  """Gives back the GPU memory that PyTorch keeps for reuse."""
+  """Releases the GPU memory that PyTorch keeps for reuse."""
   import torch
 
   if torch.cuda.is_available():
@@ -61,10 +61,10 @@ def release() -> None:
 
 
 def s2_chunk_size(pattern: AttentionPattern | Mixture, seq_len: int) -> int:
-  """Returns the chunks of LongLoRA's S2 beside a pattern, in tokens.
+  """Returns the chunk size to use for LongLoRA's S2, in tokens.
 
-  They are those of the pattern's first head, or else a quarter of the sequence,
-  as in LongLoRA.
+  It is the chunk size of the pattern's first head or, failing that, a quarter
+  of the sequence, as in LongLoRA.
   """
   own = members(pattern)[0].heads[0].chunk_size
   return own or max(1, seq_len // 4)
@@ -81,12 +81,13 @@ class _Formula:
   """A number of head `i` of a run: `base + unit * ((step + start) % count)`.
 
   Attributes:
-    base: The least number.
-    unit: Distance between two.
-    count: How many there are.
-    start: Where the first head stands among them.
-    num_heads: Heads of the run if they go through the numbers once, with `step
-      = i * count // num_heads`; None if each takes the next, `step = i`.
+    base: The smallest number.
+    unit: Distance between two numbers.
+    count: How many numbers there are.
+    start: The first head's place among them.
+    num_heads: Heads of the run if they go through the numbers once, with
+      `step = i * count // num_heads`; None if each takes the next one,
+      `step = i`.
   """
 
   base: int
@@ -151,7 +152,7 @@ class _Run:
 
 
 def _find_runs(pattern: AttentionPattern) -> list[_Run]:
-  """Returns the heads in few runs, each as long as it can be."""
+  """Returns the heads in few runs, each as long as possible."""
   runs: list[_Run] = []
   first = 0
   while first < pattern.num_heads:
@@ -165,7 +166,7 @@ def _find_runs(pattern: AttentionPattern) -> list[_Run]:
 
 
 def _seen_by(run: _Run, h: Any, p: Any, k: Any) -> Any:
-  """Returns whether a query sees a key, causality apart."""
+  """Returns whether a query sees a key, ignoring causality."""
   i = h - run.first
   shifted = k + run.shift(i)
   distance, dilation = p - shifted, run.head.dilation
@@ -184,7 +185,7 @@ def _seen_by(run: _Run, h: Any, p: Any, k: Any) -> Any:
 
 
 def _tabled_mask(pattern: AttentionPattern, device: str) -> Callable[..., Any]:
-  """Returns the mask of any pattern, with numbers that are read by head."""
+  """Returns the mask of any pattern, with numbers looked up by head."""
   import torch
 
   far = 1 << 29
@@ -231,20 +232,20 @@ def mask_mod(
 
   Args:
     pattern: With boundary "drop" and causality "position".
-    device: Where the tables lie of a pattern that no formula describes.
+    device: Where to keep the tables of a pattern that no formula describes.
 
   Raises:
     NotImplementedError: The pattern is a mixture, has another boundary or
-      causality, or restricts keys in a way that the mask does not know.
+      causality, or restricts keys in a way that the mask does not support.
   """
   if isinstance(pattern, Mixture):
-    raise NotImplementedError("flex is given single patterns, no mixtures.")
+    raise NotImplementedError("flex supports single patterns, not mixtures.")
   used = frozenset().union(*(head.in_use() for head in pattern.heads))
   if unknown := sorted(used - _FLEX_FIELDS):
     raise NotImplementedError(f"the mask of flex has no {', '.join(unknown)}.")
   if pattern.boundary != "drop" or pattern.causality != "position":
     raise NotImplementedError(
-      'flex is given boundary="drop" and causality="position" alone, not'
+      'flex supports only boundary="drop" and causality="position", not'
       f' "{pattern.boundary}" and "{pattern.causality}".'
     )
   runs = _find_runs(pattern)
@@ -266,7 +267,7 @@ def mask_mod(
   return mask
 
 
-# What is timed.
+# The peers.
 
 
 @functools.cache
@@ -285,7 +286,7 @@ def _flex(
   """Returns flex_attention with the pattern's mask."""
   from torch.nn.attention import flex_attention
 
-  # On a CPU only tests run it, small and without a compiler.
+  # On a CPU only tests run it, with small inputs and without a compiler.
   on_gpu = device == "cuda"
   run = _compiled_flex() if on_gpu else flex_attention.flex_attention
   mask = flex_attention.create_block_mask(
@@ -306,7 +307,7 @@ def _flex(
 
 
 def _sdpa(query: Any, key: Any, value: Any) -> Any:
-  """Returns dense causal attention, by the kernel that PyTorch chooses."""
+  """Returns dense causal attention, with the kernel that PyTorch chooses."""
   from torch.nn import functional
 
   return functional.scaled_dot_product_attention(
@@ -342,7 +343,7 @@ def longlora_s2(query: Any, key: Any, value: Any, *, chunk_size: int) -> Any:
     return x.reshape(-1, chunk_size, num_heads, head_dim).transpose(1, 2)
 
   kernels = attention.SDPBackend
-  # FlashAttention where it serves the dtype and the device.
+  # FlashAttention, if it supports the dtype and the device.
   with attention.sdpa_kernel(
     [kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH]
   ):
@@ -400,7 +401,7 @@ class Peer:
     return [output, *torch.autograd.grad(output, self.inputs, self.d_output)]
 
   def wait(self, result: Any) -> None:
-    """Waits until the GPU has done what was started."""
+    """Waits until the GPU has finished."""
     import torch
 
     del result
@@ -436,7 +437,7 @@ def make(
 
   Args:
     name: One of `LABELS`.
-    pattern: What `flex` sees; the others have a pattern of their own.
+    pattern: Pattern for `flex`; the others have their own.
     shapes: Shapes of query, key and value, `[batch, seq, heads, head_dim]`.
     chunk_size: Chunk size of `longlora_s2`, in tokens.
     dtype: Name of the inputs' dtype.

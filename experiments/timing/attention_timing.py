@@ -15,17 +15,17 @@ from experiments.timing import attention_peers, clock, fa3_peers
 from scca_jax import patterns
 from scca_jax.patterns import AttentionPattern, HeadPattern, Mixture
 
-# Peers by the names of the flag; those of PyTorch are in `attention_peers`.
+# Names of the peers in the flag; PyTorch's are in `attention_peers`.
 PEERS = ("jax.nn", "xla", *fa3_peers.LABELS, *attention_peers.LABELS)
 DENSE = "jax.nn dense"
 # Largest error in the 2-norm, relative to the truth, by dtype.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2, "float16": 2e-3}
 PARTS = ("forward", "forward_backward")
 
-# Correctness is checked at most at this length: the reference holds the whole
-# mask. The pattern has as many chunks as at the length that is timed.
+# Correctness is checked up to this length, because the reference builds the
+# whole mask. The pattern has as many chunks as at the length that is timed.
 _CHECKED_LEN = 1024
-# Two products a pair forward, seven in all, of 2 head_dim operations each.
+# Two products per pair forward, seven in all, of 2 head_dim operations each.
 _WORK = {"forward": 4.0, "forward_backward": 14.0}
 
 Pattern = AttentionPattern | Mixture
@@ -37,7 +37,7 @@ class Case:
   """A pattern at a length, in a dtype.
 
   Attributes:
-    name: The pattern as the flag has it.
+    name: The pattern as given in the flag.
     pattern: The pattern.
     seq_len: Tokens.
     dtype: Name of the inputs' dtype.
@@ -77,14 +77,14 @@ class Case:
 
 
 def _shortened(case: Case) -> Case:
-  """Returns the case at a length at which the reference can check it."""
+  """Returns the case at a length that the reference can check."""
   seq_len = min(_CHECKED_LEN, case.seq_len)
 
   def scaled(number: int | None) -> int | None:
     return None if number is None else number * seq_len // case.seq_len
 
   def shorten(head: HeadPattern) -> HeadPattern:
-    # The shifts of dilated heads choose among neighbouring keys, at any length.
+    # Shifts of dilated heads choose among neighbouring keys, at any length.
     moves = head.chunk_size is not None and head.dilation == 1
     return dataclasses.replace(
       head,
@@ -119,7 +119,7 @@ def _inputs(
 
 
 def attend(pattern: Pattern, implementation: str) -> Function:
-  """Returns `scca_jax.attention` with a pattern, by one implementation."""
+  """Returns `scca_jax.attention` with a pattern and an implementation."""
   return functools.partial(
     scca_jax.attention, pattern=pattern, implementation=implementation
   )
@@ -139,7 +139,7 @@ class JaxRun:
   def __init__(
     self, function: Function, case: Case, parts: Sequence[str] = PARTS
   ):
-    """Compiles the parts; nothing is run."""
+    """Compiles the parts without running them."""
     query, *rest = [jax.ShapeDtypeStruct(s, case.dtype) for s in case.shapes]
     self._inputs = case.shapes, case.dtype
     lowered = {
@@ -159,21 +159,21 @@ class JaxRun:
     return self._compiled["forward_backward"](*_inputs(*self._inputs))
 
   def wait(self, result: Any) -> None:
-    """Waits for what was started last, and so for all before."""
+    """Waits for the call started last, and so for all before."""
     jax.block_until_ready(result)
 
   def part_temporary_mib(self, part: str) -> float:
-    """Returns what the compiler allocates besides inputs and outputs."""
+    """Returns the compiler's temporary allocation, in MiB."""
     analysis: Any = self._compiled[part].memory_analysis()
     return analysis.temp_size_in_bytes / 2**20
 
 
 class _PiecesRun(JaxRun):
-  """FlashAttention-3's kernels on pieces that are cut beforehand."""
+  """FlashAttention-3's kernels on pieces cut beforehand."""
 
   def __init__(self, case: Case):
     if not isinstance(case.pattern, AttentionPattern):
-      raise NotImplementedError("FlashAttention-3 is given no mixture.")
+      raise NotImplementedError("FlashAttention-3 does not support mixtures.")
     pieces = fa3_peers.Pieces(case.pattern, case.seq_len, fa3_peers.flash_mha())
     *inputs, d_output = _inputs(case.shapes, case.dtype)
     self._pieces = jax.jit(pieces.cut)(*inputs)
@@ -230,10 +230,10 @@ def check(
   """Compares output and gradients with the reference, in float32.
 
   Args:
-    case: What will be timed; the check may be at a shorter length.
+    case: The case to be timed; the check may use a shorter length.
     implementation: Its name, for messages.
-    make: Gives the function to check for a pattern; None takes
-      `scca_jax.attention` by that implementation.
+    make: Returns the function to check for a pattern; None means
+      `scca_jax.attention` with that implementation.
 
   Raises:
     ValueError: They differ by more than the tolerance of the dtype.
@@ -265,7 +265,7 @@ def check(
 
 
 def _peer(name: str, case: Case) -> tuple[str, Any]:
-  """Returns the label of a peer and what runs it.
+  """Returns the label of a peer and an object that runs it.
 
   Raises:
     NotImplementedError: It cannot serve the case.
@@ -299,7 +299,7 @@ def _peer(name: str, case: Case) -> tuple[str, Any]:
 def _contestants(
   case: Case, implementations: Sequence[str], peers: Sequence[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """Returns what can be timed, by label, and rows of what cannot."""
+  """Returns what can be timed, by label, and rows for the rest."""
   runs, skipped = {}, []
 
   def skip(label: str, error: Exception) -> None:
@@ -320,7 +320,7 @@ def _contestants(
       label, run = _peer(name, case)
       run.wait(run.forward_backward())
       runs[label] = run
-    # A peer's failure, out of memory for one, must not end the run.
+    # A peer's failure, such as out of memory, must not end the run.
     except Exception as error:
       labels = attention_peers.LABELS | fa3_peers.LABELS
       skip(labels.get(name, name), error)
@@ -338,9 +338,9 @@ def measure(
   """Returns a row for each contestant of a case.
 
   Args:
-    case: What is timed.
-    implementations: Names that `scca_jax.attention` takes.
-    peers: Names out of `PEERS`, timed if an implementation is.
+    case: The case.
+    implementations: Names of implementations of `scca_jax.attention`.
+    peers: Names from `PEERS`, timed if at least one implementation is.
     repeats: Rounds.
     matmul_tflops: Rate of a matrix product on the device.
 
@@ -353,8 +353,8 @@ def measure(
   rows = {name: case.row(name) for name in runs}
   for name, row in rows.items():
     row["is_peer"] = name not in implementations
-    # Peers without the pattern see pairs of their own; S2 has as many as ours
-    # in a chunk, but its users' form sees those of the wrap as well.
+    # Peers without the pattern see different pairs; S2 has as many as ours in a
+    # chunk, but its users' form also sees the pairs at the wrap.
     same = ("xla", attention_peers.LABELS["flex"], *fa3_peers.LABELS.values())
     if name in (*implementations, *same):
       row["num_pairs"] = pairs
@@ -398,7 +398,7 @@ def measure(
 
 
 def measure_memory(case: Case, implementation: str) -> dict[str, Any]:
-  """Returns a row of temporary memory alone, by compiling."""
+  """Returns a row with only the temporary memory, by compiling."""
   run = JaxRun(attend(case.pattern, implementation), case)
   return case.row(implementation) | {
     part: {"temporary_mib": _temporary_mib(run, part)} for part in PARTS

@@ -1,4 +1,4 @@
-"""How long calls take, and the rates of the device they are compared with."""
+"""Times calls, and the rates of the device to compare them with."""
 
 import statistics
 import time
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Least duration of a sample on a GPU, in seconds: one call there may be shorter
-# than the clock and the host's work around it.
+# Minimum duration of a sample on a GPU, in seconds: a single call may be
+# shorter than the clock's resolution and the host's work around it.
 _SAMPLE_SECONDS = 0.03
-# Times that a rate is measured; the median counts.
+# How often a rate is measured; the median counts.
 _RATE_REPEATS = 5
 
 
@@ -23,7 +23,7 @@ def on_gpu() -> bool:
 
 
 def spread(seconds: list[float]) -> dict[str, Any]:
-  """Returns the median, least and most of some times, in milliseconds."""
+  """Returns the median, minimum and maximum of times, in milliseconds."""
   times = [1e3 * s for s in seconds]
   return {
     "median_ms": statistics.median(times),
@@ -51,13 +51,14 @@ def take_turns(
 ) -> dict[str, list[float]]:
   """Returns the milliseconds of a call of each contestant in each round.
 
-  Contestants take turns, round after round, so that ratios compare calls made
-  while the chip had the same temperature.
+  Contestants take turns, round after round, so that ratios compare calls at the
+  same temperature of the chip.
 
   Args:
-    contestants: By name, what starts a call and what waits for its result.
+    contestants: By name, a function that starts a call and one that waits for
+      it.
     repeats: Rounds.
-    in_flight: Whether a GPU is given the next call before the last is done, as
+    in_flight: Whether a GPU gets the next call before the last one is done, as
       in a training step; otherwise a call includes its launch.
   """
   calls = {}

@@ -1,11 +1,11 @@
-"""FlashAttention-3 on this package's masks, to be timed beside it.
+"""FlashAttention-3 on this package's masks, for comparison.
 
-`flash-attn3-jax` is optional: it is imported where a peer is made, and serves
-Hopper GPUs and heads of 128. Its kernels know causal masks and windows, so a
+`flash-attn3-jax` is optional, and imported only when a peer is made; it needs a
+Hopper GPU and heads of 128. Its kernels support causal masks and windows, so a
 pattern is cut into *pieces* that have one of these: chunks become sequences of
 a batch, and so do the residues of a dilation. As a user would compose it,
 pieces are cut from the inputs and put together again (`composed`); the kernels
-alone get pieces that were cut before (`cut`, `on_pieces`).
+by themselves get pieces cut beforehand (`cut`, `on_pieces`).
 """
 
 # Types are checked without the package too.
@@ -25,7 +25,7 @@ from scca_jax.patterns import AttentionPattern, HeadPattern
 Attend = Callable[..., jax.Array]
 
 
-# Names of the peers in flags, with those that tables show.
+# Names of the peers in flags, and in tables.
 LABELS = {"fa3": "FA3", "fa3_kernels": "FA3 kernels"}
 
 
@@ -47,8 +47,8 @@ def flash_mha() -> Attend:
 class _Piece:
   """Queries of some heads with the keys that they see, under one mask.
 
-  Sequence `i` of the batch has queries `start + step * i` and so on, every
-  `stride`-th, and so are keys.
+  Sequence `i` of the batch has every `stride`-th query from `start + step * i`
+  on, and keys likewise.
 
   Attributes:
     heads: First head and the one after the last.
@@ -59,8 +59,8 @@ class _Piece:
     num_queries: Queries of a sequence.
     key: First key of the first sequence.
     num_keys: Keys of a sequence.
-    ahead: How many keys past its own place a query sees, places being counted
-      from the end as FlashAttention does; None for all keys.
+    ahead: How many keys past its own place a query sees, counting places from
+      the end as FlashAttention does; None for all keys.
   """
 
   heads: tuple[int, int]
@@ -83,7 +83,7 @@ class _Piece:
     return x.reshape(-1, length, *x.shape[2:])
 
   def queries(self, x: jax.Array) -> jax.Array:
-    """Returns the piece's part of what has a row a query, sequences first."""
+    """Returns the piece's part of an array of query rows, sequences first."""
     return self._take(x, self.query, self.num_queries)
 
   def keys(self, x: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ class _Piece:
 
   @property
   def kind(self) -> tuple[Any, ...]:
-    """What pieces must share to be sequences of one batch."""
+    """What pieces must have in common to form one batch."""
     num_heads = self.heads[1] - self.heads[0]
     return num_heads, self.num_queries, self.num_keys, self.ahead
 
@@ -109,7 +109,7 @@ class _Piece:
 def _pieces_of_head(
   head: HeadPattern, heads: tuple[int, int], seq_len: int
 ) -> list[_Piece]:
-  """Returns the pieces of heads that are alike; rows in none see no key."""
+  """Returns the pieces of equal heads; rows outside all pieces see no key."""
   if head.in_use() - {"chunk_size", "shift", "dilation"}:
     raise NotImplementedError(f"FlashAttention-3 is not given {head}.")
   if head.chunk_size is None and head.dilation == 1:
@@ -118,7 +118,7 @@ def _pieces_of_head(
     r = head.dilation
     if seq_len % r:
       raise NotImplementedError(
-        f"FlashAttention-3 is given multiples of {r} tokens, not {seq_len}."
+        f"FlashAttention-3 needs a multiple of {r} tokens, got {seq_len}."
       )
     pieces = []
     for residue in range(r):
@@ -139,7 +139,7 @@ def _pieces_of_head(
   first = -(-shift // width)
   pieces = []
   if shift % width:
-    # The keys of this chunk begin before the sequence.
+    # The keys of this chunk start before the sequence.
     start = (first - 1) * width
     length = first * width - shift
     pieces.append(_Piece(heads, 1, width, 1, start, width, 0, length, ahead))
@@ -153,7 +153,7 @@ def _pieces_of_head(
 
 
 class Pieces:
-  """A pattern on so many tokens as pieces, alike ones in one batch."""
+  """A pattern at a length as pieces, with equal ones in one batch."""
 
   def __init__(self, pattern: AttentionPattern, seq_len: int, attend: Attend):
     """Cuts a pattern.
@@ -161,7 +161,7 @@ class Pieces:
     Args:
       pattern: With boundary "drop" and causality "position".
       seq_len: Tokens.
-      attend: `flash_mha`, or what stands in for it in tests.
+      attend: `flash_mha`, or a replacement in tests.
 
     Raises:
       NotImplementedError: FlashAttention-3 cannot serve the pattern.
@@ -196,15 +196,15 @@ class Pieces:
 
     Args:
       query: `[batch, seq, heads, head_dim]`.
-      key: Likewise, with as many heads.
-      value: Likewise.
+      key: Likewise, with the same number of heads.
+      value: Like `key`.
 
     Raises:
       NotImplementedError: Query heads share key heads.
     """
     if query.shape[2] != key.shape[2]:
       raise NotImplementedError(
-        f"FlashAttention-3 is given as many key heads as query heads here, not"
+        "FlashAttention-3 needs as many key heads as query heads here, got"
         f" {key.shape[2]} for {query.shape[2]}."
       )
     queries = self.cut_rows(query)
@@ -218,7 +218,7 @@ class Pieces:
     return [list(x) for x in zip(queries, keys, values, strict=True)]
 
   def cut_rows(self, x: jax.Array) -> list[jax.Array]:
-    """Returns what each batch of pieces has of an array like the query."""
+    """Returns each batch's part of an array like the query."""
     return [
       _concatenate([piece.queries(x) for piece in batch])
       for batch in self._batches
@@ -232,7 +232,7 @@ class Pieces:
     ]
 
   def join(self, outputs: Sequence[jax.Array], batch_size: int) -> jax.Array:
-    """Returns `[batch, seq, heads, head_dim]` of the outputs of pieces."""
+    """Returns `[batch, seq, heads, head_dim]` from the outputs of pieces."""
     parts: dict[_Piece, jax.Array] = {}
     for output, batch in zip(outputs, self._batches, strict=True):
       first = 0

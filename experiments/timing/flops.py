@@ -9,20 +9,22 @@ def step_flops(
 ) -> dict[str, float]:
   """Returns the floating-point operations of a step.
 
-  A product with `n` weights takes `2 n` a token, forward; the gradient of its
-  input as many; that of the weights as many where they are trained. Attention
-  takes two products of `2 head_dim` a seen pair forward, and four backward.
-  Lookups, norms and the optimiser are not counted.
+  A product with `n` weights takes `2 n` operations per token forward, as many
+  for the gradient of its input, and as many for the weights' gradient if they
+  are trained. Attention takes two products of `2 head_dim` operations per seen
+  pair forward, and four backward. Lookups, norms and the optimiser are not
+  counted.
 
   Args:
     config: Sizes of the model.
-    adapter: Says what is trained.
+    adapter: Determines what is trained.
     num_pairs: Pairs that attention sees, over sequences, heads and layers.
     num_tokens: Tokens of the step.
 
   Returns:
-    `model`: what the mathematics asks for. `with_remat`: with each layer, but
-    not the head, computed forward once more for the backward pass.
+    `model`: the operations that the mathematics requires. `with_remat`: the
+    same with each layer, but not the head, computed forward again for the
+    backward pass.
   """
   shapes = {name: config.projection_shape(name) for name in PROJECTIONS}
   frozen = config.num_layers * sum(a * b for a, b in shapes.values())

@@ -13,11 +13,11 @@ def choose(
   """Returns the peers that can be timed here, and prints why others cannot.
 
   Args:
-    names: The peers asked for.
-    known: All there are.
-    of_torch: Those that need PyTorch and its GPU.
-    problem: Says why they cannot run here, or None; called only if one of them
-      is asked for.
+    names: The requested peers.
+    known: All peers.
+    of_torch: Peers that need PyTorch and its GPU.
+    problem: Returns why they cannot run here, or None; called only if one of
+      them is requested.
 
   Raises:
     ValueError: A name is unknown.

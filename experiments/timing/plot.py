@@ -1,4 +1,4 @@
-"""Pictures of what was measured against the length of the sequence."""
+"""Plots of measurements against the length of the sequence."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ class Panel:
 
 def draw(path: str, title: str, panels: Sequence[Panel]) -> None:
   """Writes the panels side by side to a .png."""
-  # Imported here: a bad flag should not wait for it.
+  # Imported late, so that a bad flag does not wait for it.
   import matplotlib
 
   matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""A process for each contestant of a benchmark.
+"""Runs each contestant of a benchmark in its own process.
 
-The peak of memory that jax reports is that of its process, and the memory that
-jax or PyTorch keeps for reuse is freed only when theirs ends.
+jax reports the peak memory of its whole process, and the memory that jax or
+PyTorch keeps for reuse is freed only when the process ends.
 """
 
 import concurrent.futures
@@ -15,18 +15,18 @@ import jax
 
 def _start() -> None:
   """Prepares a process, before jax takes memory in it."""
-  # Compiling is timed, so nothing may come from the cache.
+  # Compilation is timed, so nothing may come from the cache.
   jax.config.update("jax_enable_compilation_cache", False)
 
 
 def run_alone(function: Callable[[Any], Any], argument: Any) -> Any:
-  """Returns `function(argument)`, computed in a process of its own.
+  """Returns `function(argument)`, computed in its own process.
 
   Raises:
-    RuntimeError: The process ended without a result, for want of memory for
-      example. What the function raises is raised here as well.
+    RuntimeError: The process ended without a result, for example for lack of
+      memory. Exceptions of the function are raised here too.
   """
-  # Memory is allocated as needed, so that the peak is what was needed.
+  # Memory is allocated as needed, so that the peak is the memory needed.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   with concurrent.futures.ProcessPoolExecutor(
     1, multiprocessing.get_context("spawn"), initializer=_start

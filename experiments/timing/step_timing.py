@@ -1,6 +1,6 @@
-"""One contestant of `benchmark_step`: the step of this package, timed.
+"""Times this package's step, as a contestant of `benchmark_step`.
 
-Each is measured in a process of its own (see `process.run_alone`).
+Each contestant is measured in its own process (see `process.run_alone`).
 """
 
 import dataclasses
@@ -42,10 +42,10 @@ class Case:
   Attributes:
     run: Settings; the step takes `training.batch_size` sequences of
       `training.seq_len` tokens at once.
-    random_weights: Whether weights are drawn on the device instead of read: a
-      config.json is enough.
-    warmup: Steps before those that are timed.
-    repeats: Steps that are timed.
+    random_weights: Whether to draw the weights on the device instead of reading
+      them; a config.json is then enough.
+    warmup: Steps before the timed ones.
+    repeats: Timed steps.
   """
 
   run: FinetuneConfig
@@ -112,7 +112,7 @@ class Prepared:
     state: The training state; the step donates its buffers.
     frozen: All other parameters.
     batch: See `training.train_step`.
-    mesh: Devices of the step; None is one.
+    mesh: Devices of the step; None means one.
   """
 
   step: Any
@@ -170,7 +170,7 @@ def prepare(case: Case) -> Prepared:
     graphdef, optimizer, resolved.step, state, frozen
   )
   tokens = case.tokens()
-  # As the peers shift the tokens: the last has no target.
+  # The peers shift the tokens, so the last one has no target.
   mask = np.ones(tokens.shape, np.float32)
   mask[:, -1] = 0
   batch = {
@@ -193,10 +193,10 @@ def moved_bytes(case: Case, compiled: Any) -> dict[str, Any]:
 
   Returns:
     `compiled`, by kind of collective, as read from the program; `attention`,
-    what attention moves between the shards of a sequence, in closed form;
-    and `ring_attention`, the same if keys and values went round all devices. A
-    layer runs forward once, once more where the backward pass recomputes it,
-    and backward.
+    what attention moves between the shards of a sequence, in closed form; and
+    `ring_attention`, the same if keys and values went round all devices. A
+    layer runs forward once, again if the backward pass recomputes it, and
+    backward.
   """
   run, mesh, resolved = case.run, case.run.mesh, case.resolved
   sizes = {
@@ -238,13 +238,13 @@ def check_loss(loss: float, who: str) -> float:
 
 
 def measure(case: Case) -> dict[str, Any]:
-  """Returns what a step of this package takes.
+  """Returns the cost of a step of this package.
 
   Steps are timed one by one, each from its call until its results are ready.
 
   Raises:
     ValueError: The loss is not finite.
-    NotImplementedError: The device cannot run the implementation asked for.
+    NotImplementedError: The device cannot run the requested implementation.
   """
   prepared = prepare(case)
   state, frozen, batch = prepared.state, prepared.frozen, prepared.batch
@@ -279,7 +279,7 @@ def measure(case: Case) -> dict[str, Any]:
     "moved_bytes": moved,
     "compiled_peak_bytes": memory.device_bytes(compiled),
     "compiled_host_bytes": memory.host_bytes(compiled),
-    # Linux counts in KiB. What was loaded or compiled is in it, too.
+    # Linux counts in KiB. This includes loading and compiling.
     "resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     "num_pairs": num_pairs,
     "device": jax.devices()[0].device_kind,

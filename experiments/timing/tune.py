@@ -30,9 +30,9 @@ def can_tune(implementation: str) -> bool:
 
 def _with_sizes(pattern: Pattern, implementation: str, sizes: Any) -> Function:
   if isinstance(pattern, Mixture):
-    raise ValueError("sizes are found by single patterns, not by mixtures.")
+    raise ValueError("tuning needs single patterns, not mixtures.")
   module = _module(implementation)
-  # The other backward pass of mosaic has sizes that do not change.
+  # The sizes of mosaic's other backward pass are fixed.
   options = {"deterministic": True} if implementation == "mosaic" else {}
 
   def attend(query, key, value):
@@ -54,7 +54,7 @@ def _with_sizes(pattern: Pattern, implementation: str, sizes: Any) -> Function:
 def _write(
   path: pathlib.Path, names: Sequence[str], sizes: dict[str, Any]
 ) -> None:
-  """Puts the sizes of some kernels into a table, under nested names."""
+  """Writes the sizes of some kernels into a table, under nested names."""
   table = json.loads(path.read_text(encoding="utf8")) if path.exists() else {}
   inner = table
   for name in names:
@@ -73,13 +73,13 @@ def tune(
   """Times all sizes of each kernel and writes the best.
 
   Args:
-    cases: What is timed; all of one dtype and head_dim.
+    cases: Cases to time, all with the same dtype and head_dim.
     implementation: A back end for which `can_tune` holds.
-    repeats: Rounds of a case.
-    output: Table of sizes (`block_sizes`); other entries in it stay.
+    repeats: Rounds per case.
+    output: Table of sizes (`block_sizes`); other entries stay.
 
   Raises:
-    ValueError: No sizes of a kernel work, or the best are wrong.
+    ValueError: No sizes of a kernel work, or the best give wrong results.
   """
   module, kind = _module(implementation), target.current().kind
   head_dim, dtype = cases[0].head_dim, jnp.dtype(cases[0].dtype)

@@ -1,4 +1,4 @@
-r"""Times union heads on a GPU beside their parts and `scca_flow`.
+r"""Times union heads on a GPU, compared with their parts and `scca_flow`.
 
     python -m experiments.results.attention_h100.unions --output=unions.json
 
@@ -19,7 +19,7 @@ import scca_jax
 from experiments.shared import cli
 from scca_jax import atomic_file, patterns
 
-_OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 _SEQ_LEN, _CHECKED_LEN, _NUM_HEADS, _HEAD_DIM = 8192, 1024, 32, 128
 _CALLS, _ROUNDS = 10, 9
 # Relative to the norm of the truth; bfloat16 has 8 bits.

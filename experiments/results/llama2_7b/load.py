@@ -1,14 +1,15 @@
-r"""Measures how fast the weights of LLaMA2-7B's shape come to the device.
+r"""Measures how fast weights of LLaMA2-7B's shape are loaded to the device.
 
     python -m experiments.results.llama2_7b.load --output=load_h200.json
 
 A model with random weights is written to the folder for temporary files
 (TMPDIR). Its files are read plainly, into one buffer, and loaded by
-`convert.load_model`, which transposes, stacks by layer and checks for what is
-not finite; then, where PyTorch finds a GPU, by safetensors (`load_file`) and by
-transformers (`from_pretrained`). Each runs in a process of its own and loads by
-turns *cold*, after the system was asked to forget the files, and *cached*. The
-time includes what jax compiles on the way, but not the start of jax or PyTorch.
+`convert.load_model`, which transposes, stacks by layer and checks for
+non-finite values; then, if PyTorch finds a GPU, by safetensors (`load_file`)
+and by transformers (`from_pretrained`). Each runs in its own process and loads
+alternately *cold*, after the system was asked to forget the files, and
+*cached*. The time includes jax's compilation, but not the start of jax or
+PyTorch.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from scca_jax.llama import Llama
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is loaded.
+  """The load to measure.
 
   Attributes:
     folder: Model in Hugging Face layout.
@@ -93,7 +94,7 @@ LOADERS = {"plain read of the files": _read, "scca_jax": _scca_jax}
 
 
 def _forget(files: Sequence[pathlib.Path]) -> None:
-  """Has the system drop the files from its cache."""
+  """Makes the system drop the files from its cache."""
   for path in files:
     with path.open("rb") as file:
       # Only what has reached the disk can be dropped.

@@ -1,6 +1,6 @@
-"""How PyTorch's users load weights, to be timed beside `load`.
+"""Loads weights as PyTorch's users do, for comparison in `load`.
 
-PyTorch is optional: it is imported where a peer loads.
+PyTorch is optional, and imported only when a peer loads.
 """
 
 # Types are checked without PyTorch too.

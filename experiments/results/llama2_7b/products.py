@@ -5,8 +5,8 @@
     python -m experiments.results.llama2_7b.products \
       dump/*train_step*after_optimizations.txt
 
-Products that cuBLAS computes are counted, as often as their loops turn; those
-of the attention kernels are not.
+Products computed by cuBLAS are counted, as often as their loops run; products
+in the attention kernels are not.
 """
 
 import collections
@@ -32,7 +32,7 @@ def _sizes(shape: str) -> list[int]:
 
 
 def products(text: str) -> collections.Counter[tuple[int, int]]:
-  """Returns how often a call of a compiled function multiplies what.
+  """Returns how often a call of a compiled function computes each product.
 
   Args:
     text: Its HLO, optimised for a GPU.

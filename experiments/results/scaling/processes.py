@@ -3,11 +3,11 @@ r"""Fine-tunes with one process per GPU, kills one, and resumes on fewer GPUs.
     python -m experiments.results.scaling.processes --output=processes.json
 
 All GPUs of one host, the embedded model, `data` as wide as there are GPUs. The
-processes find each other as those that SLURM's `srun` starts: by its variables.
-The script compares the losses with those of one process that has all GPUs,
-sends SIGKILL to one process, measures how long the others go on, and resumes
-from the checkpoint in one process with half of the GPUs. With
-`JAX_PLATFORMS=cpu` it rehearses all of this on CPUs.
+processes find each other through SLURM's variables, as if started by `srun`.
+The script compares the losses with those of one process with all GPUs, sends
+SIGKILL to one process, measures how long the others go on, and resumes from the
+checkpoint in one process with half of the GPUs. With `JAX_PLATFORMS=cpu` it
+rehearses all of this on CPUs.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ _NUM_GPUS = flags.DEFINE_integer(
 _STEPS = flags.DEFINE_integer("steps", 24, "Steps of a run.", lower_bound=9)
 _CHECKPOINT_EVERY = 4
 _LONGEST_RUN = 240
-# Seconds that the others may go on after one was killed.
+# How many seconds the others may go on after one was killed.
 _LONGEST_END = 120
 
 
