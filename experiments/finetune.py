@@ -153,6 +153,7 @@ def _summary(
 def main() -> None:
   """Runs the command."""
   cluster.start()
+  shared_flags.check_wandb(_WANDB)
   run = _read_settings()
   dispatch.check_implementation(run.training.implementation)
   model_folder = resolve.model_path(run.model)

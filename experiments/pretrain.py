@@ -95,6 +95,7 @@ def _check_memory(num_params: int) -> None:
 def main() -> None:
   """Runs the command."""
   cluster.start()
+  shared_flags.check_wandb(_WANDB)
   run = _read_settings()
   dispatch.check_implementation(run.training.implementation)
   vocabulary = tokenizer.load(run.data.tokenizer or "")

@@ -105,7 +105,12 @@ def test_a_value_is_read_by_its_type(config, given, name, value):
     ("config.lora.rslora=maybe", "lora.rslora must be of type bool.*'maybe'"),
     ("config.lora.targets=('q_proj", "lora.targets must be of type tuple"),
     ("config.zzzz=1", "see --help"),
-    ("config=no.py", "no.py cannot be read: it does not exist"),
+    ("config=no.py", "no.py cannot be read: it does not exist; configs/ has"),
+    ("config=configs/tinny.py", "did you mean configs/tiny.py?"),
+    (
+      "config.pattern.chunk_size=None",
+      "config.pattern has no parts, .*give --config.pattern=VALUE",
+    ),
   ],
 )
 def test_a_wrong_setting_is_named_with_the_nearest(config, given, said):

@@ -1,5 +1,8 @@
 """Flags that commands share."""
 
+import sys
+import types
+
 import pytest
 
 from experiments.shared import flags as shared_flags
@@ -25,6 +28,19 @@ from experiments.shared import flags as shared_flags
 )
 def test_commas_in_parentheses_divide_no_patterns(text, parts):
   assert shared_flags.split_patterns(text) == parts
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_weights_and_biases_is_missed_before_any_work(
+  monkeypatch, tmp_path, in_folder
+):
+  monkeypatch.setattr(sys, "path", [str(tmp_path)])
+  monkeypatch.delitem(sys.modules, "wandb", raising=False)
+  if in_folder:  # Its logs lie in a folder of the same name.
+    (tmp_path / "wandb").mkdir()
+  shared_flags.check_wandb(types.SimpleNamespace(value=None))
+  with pytest.raises(ValueError, match=r"scca_jax\[wandb\]"):
+    shared_flags.check_wandb(types.SimpleNamespace(value="project"))
 
 
 def parse(argument, least=1):

@@ -239,6 +239,13 @@ class ConfigFlag(Generic[Run]):
           f" --{next(x for x in self.names if x.startswith(f'config.{name}.'))}"
           "=VALUE."
         )
+      parent = name.rpartition(".")[0]
+      if parent in self._settings:
+        raise ValueError(
+          f"config.{parent} has no parts, so --config.{name} cannot be set:"
+          f" give --config.{parent}=VALUE"
+          f" ({self._settings[parent].text.rstrip('.')})."
+        )
       raise ValueError(unknown(f"config.{name}", self.names))
     if value is None:
       if setting.kind is bool:
@@ -257,6 +264,14 @@ class ConfigFlag(Generic[Run]):
     shipped = _ROOT / path
     return shipped if not path.exists() and shipped.is_file() else path
 
+  def _shipped(self, name: str) -> str:
+    """Returns, in words, the shipped config with the nearest name, or all."""
+    names = sorted(file.stem for file in (_ROOT / "configs").glob("[!_]*.py"))
+    near = difflib.get_close_matches(name, names, 1)
+    if near:
+      return f"did you mean configs/{near[0]}.py?"
+    return f"configs/ has {', '.join(names)}."
+
   def _load(self) -> dict[str, Any]:
     """Returns the settings of the file, nested.
 
@@ -272,7 +287,7 @@ class ConfigFlag(Generic[Run]):
     except (Exception, SystemExit) as error:
       text = str(error) or type(error).__name__
       if isinstance(error, FileNotFoundError):
-        text = "it does not exist"
+        text = f"it does not exist; {self._shipped(path.stem)}"
       elif isinstance(error, KeyError) and error.args == ("get_config",):
         text = "it has no function get_config"
       raise ValueError(

@@ -4,6 +4,7 @@ A command calls these functions at its top; the flags then count as its own,
 also in `--help`.
 """
 
+import importlib.util
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -180,6 +181,20 @@ def define_wandb() -> Holder:
     " metrics.jsonl and TensorBoard (pip install 'scca_jax[wandb]');"
     " WANDB_MODE=offline keeps them local.",
   )
+
+
+def check_wandb(flag: Holder) -> None:
+  """Checks before any work that the flag of `define_wandb` can be served.
+
+  Raises:
+    ValueError: Weights & Biases is not installed.
+  """
+  found = importlib.util.find_spec("wandb") if flag.value else None
+  # A folder of that name, such as one with its logs, has no origin.
+  if flag.value and (found is None or found.origin is None):
+    raise ValueError(
+      "--wandb needs Weights & Biases: pip install 'scca_jax[wandb]'."
+    )
 
 
 def define_rope(text: str) -> tuple[Holder, Holder]:

@@ -175,7 +175,7 @@ class Metrics:
       settings: Settings of the run, which Weights & Biases shows.
 
     Raises:
-      ValueError: Weights & Biases is not installed, or refuses the run.
+      ValueError: Weights & Biases refuses the run.
     """
     self._folder = folder
     self._board = self._wandb = None
@@ -231,12 +231,7 @@ class Metrics:
 
 def _open_wandb(folder: pathlib.Path, project: str, settings: Any) -> Any:
   """Returns the run at Weights & Biases; a resumed run keeps its own."""
-  try:
-    wandb: Any = importlib.import_module("wandb")
-  except ImportError:
-    raise ValueError(
-      "--wandb needs Weights & Biases: pip install 'scca_jax[wandb]'."
-    ) from None
+  wandb: Any = importlib.import_module("wandb")
   file = folder / "wandb_id"
   if not file.exists():
     atomic_file.write(file, secrets.token_hex(4).encode())
