@@ -1,8 +1,8 @@
-"""Pages that mkdocs makes from files elsewhere: results, recipes, settings.
+"""Adds pages to mkdocs from other files: results, recipes, settings.
 
 A number lives in one place, so the site shows the files of the repository as
-they are. Links between them lead to their pages; a link to what has no page
-becomes the name of the file.
+they are. Links between them lead to their pages; a link to a file without a
+page becomes the file's name.
 """
 
 import os
@@ -42,7 +42,7 @@ def _sources():
 
 
 def _convert(text, source, page, pages, images):
-  """Returns a file's text with its links made those of the site."""
+  """Returns a file's text with its links pointing into the site."""
 
   def link(match):
     bang, label, target = match.groups()
@@ -67,7 +67,7 @@ def _convert(text, source, page, pages, images):
 
 
 def _section(readme, title):
-  """Returns a section of README with its heading made that of a page."""
+  """Returns a section of README as a page, with its heading as the title."""
   found = re.search(
     rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", readme, re.DOTALL | re.MULTILINE
   )
@@ -86,8 +86,8 @@ def _settings():
     "# Settings\n",
     "These are the settings of `scca finetune`. Each is a flag, such as"
     " `--config.training.steps=100`;"
-    " `none` leaves out what may be left out. `scca finetune --help"
-    " --config=FILE` also shows what a config file makes of them.\n",
+    " `none` stands for `None`. `scca finetune --help --config=FILE` also"
+    " shows the values in a config file.\n",
   ]
   group = None
   for setting in config_flag.list_settings(config.FinetuneConfig):
@@ -107,8 +107,8 @@ def _settings():
     ]
     lines.append(f"| {' | '.join(cells)} |")
   lines.append(
-    "\n`scca pretrain` has the same but for `model`, `rope`, `tuning` and"
-    " `lora`, and these:\n"
+    "\n`scca pretrain` has the same settings except `model`, `rope`, `tuning`"
+    " and `lora`, and in addition:\n"
   )
   lines.append("| setting | type | default | |\n|---|---|---|---|")
   ours = {s.name for s in config_flag.list_settings(config.FinetuneConfig)}
