@@ -338,7 +338,7 @@ def test_lines_between_added_tokens_are_encoded_as_the_whole(
     ),
     (
       {"tokenizer_config": {"bos_token": "<|begin|>"}},
-      "bos_token is '<|begin|>', which the vocabulary lacks",
+      "bos_token is '<|begin|>', which is not in the vocabulary",
     ),
   ],
 )
