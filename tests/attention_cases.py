@@ -1,4 +1,4 @@
-"""What every implementation of the attention is tested on, and how.
+"""The cases that every implementation of the attention is tested on.
 
 `attend` is a function `(query, key, value, pattern, *, segment_ids,
 query_offset) -> (output, log-sum-exp)`; the log-sum-exp may be None.
@@ -20,9 +20,9 @@ from scca_jax.patterns import AttentionPattern, HeadPattern, Mixture
 
 NAMES = ("output", "log_sum", "d_query", "d_key", "d_value")
 # Absolute and relative (SPEC 3). Half precision may have twice the error of
-# dense attention beside, see `compare_half`.
+# dense attention, see `compare_half`.
 TOLERANCE = 2e-5
-# The tests wait for the compiler, not for what it compiles.
+# The tests spend their time compiling, not running.
 QUICKLY = (
   {"xla_backend_optimization_level": 0}
   if jax.default_backend() == "cpu"
@@ -37,7 +37,7 @@ Attend = Callable[..., tuple[jax.Array, jax.Array | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A pattern, and the arrays that it meets.
+  """A pattern, and the arrays to call it with.
 
   Attributes:
     pattern: Which keys each query head sees.
@@ -60,7 +60,7 @@ def ruled(pattern: AttentionPattern, **rules: Any) -> AttentionPattern:
 def named(
   names: tuple[str, ...], seq_len: int, chunk_size: int | None = None
 ) -> AttentionPattern:
-  """Returns heads of named patterns in one: a compilation serves them all."""
+  """Returns heads of named patterns in one pattern, to compile only once."""
   chunk_size = chunk_size or seq_len // 4
   num_chunks = -(-seq_len // chunk_size)
   of_name = {
@@ -170,7 +170,7 @@ CASES = {
   "named, slot": Case(
     ruled(named((*ROLLED, *ODD_SDA), 41), causality="slot"), 41, segmented=True
   ),
-  # On a mesh chunks are to fit what a device has.
+  # On a mesh, chunks have to fit a device's shard.
   "small chunks": Case(named(ALL, 64, 8), 64, segmented=True),
   "small chunks, local": Case(ruled(named(ALL, 64, 8), boundary="local"), 64),
   "one token": Case(ODD, 1, 1),
@@ -214,12 +214,12 @@ CASES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NewHead(HeadPattern):
-  """A head with a field that no back end has been taught."""
+  """A head with a field that no back end knows."""
 
   parity: int | None = None
 
   def seen(self, queries, keys, seq_len, **rules):
-    """Marks the pairs seen, of keys of one parity if there is one."""
+    """Marks the pairs seen, only with keys of one parity if it is set."""
     seen = super().seen(queries, keys, seq_len, **rules)
     return seen if self.parity is None else seen & (keys % 2 == self.parity)
 
@@ -321,7 +321,7 @@ def make_segments(seq_len: int) -> jax.Array:
 
 
 def reference(query, key, value, pattern, *, segment_ids, query_offset):
-  """Attends by the definition."""
+  """Attention by the definition."""
   return scca_jax.attention(
     query,
     key,
@@ -335,7 +335,7 @@ def reference(query, key, value, pattern, *, segment_ids, query_offset):
 
 
 def dense(query, key, value, pattern, *, segment_ids, query_offset):
-  """Attends by products of the inputs' dtype, as kernels do."""
+  """Attention with products in the inputs' dtype, as in kernels."""
   seq_len, dtype = query.shape[1], query.dtype
   group_size = query.shape[2] // key.shape[2]
   key, value = (jnp.repeat(x, group_size, axis=2) for x in (key, value))
@@ -384,7 +384,7 @@ def run(
     )
     if log_sum is None:
       return (output,), None
-    # -inf is no number to differentiate: whoever uses it leaves it out.
+    # -inf cannot be differentiated, so it is left out.
     return (output, jnp.where(log_sum > -jnp.inf, log_sum, 0.0)), log_sum
 
   outputs, vjp, log_sum = jax.vjp(both, *arrays, has_aux=True)
@@ -416,8 +416,8 @@ def compare_half(
     rounded: Those of dense attention in the same dtype.
     truth: Those in float32.
     order: Norm of the errors.
-    slack: Relative to the truth. Sums are float32: their own rounding is no
-      error of the dtype.
+    slack: Relative to the truth. Sums are float32, and their own rounding is
+      not an error of the dtype.
   """
   for name, true in truth.items():
     values, others, true = (
@@ -490,7 +490,7 @@ def check_half(
 def check_empty_rows(
   attend: Attend, dtype: Any, sinks: int = 0, seq_len: int = 48
 ) -> None:
-  """Queries without a key, and keys that none sees, get exactly nothing."""
+  """Queries without a key, and keys that no query sees, get exactly 0."""
   pattern = with_empty_rows(seq_len, sinks)
   *inputs, d_log_sum = make_inputs(pattern.num_heads, seq_len)
   inputs = (*(x.astype(dtype) for x in inputs), d_log_sum)
@@ -527,8 +527,8 @@ def check_transformations(
   def one_by_one(*arrays):
     return jax.vmap(plain)(*(x[:, None] for x in arrays))[:, 0]
 
-  # The outputs are compared, not their sum: its terms cancel, so that it moves
-  # with the order of summation, which differs between versions of XLA.
+  # The outputs are compared, not their sum, whose terms cancel: it would depend
+  # on the order of summation, which differs between versions of XLA.
   def loss(way, *arrays):
     output = way(*arrays, *ids)
     return jnp.sum(jnp.sin(output.astype(jnp.float32))), output

@@ -1,4 +1,4 @@
-"""Commands in children of a process that has imported all they need."""
+"""Runs commands in children of a process that has imported all they need."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-# What a child may take.
+# Limits of a child.
 _SECONDS, _BYTES = 60, 3 << 30
 _POLL = 0.02
 
@@ -19,10 +19,10 @@ _POLL = 0.02
 def prepare(folder: pathlib.Path) -> None:
   """Imports the commands, so that children start at once.
 
-  None of them starts jax's devices, which would not survive a fork.
+  No import starts jax's devices, which would not survive a fork.
 
   Args:
-    folder: Where the children keep what they compile.
+    folder: Where the children keep their compiled programs.
   """
   os.environ |= {
     "JAX_PLATFORMS": "cpu",
@@ -31,7 +31,7 @@ def prepare(folder: pathlib.Path) -> None:
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
     "HF_HUB_OFFLINE": "1",
   }
-  # Libraries start threads as they are imported, which wait.
+  # Libraries start threads on import, but these only wait.
   warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
   import experiments.ablation.study  # noqa: F401
   import experiments.shared.loop  # noqa: F401

@@ -1,13 +1,13 @@
-"""What every test runs under: eight CPU devices, no implicit broadcasting."""
+"""The environment of all tests: eight CPU devices, no implicit broadcasting."""
 
 import os
 import tempfile
 
-# Before jax starts: sharding is tested on simulated devices, without hardware,
-# and several processes share a GPU if there is one. Tests wait for the
-# compiler, not for what it compiles, so it optimises little; .ci/long lets it
-# do all. Each worker, with the commands it starts, compiles a program once, and
-# finds nothing of earlier runs.
+# Set before jax starts: sharding is tested on simulated devices, without
+# hardware, and several processes share a GPU if there is one. Tests spend their
+# time compiling, not running, so the compiler optimises little, except in
+# .ci/long. Each worker, with the commands it starts, compiles a program once,
+# and sees nothing from earlier runs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
   "XLA_FLAGS",
@@ -27,7 +27,7 @@ import jax
 import pytest
 from absl import flags
 
-# The same examples every time, so that a change is to blame for what fails;
+# The same examples every time, so that failures come from changes;
 # `--hypothesis-profile=long` draws ten times as many, new ones each time. A
 # test whose examples are expensive takes a share of `max_examples`.
 hypothesis.settings.register_profile(
@@ -44,7 +44,7 @@ def pytest_unconfigure():
 
 
 def _forget_commands():
-  """Takes back the flags that commands define: each has its own `--data`."""
+  """Removes the flags that commands define, as each has its own `--data`."""
   for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
     # A command run as a script is known by its file; `--config` counts as
     # another's. Other flags of libraries and of experiments.shared.cli stay:
@@ -59,7 +59,7 @@ def _forget_commands():
 
 @pytest.fixture
 def gpu_compiler():
-  """Skips a test where nothing can compile for a GPU that is not here."""
+  """Skips a test if nothing can compile for a GPU without having one."""
   for name in ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"):
     try:
       found = importlib.util.find_spec(name)
@@ -76,7 +76,7 @@ def run_command(monkeypatch, tmp_path):
   Gives the exit status; standard output and error go where capsys reads them.
   """
 
-  # What commands keep for the next time, they keep for this test.
+  # Commands keep their caches only for this test.
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
   def run(name, *args):

@@ -1,4 +1,4 @@
-"""Models in GGUF files as llama.cpp lays them out, for several tests."""
+"""Writes GGUF files as llama.cpp lays them out, for several tests."""
 
 import gguf
 import numpy as np

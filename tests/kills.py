@@ -2,12 +2,12 @@
 
     python -m tests.kills --count=200 --seed=1
 
-A run of `finetune` is killed before one of its operations on files (opening,
-renaming, making or removing one: of tokens, metrics, checkpoint, adapter,
-summary or report), or at some time, and started again until it ends. It must
-end as an undisturbed one: the same metrics, adapter and summary, and no partial
-file. With `--pairs=N`, two runs are started on one folder, at once or one in
-the midst of the other: one must end in one line, the other as if alone.
+A run of `finetune` is killed before one of its file operations (opening,
+renaming, making or removing a file: tokens, metrics, checkpoint, adapter,
+summary or report), or at some time, and restarted until it ends. It must end
+like an undisturbed run: with the same metrics, adapter and summary, and no
+partial file. With `--pairs=N`, two runs are started on one folder, at the same
+time or one during the other: one must end in one line, the other as if alone.
 """
 
 import argparse
@@ -40,14 +40,14 @@ _ARGS = [
   "--config.rope.kind=none",
   "--output_dir=run",
 ]
-# Those audit events of the reader that are about files a run writes.
+# The audit events about files that a run writes.
 _EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 # Speeds differ from run to run.
 _VARIES = ("tokens_per_second", "peak_bytes")
 
 
 class _Killer:
-  """Counts operations on a run's files, and may kill the process at one."""
+  """Counts operations on a run's files, and can kill the process at one."""
 
   def __init__(self, folder: pathlib.Path, at: int | None):
     self._folder, self._at, self._count = str(folder), at, 0
@@ -64,7 +64,7 @@ class _Killer:
         os.kill(os.getpid(), signal.SIGKILL)
 
   def report(self) -> None:
-    """Writes the count to a file beside the run."""
+    """Writes the count to a file next to the run."""
     pathlib.Path("operations").write_text(str(self._count))
 
 
@@ -87,7 +87,7 @@ def _run(at: int | None = None, seconds: float | None = None) -> None:
 
 
 def _end(folder: pathlib.Path) -> dict:
-  """Returns what a run ended with."""
+  """Returns the results of a run."""
   from safetensors.numpy import load_file
 
   lines = [
@@ -105,7 +105,7 @@ def _end(folder: pathlib.Path) -> dict:
     "files": sorted(
       str(path.relative_to(folder))
       for path in folder.rglob("*")
-      # TensorBoard begins a file with each start.
+      # TensorBoard starts a new file every time.
       if "tensorboard" not in path.parts
       and path.is_file()
       # How a checkpoint's arrays are cut into files is up to TensorStore.
@@ -122,7 +122,7 @@ def _differences(found: dict, expected: dict) -> str:
 def _killed(
   copy: pathlib.Path, output: pathlib.Path, rng: random.Random, last: int
 ) -> str:
-  """Kills a run, perhaps again, and lets it end; returns when it was killed."""
+  """Kills a run, perhaps several times, lets it end, and returns when."""
   when = []
   while not when or rng.random() < 0.4:
     at = rng.randrange(1, last + 1) if rng.random() < 0.8 else None

@@ -2,9 +2,9 @@
 
     python -m tests.leaks --cases=10000 --seed=1
 
-A case is a head's pattern, unions and sinks among them, with a draw of inputs.
-By gradient, no output may depend on a later key or value, and each must depend
-on exactly the values that the relation shows. Many heads, all with patterns of
+A case is a head's pattern, including unions and sinks, with random inputs. By
+gradient, no output may depend on a later key or value, and each must depend on
+exactly the values that the relation shows. Many heads, all with patterns of
 their own, and several draws are one compiled call.
 """
 

@@ -80,7 +80,7 @@ BYTE_LEVEL = LlamaConfig(
   num_kv_heads=2,
   head_dim=16,
   context_len=128,
-  # Larger than usual: logits that tell tokens apart.
+  # Larger than usual, so that logits distinguish tokens.
   initializer_range=0.15,
   bos_token_id=0,
   eos_token_id=(1, 2),
@@ -92,7 +92,7 @@ _LLAMA_3 = (
 
 
 def byte_level(pre="llama-bpe"):
-  """A vocabulary of byte pairs as Llama 3, SmolLM or GPT-2 cut text."""
+  """A byte-pair vocabulary that splits text like Llama 3, SmolLM or GPT-2."""
   words = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
   steps = {
     "llama-bpe": [pre_tokenizers.Split(tokenizers.Regex(_LLAMA_3), "isolated")],
@@ -122,7 +122,7 @@ def byte_level(pre="llama-bpe"):
 
 
 def write_byte_level(folder, pre="llama-bpe", config=BYTE_LEVEL):
-  """A random model with such a vocabulary, and seven rows more than it has."""
+  """A random model with such a vocabulary, and seven more embedding rows."""
   folder.mkdir(parents=True, exist_ok=True)
   byte_level(pre).save(str(folder / "tokenizer.json"))
   settings = {

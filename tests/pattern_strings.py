@@ -1,4 +1,4 @@
-"""Patterns by name and settings, read from the string that says them."""
+"""Makes patterns from names and settings, through their strings."""
 
 from scca_jax import patterns
 

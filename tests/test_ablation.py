@@ -217,7 +217,7 @@ def test_a_killed_study_resumes_to_the_same_results(
   resumed = json.loads((tmp_path / "b/results.json").read_text())
   assert _without_times(resumed) == _without_times(whole)
 
-  # What is not there is measured; nothing else is.
+  # Only what is missing is measured.
   assert capsys.readouterr().out.count("near: 1 pairs") == 2 * 4
   assert not list((tmp_path / "b").rglob("*.params.npz"))
   dense = whole["arms"]["dense"]

@@ -29,7 +29,7 @@ def folder(tmp_path):
 
 
 def _adapted(folder, lora):
-  """A model with what is trained moved from where it starts."""
+  """A model whose trained parameters differ from their initial values."""
   config = dataclasses.replace(convert.load_config(folder), **LONGER)
   model = convert.load_model(folder, config=config, lora=lora)
   graphdef, trained, frozen = nnx.split(model, trainable(lora), ...)
@@ -283,8 +283,8 @@ def test_a_missing_adapter_is_named(folder, tmp_path):
     adapters.load_adapter(folder, tmp_path / "none")
 
 
-# Written by hand: what adapters said of their patterns before patterns had
-# strings. Layers 0 and 2 are dense, layer 1 has a shifted pair of heads.
+# Written by hand: how adapters recorded patterns before there were strings.
+# Layers 0 and 2 are dense, layer 1 has a shifted pair of heads.
 HEAD_LISTS = """{
   "context_len": 64,
   "quantize": null,

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all, and failures name them."""
+"""Files are complete or absent, and failures name them."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_partial_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
       (tmp_path / name).unlink()
     assert sorted(tmp_path.iterdir()) == partial
     process.kill()
-  # What other files left is not ours to judge.
+  # Leftovers of other files are left alone.
   (tmp_path / ".other.x.partial").mkdir()
   atomic_file.write(tmp_path / "file", b"mine")
   with atomic_file.new_folder(tmp_path / "folder"):

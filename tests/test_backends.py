@@ -1,8 +1,8 @@
 """Every back end against `reference`, which is the definition.
 
-Those for GPUs run on a CPU here: Triton's kernels interpreted, cuDNN's dense
-calls by XLA. What GPUs compute is tested on one, in test_gpu_backends; Pallas
-does not interpret the products of `mosaic`.
+GPU back ends run on a CPU here: Triton's kernels interpreted, cuDNN's dense
+calls through XLA. What GPUs compute is tested on a GPU, in test_gpu_backends;
+Pallas cannot interpret the products of `mosaic`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from scca_jax.patterns import AttentionPattern
 
 
 def _anywhere(name: str, **settings) -> BackEnd:
-  """A back end for GPUs, as settings let it run on a CPU in float32."""
+  """A back end for GPUs, set up to run on a CPU in float32."""
   back_end = registry.BACK_ENDS[name]
   attention = functools.partial(back_end.load(), **settings)
   return dataclasses.replace(
@@ -38,7 +38,7 @@ def _anywhere(name: str, **settings) -> BackEnd:
 
 
 def _alone(back_end: BackEnd) -> cases.Attend:
-  """Attends by one back end; a refusal is an error."""
+  """Attention by one back end; a refusal is an error."""
 
   def attend(query, key, value, pattern, *, segment_ids, query_offset):
     call = Call(

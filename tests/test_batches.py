@@ -12,7 +12,7 @@ from scca_jax.token_file import TokenFile
 
 
 def _corpus(*lengths, known=True):
-  """A corpus whose ids are 1, 2, 3, …: each says where it stands."""
+  """A corpus whose ids 1, 2, 3, … tell their positions."""
   ends = np.cumsum(lengths)
   return TokenFile(
     tokens=np.arange(1, ends[-1] + 1, dtype=np.uint16),
@@ -68,7 +68,7 @@ def test_windows_cover_the_corpus_once_an_epoch(seq_len):
     seen = np.sort(np.concatenate([row["tokens"] for row in rows]))
     np.testing.assert_array_equal(seen, seen[0] + np.arange(len(seen)))
     offsets.add(int(seen[0]) - 1)
-  # What is left over may fall at either end.
+  # Left-over tokens may be at either end.
   assert offsets <= set(range(202 % seq_len + 1))
   assert len(offsets) > 1 or 202 % seq_len == 0
 

@@ -26,7 +26,7 @@ SIZES = {
 
 @pytest.fixture
 def small(tmp_path):
-  """Flags for a model that is all but nothing, of which there is no weight."""
+  """Flags for a minimal model without weights."""
   (tmp_path / "config.json").write_text(json.dumps(SIZES), encoding="utf8")
   return (
     f"--model={tmp_path}",

@@ -88,7 +88,7 @@ def test_many_documents_give_the_interval_of_the_normal_distribution():
 
 
 def test_windows_of_one_document_count_once():
-  """Copies of a window say nothing new: the interval stays as wide."""
+  """Copies of a window add no information, so the interval stays as wide."""
   values = _losses(12, 1)
   alone = bootstrap.estimate(values, np.arange(12)).interval
   copied = bootstrap.estimate(

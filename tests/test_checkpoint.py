@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, and the newest whole one counts."""
+"""Checkpoints are complete or absent, and the newest complete one counts."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from scca_jax import checkpoint, training
 
 
 class _Matrix(nnx.Module):
-  """All of a model that a training state needs."""
+  """The part of a model that a training state needs."""
 
   dtype = jnp.dtype("float16")
 
@@ -91,7 +91,7 @@ def test_a_half_written_checkpoint_is_not_the_latest(tmp_path):
   saved = _open(tmp_path)
   saved.save(3, _state(3), {})
   saved.close()
-  # What a process killed while writing leaves behind.
+  # As left by a process that was killed while writing.
   half = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
   (half / "state").mkdir(parents=True)
   again = _open(tmp_path)

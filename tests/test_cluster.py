@@ -31,7 +31,7 @@ def _start(num_devices, *args, processes=1):
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
   devices = f"--xla_force_host_platform_device_count={num_devices // processes}"
-  # The test waits for the compiler, not for what it compiles.
+  # The test spends its time compiling, not running.
   quickly = "--xla_backend_optimization_level=0"
   environment = os.environ | {
     "XLA_FLAGS": f"{devices} {quickly}",
@@ -198,8 +198,8 @@ def test_two_processes_train_as_one(alone, together):
     assert words not in printed[1]
 
 
-# Once in some thirty runs the first process had said what is wrong, and then
-# waited beyond two minutes at its end, though the second was gone.
+# Once in some thirty runs the first process printed the error and then waited
+# for more than two minutes before it ended, though the second was gone.
 @pytest.mark.slow
 def test_what_fails_in_one_process_ends_both(arguments, tmp_path):
   text = tmp_path / "latin1.txt"

@@ -1,4 +1,4 @@
-"""Settings: typed at the door, with the name of the one that is wrong."""
+"""Settings are checked on entry, and a wrong one is named."""
 
 import pathlib
 import runpy

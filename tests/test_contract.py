@@ -34,7 +34,7 @@ def _call(
   segments=False,
   **settings,
 ):
-  """A call of two heads, of shapes alone."""
+  """A call with two heads and only shapes."""
   head = head or HeadPattern(chunk_size=8, shift=4)
   query = jax.ShapeDtypeStruct((1, seq_len, 2, head_dim), dtype)
   key = jax.ShapeDtypeStruct((1, kv_len or seq_len, 2, head_dim), dtype)
@@ -108,7 +108,7 @@ def test_only_the_reference_computes_in_float64():
   [
     # Sinks of a document lie anywhere.
     (HeadPattern(chunk_size=8, sinks=4), True, "sinks"),
-    # What both parts show would count twice.
+    # Pairs that both parts see would count twice.
     (
       HeadPattern(chunk_size=8, shift=4, dilation=2, own_chunk=True),
       False,

@@ -1,4 +1,4 @@
-"""GPU kernels, compiled for GPUs that are not here."""
+"""GPU kernels, compiled for GPUs that this machine does not have."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from scca_jax.llama_config import LlamaConfig
 
 needs_compiler = pytest.mark.usefixtures("gpu_compiler")
 BF16, F16 = jnp.bfloat16, jnp.float16
-# What the kernel of an implementation is known by in a compiled program.
+# How to recognise an implementation's kernel in a compiled program.
 CALLS = {"mosaic": "mosaic_gpu", "triton": "__gpu$xla.gpu.triton", "xla": ""}
 
 
@@ -114,7 +114,7 @@ def test_neither_keys_nor_scores_are_stored(implementation):
   # A rolled key alone would be 64 MiB; a float32 a row and head is 1 MiB.
   allowed = 8 * 2**20
   if implementation == "mosaic":
-    # It adds up the gradient of the query in float32.
+    # It sums the gradient of the query in float32.
     allowed += 4 * seq_len * heads * 128
   assert compiled.memory_analysis().temp_size_in_bytes <= allowed
 
@@ -299,10 +299,10 @@ def test_no_device_drops_what_it_has_summed():
     ),
   )
   compiled = deviceless.compile_for("h100-80gb", step, state, frozen, batch)
-  # XLA sums a gradient over devices once, after the micro batches. One whose
-  # scatter it had cut among devices it also took from all but the first device
-  # at each micro batch: a choice by the device's number, which is asked for
-  # nowhere else in this step.
+  # XLA sums a gradient over devices once, after the micro batches. If it had
+  # split the gradient's scatter among devices, all but the first device lost
+  # their sum at each micro batch, by a choice on the device's number, which
+  # occurs nowhere else in this step.
   assert "partition-id" not in compiled.as_text()
 
 

@@ -1,4 +1,4 @@
-"""What README, guides and recipes tell people to type exists and runs."""
+"""The commands in README, guides and recipes exist and run."""
 
 import pathlib
 import re

@@ -158,7 +158,7 @@ def test_missing_text_is_named(tmp_path):
 
 
 def test_parts_of_a_document_are_its_text(tmp_path):
-  # A character of four bytes lies across the border of two blocks.
+  # A character of four bytes crosses the border of two blocks.
   text = "a" * ((1 << 20) - 2) + "😀" + "b\n" * 700_000
   (tmp_path / "a.txt").write_text(text, encoding="utf8")
   (tmp_path / "b.jsonl").write_text('{"text": "c"}\n{"text": ""}\n')

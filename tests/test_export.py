@@ -1,4 +1,4 @@
-"""The command `export`: what it writes is what was there."""
+"""The command `export` writes the model that it was given."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The pieces that FlashAttention-3 is given, with a dense attention for it."""
+"""The pieces for FlashAttention-3, tested with a dense attention."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""One process a folder, and no lock left of a process that is gone."""
+"""One process per folder, and no lock left by a process that is gone."""
 
 import signal
 import subprocess

@@ -19,7 +19,7 @@ from experiments.shared import loop, resolve
 from scca_jax import assets, file_lock, tokenizer, training
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Small enough that a step is a few milliseconds.
+# Small enough that a step takes a few milliseconds.
 SHORT = (
   "--config.training.seq_len=64",
   "--config.training.batch_size=2",
@@ -477,11 +477,11 @@ def test_a_killed_run_ends_as_if_undisturbed(finished, arguments, tmp_path):
   for logged in (2, 7):
     metrics = output / "metrics.jsonl"
     _kill_once(command, when=lambda n=logged: _num_logged(output) >= n)
-    # Cut in the midst of a line, as a kill while writing would leave it.
+    # Cut in the middle of a line, as a kill during writing would leave it.
     if metrics.exists():
       with metrics.open("a") as file:
         file.write('{"step": 99, "lo')
-  # Compiled again, as on another day: to the same bits.
+  # Compiled again, as on another day, with bit-equal results.
   done = _run(
     "finetune",
     f"--output_dir={output}",
@@ -643,7 +643,7 @@ def test_bad_input_is_one_line(
   assert status == 2
   assert len(errors) == 1
   assert re.search(said, errors[0])
-  # Nothing that the command, put right, would take for another run.
+  # Nothing that the corrected command would take for another run.
   assert not (output / "config.json").exists()
 
 
@@ -728,7 +728,7 @@ def test_float16_ends_where_float32_does(run_command, tmp_path):
       f"--output_dir={folder}",
       f"--config.training.dtype={dtype}",
       f"--config.training.param_dtype={dtype}",
-      # Without tuning it is far worse than YaRN: there is much to learn.
+      # Without tuning it is far worse than YaRN, so there is much to learn.
       "--config.rope.kind=linear",
       "--config.training.steps=24",
       "--config.training.seq_len=512",

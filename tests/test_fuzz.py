@@ -1,4 +1,4 @@
-"""A few cases of `tests.fuzz` and `tests.kills`; by hand, many more."""
+"""A few cases of `tests.fuzz` and `tests.kills`; many more run by hand."""
 
 import pathlib
 import subprocess

@@ -1,4 +1,4 @@
-"""Vocabularies of GGUF files cut text as their own tokenizers do."""
+"""Vocabularies of GGUF files split text like their own tokenizers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What GGUF files hold of a model, read by the library and by our reader."""
+"""Written GGUF files, read by the library and by our reader."""
 
 import dataclasses
 

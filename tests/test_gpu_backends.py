@@ -2,11 +2,10 @@
 
     JAX_PLATFORMS=cuda XLA_FLAGS=--xla_gpu_autotune_level=0 pytest -m gpu
 
-Without that flag XLA times many kernels for each dense product that is compared
-with, which takes most of the time.
-Every case compares outputs, the log-sum-exp and every gradient, also through
-the log-sum-exp, with float32; what is allowed is twice the error of a dense
-attention with products of the dtype.
+Without that flag XLA times many kernels for each dense product of the
+comparison, which takes most of the time. Every case compares outputs, the
+log-sum-exp and every gradient, also through the log-sum-exp, with float32.
+Twice the error of dense attention with products in the same dtype is allowed.
 """
 
 import dataclasses
@@ -162,7 +161,7 @@ CASES = {
 
 
 def _skip_unless_it_runs(name):
-  # The suite is for any GPU, and mosaic's kernels need a Hopper one.
+  # The suite is for any GPU, but mosaic's kernels need a Hopper one.
   reason = registry.BACK_ENDS[name].refuses_device(target.current())
   if reason:
     pytest.skip(reason)

@@ -2,8 +2,8 @@
 
     JAX_PLATFORMS=cuda,cpu pytest -m gpu tests/test_gpu_mesh.py
 
-What XLA makes of a program for several GPUs is not what it makes for several
-CPUs, on which `test_sharding` runs: a gradient was wrong on these alone.
+XLA compiles a program differently for several GPUs than for several CPUs, on
+which `test_sharding` runs: a gradient was once wrong only on GPUs.
 """
 
 import functools
@@ -20,7 +20,7 @@ from scca_jax import lora, sharding, training
 from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 
-# Elsewhere there is nothing to see: `test_sharding` compares on CPUs.
+# Not needed elsewhere: `test_sharding` compares on CPUs.
 pytestmark = [
   pytest.mark.gpu,
   pytest.mark.skipif(
@@ -41,7 +41,7 @@ CONFIG = LlamaConfig(
 )
 LORA = lora.LoraConfig(rank=8)
 BATCH, SEQ = 8, 1024
-# Makes of a step its gradients, without much rounding.
+# Turns a step into its gradients, without much rounding.
 SCALE = 1000.0
 
 

@@ -1,4 +1,4 @@
-"""The linear map, with its adapter, against the matrices that it stands for."""
+"""The linear layer and its adapter, against explicit matrices."""
 
 import jax
 import jax.numpy as jnp

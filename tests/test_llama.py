@@ -348,7 +348,7 @@ def test_every_matrix_is_drawn_anew_within_the_initializer_range():
 
 
 def test_no_position_sees_the_future():
-  # Every token is another one, so the gradient of an embedding is that of a
+  # All tokens differ, so the gradient of an embedding is the gradient of a
   # position.
   tokens = jnp.arange(SEQ)[None]
   graphdef, embedding, rest = nnx.split(
@@ -582,7 +582,7 @@ def test_the_head_multiplies_in_its_dtype_and_sums_in_float32(tied):
   name = "embed_tokens" if tied else "lm_head"
   part = "embedding" if tied else "kernel"
   kernel = np.asarray(state[name][part][...])
-  # What the products read is rounded; what they sum is not.
+  # The products' inputs are rounded, their sums are not.
   rounded = kernel.astype(np.float16).astype(np.float64)
   rounded = rounded.T if tied else rounded
   d_rounded = d_logits.astype(np.float16).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Files of losses: what comes back, and which pairs are refused."""
+"""Files of losses: round trips, and which pairs are refused."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The console command `scca`, and that a wheel has all it needs."""
+"""The console command `scca`; a wheel has all that it needs."""
 
 import os
 import pathlib

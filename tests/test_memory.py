@@ -1,4 +1,4 @@
-"""Memory of a step on a GPU that is not here, and the command that tells it."""
+"""Planned memory of a step on a described GPU, and the command for it."""
 
 import functools
 import json
@@ -38,7 +38,7 @@ CONFIG = LlamaConfig(
 # A parameter of all layers: attention and MLP, then the norms.
 LAYER = 256 * (256 + 128 + 128 + 256) + 3 * 256 * 512
 EMBEDDINGS = 2 * 512 * 256
-# Where nothing speaks against it: a plan is compiled once for several tests.
+# The usual length, so that a plan is compiled once for several tests.
 SEQ = 4096
 
 
@@ -140,7 +140,7 @@ def test_quantised_weights_are_counted_as_they_are_held(method, bytes_of_layer):
   plan, whole = _plan(method=method, seq_len=512), _plan(seq_len=512)
   assert plan.parts["weights"] == 8 * bytes_of_layer
   assert plan.parts["trainable"] == whole.parts["trainable"]
-  # What is dequantised at a time is one layer.
+  # Only one layer is dequantised at a time.
   saved = whole.parts["weights"] - plan.parts["weights"]
   one_layer = 2 * LAYER
   assert plan.peak_bytes <= whole.peak_bytes - saved + one_layer
@@ -205,8 +205,8 @@ def test_only_the_host_keeps_more_of_more_segments():
   assert short.host_bytes == 2 * kept
   assert long.host_bytes == 8 * kept
   assert short.parts["residuals"] == long.parts["residuals"]
-  # Tokens, targets, positions, weights, losses and their gradients: numbers of
-  # four bytes, where a layer alone would keep 256 of two bytes.
+  # Tokens, targets, positions, weights, losses and their gradients have four
+  # bytes per token, where a single layer would keep 256 numbers of two bytes.
   assert long.peak_bytes - short.peak_bytes <= 8 * 4 * (8192 - 2048)
 
 
@@ -317,7 +317,7 @@ def test_planning_looks_for_no_gpu_and_keeps_nothing(tmp_path):
   assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
 
-# Most that each may take, in GiB. The pool of a V100 of 32 GB is 23.8.
+# Upper bounds, in GiB. The pool of a V100 of 32 GB is 23.8.
 V100 = (
   # With the moments on the card, the residuals in the host's memory.
   pytest.param(

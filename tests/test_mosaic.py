@@ -1,8 +1,8 @@
 """The back end `mosaic`, as far as a CPU can tell.
 
-What it refuses is tested in test_contract, what its kernels visit in
-test_blocks, that they compile in test_deviceless, and what they compute on a
-GPU in test_gpu_backends. Pallas does not interpret their matrix products.
+test_contract tests what it refuses, test_blocks what its kernels visit,
+test_deviceless that they compile, and test_gpu_backends what they compute on a
+GPU. Pallas cannot interpret their matrix products.
 """
 
 import pytest

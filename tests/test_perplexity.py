@@ -48,7 +48,7 @@ class RunningMean(nnx.Module):
     return hidden @ self.head[...]
 
 
-# What the stand-in was traced with: one entry a compilation and method.
+# How the stand-in was traced: one entry per compilation and method.
 calls = []
 MODEL = RunningMean(nnx.Rngs(0))
 EMBEDDING = np.asarray(MODEL.embedding[...], np.float64)

@@ -122,7 +122,7 @@ def test_unknown_methods_are_refused():
 
 
 def _model(method, dtype=jnp.float32):
-  """Returns a model with quantised weights, and one that has them as floats."""
+  """Returns a model with quantised weights, and one with the same as floats."""
   model = Llama(CONFIG, lora=LORA, dtype=dtype, rngs=nnx.Rngs(0))
   quantised = quantize.quantize_model(model, method)
   graphdef, state = nnx.split(quantised)
@@ -166,7 +166,7 @@ def test_a_step_is_that_of_the_dequantised_weights(method, remat):
   for model, config in zip(_model(method), (step_config, plain), strict=True):
     graphdef, params, frozen = nnx.split(model, lora.trainable(LORA), ...)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    # Copies: a step takes the buffers, and both models have the same.
+    # Copies, because a step takes over the buffers, which both models share.
     params = jax.tree.map(jnp.copy, params)
     graphdef, state, frozen = training.init(
       nnx.merge(graphdef, params, frozen), lora.trainable(LORA), rule

@@ -109,4 +109,6 @@ def test_instructions_with_the_loss_on_answers(
   assert "4 answers, 0% of the tokens" not in capsys.readouterr().out
   (folder / "longalpaca.jsonl").write_text('{"text": "a"}\n')
   assert run_command("prepare_data", *command) == 2
-  assert "longalpaca.jsonl, line 1: it needs messages" in capsys.readouterr().err
+  assert (
+    "longalpaca.jsonl, line 1: it needs messages" in capsys.readouterr().err
+  )

@@ -1,4 +1,4 @@
-"""Sequences a segment at a time, against the same sequences whole."""
+"""Sequences computed in segments, against the same sequences in one piece."""
 
 import dataclasses
 
@@ -238,7 +238,7 @@ def _check_gradients(layers, *, method=None, documents=True, **settings):
 
 def test_gradients_of_the_model_are_those_of_one_piece():
   pytest.importorskip("qwix")
-  # Layers that differ, documents, a ragged end, and all that composes.
+  # Different layers, documents, a ragged end, and everything combined.
   _check_gradients(
     (ALL, patterns.scca_fixed(ALL.num_heads, 16)),
     method="int8",

@@ -26,7 +26,7 @@ CONFIG = LlamaConfig(
 LORA = lora.LoraConfig(rank=2)
 SEQ = 64
 CHUNKED = ("local", "s2", "scca_fixed", "scca_flow", "dilated", "longmixed")
-# The tests wait for the compiler, not for what it compiles.
+# The tests spend their time compiling, not running.
 QUICKLY = {"xla_backend_optimization_level": 0}
 MESHES = {
   "data": {"data": 8},
@@ -129,8 +129,8 @@ def _expected(packed):
   return _loss_and_gradients(PATTERN, None, _batch(packed=packed))
 
 
-# One axis alone is slow: each is an axis of the mixed mesh, too, or of the one
-# that training goes on, but for more than two pieces of a sequence.
+# A single axis is slow, since each is also an axis of the mixed mesh or of the
+# one that training resumes on, except for more than two pieces of a sequence.
 @pytest.mark.parametrize(
   "mesh",
   [

@@ -1,4 +1,4 @@
-"""Evaluation tasks: what their prompts hold, checked in the decoded text."""
+"""Evaluation tasks: their prompts, checked in the decoded text."""
 
 import collections
 import dataclasses
@@ -341,10 +341,10 @@ def test_samples_depend_on_their_number_alone(tiny):
 
 
 def test_samples_are_the_same_on_every_python(tiny):
-  """Recorded results name the hash of their prompts: it must come out again.
+  """Recorded results name the hash of their prompts, so it must not change.
 
-  First computed with Python 3.11 and NumPy 2.4, and 3.12 and 2.5. Whoever
-  changes a prompt on purpose puts the new hash here.
+  First computed with Python 3.11 and NumPy 2.4, and 3.12 and 2.5. If you change
+  a prompt on purpose, put the new hash here.
   """
   samples = (_draw(name, tiny, 1500, 8)[7] for name in sorted(tasks.TASKS))
   assert scoring.prompts_sha256(samples) == (

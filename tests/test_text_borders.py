@@ -1,4 +1,4 @@
-"""Texts are cut only where the parts have the ids of the whole."""
+"""Texts are cut only where the parts keep the ids of the whole."""
 
 import json
 import re

@@ -25,7 +25,7 @@ from scca_jax.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Bytes(Tokenizer):
-  """A tokenizer whose truth is evident: byte + 3; white space is nothing."""
+  """A tokenizer with obvious ids: byte + 3, and none for white space."""
 
   name: str = "bytes"
   fingerprint: str = "of bytes"
@@ -384,8 +384,8 @@ def test_ids_of_every_width_are_read(tmp_path, dtype, vocab_size):
   np.testing.assert_array_equal(read, ids)
 
 
-# What ids are, what the JSON says they are, and whether that can be told from
-# the ids alone or only by a vocabulary. Large ids may be right without one, and
+# The dtype of ids, the one in the JSON, and whether the ids alone show the
+# difference or only a vocabulary does. Large ids may be right without one, and
 # bytes may be anything.
 _CONFUSED = [
   *(

@@ -1,4 +1,4 @@
-"""Bytes between devices: what programs say, and what patterns ask for."""
+"""Bytes between devices: what programs move, and what patterns need."""
 
 import functools
 

@@ -45,7 +45,7 @@ def _start(
   adapter=LORA, dtype="float32", optimizer=OPTIMIZER, num_steps=10, **settings
 ):
   graphdef, state, rule = _made(adapter, dtype, optimizer, num_steps)
-  # A step takes the buffers of its state: each run has its own.
+  # A step takes over the buffers of its state, so each run has its own.
   model = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
   graphdef, state, frozen = training.init(
     model, lora.trainable(adapter), rule, **settings
@@ -55,7 +55,7 @@ def _start(
 
 @functools.cache
 def _step(graphdef, rule, config):
-  # State and parameters would say how they lie on a mesh.
+  # State and parameters are only needed for their layout on a mesh.
   return training.compile_step(graphdef, rule, config, None, None)
 
 
@@ -225,8 +225,8 @@ def test_the_backward_pass_keeps_no_second_copy_of_the_weights(rotate):
 
   jaxpr = jax.make_jaxpr(kept)(params, frozen)
   (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
-  # Beside the last layer's output the scan gives the inputs of all: what else
-  # is needed it must take from the weights themselves.
+  # Besides the last layer's output the scan saves the inputs of all layers;
+  # everything else it must take from the weights themselves.
   layer_inputs = config.num_layers * 8 * config.hidden_size
   assert sum(x.aval.size for x in scan.outvars) <= 1.2 * layer_inputs
 
@@ -264,7 +264,7 @@ def test_an_overflow_changes_only_the_loss_scale():
       state.loss_scale, scale=jnp.asarray(2.0**24, jnp.float32)
     ),
   )
-  # Held as copies: the step takes its argument's buffers.
+  # Kept as copies, because the step takes over its argument's buffers.
   before = jax.tree.map(jnp.copy, (state.params, state.optimizer))
   step = _step(graphdef, rule, training.StepConfig(patterns=PATTERN))
   state, metrics = step(state, frozen, _batch())

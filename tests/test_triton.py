@@ -1,4 +1,4 @@
-"""What is the Triton kernels' own: sizes, scales, launches, tables.
+"""The Triton kernels' own properties: sizes, scales, launches, tables.
 
 What they compute is tested in test_backends, what they refuse in test_contract.
 """

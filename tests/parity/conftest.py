@@ -1,14 +1,14 @@
 """Random models of transformers, and our parameters under their names.
 
-Nothing here imports torch before a test asks for it: without the extra `parity`
-every module of this folder is skipped.
+Nothing here imports torch before a test asks for it; without the extra `parity`
+every module in this folder is skipped.
 """
 
 import numpy as np
 import pytest
 from flax import nnx
 
-# Last part of our paths, and what Hugging Face and PEFT call it. Their matrices
+# Last part of our paths, and its name in Hugging Face and PEFT, where matrices
 # are [out, in].
 _LEAVES = {
   "scale": "weight",
@@ -40,8 +40,8 @@ def _by_torch_name(state):
 def one_thread():
   """Keeps PyTorch to one thread.
 
-  The matrices are small, and where threads of others want the same cores, JAX's
-  among them, those of PyTorch wait for each other at every one of them.
+  The matrices are small, and if other threads, such as JAX's, want the same
+  cores, PyTorch's threads wait for each other at every matrix.
   """
   import torch
 
@@ -85,8 +85,8 @@ def random_llama():
     with torch.no_grad():
       for name, parameter in model.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
-        # Norms about 1; matrices that keep the size of what they are given,
-        # so that no part of the model is too small to be seen.
+        # Norms about 1, and matrices that preserve the size of their inputs, so
+        # that every part of the model has a visible effect.
         if name.endswith("norm.weight"):
           parameter.copy_(1 + 0.2 * drawn)
         else:

@@ -1,10 +1,10 @@
-"""Perplexity of a GGUF model in transformers, to lay beside ours.
+"""Measures the perplexity of a GGUF model in transformers, to compare.
 
 python -m tests.parity.real_weights --model=FILE.gguf --tokens=FILE.bin \
   --context_lens=1024,2048 --num_windows=8 --output=FILE.json
 
-The windows are those of the longlora protocol (see `experiments.evaluate`),
-written down here once more.
+The windows follow the longlora protocol (see `experiments.evaluate`),
+implemented independently here.
 """
 
 import argparse

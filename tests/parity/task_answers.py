@@ -5,7 +5,7 @@ python -m tests.parity.task_answers --model=FILE.gguf \
   --num_samples=50 --output=FILE.json
 
 Both read the same prompts and right answers in float32, on a GPU if there is
-one. Counts the answers and tokens that only one of them finds the most likely.
+one. The script counts the answers and tokens that only one of them ranks first.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 
-# PyTorch needs some of the GPU's memory, and float32 is to mean float32.
+# PyTorch needs some of the GPU's memory, and float32 should mean float32.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
@@ -29,7 +29,7 @@ from tests.parity import real_weights
 
 
 def theirs(model, sample):
-  """Returns loss and rightness of each token of an answer."""
+  """Returns loss and correctness of each token of an answer."""
   size = len(sample.answer_ids)
   ids = torch.tensor(
     [sample.prompt_ids + sample.answer_ids], device=model.device

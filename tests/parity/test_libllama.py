@@ -38,7 +38,7 @@ TEXTS = [
 
 
 class _Server:
-  """A GGUF file in llama.cpp, in float32 wherever that can be chosen."""
+  """A GGUF file in llama.cpp, in float32 wherever possible."""
 
   def __init__(self, path):
     params = xllamacpp.CommonParams()
@@ -65,7 +65,7 @@ class _Server:
       return json.load(answer)
 
   def ids(self, text):
-    """Returns the ids of a text, BOS included where the file says so."""
+    """Returns the ids of a text, with BOS if the file says so."""
     return self._post("/tokenize", content=text, add_special=True)["tokens"]
 
   def text(self, ids):
@@ -84,9 +84,9 @@ class _Server:
     )
 
   def log_probs(self, ids, vocab_size):
-    """Returns that of every token after `ids`, `[vocab]`."""
-    # There are none if the token drawn is the end or half a character: draw
-    # another, which leaves the probabilities of all as they were.
+    """Returns the log-probability of every token after `ids`, `[vocab]`."""
+    # There are none if the drawn token is the end or half a character, so draw
+    # another, which does not change any probability.
     answer = self.complete(ids, 1, vocab_size, logit_bias=[[300, 1000]])
     found = np.full(vocab_size, np.nan, np.float32)
     for token in answer["completion_probabilities"][0]["top_logprobs"]:
@@ -126,7 +126,7 @@ def _save(folder, path, model, kind):
 def _assert_same_text(server, model, prompt):
   (wanted,) = generation.generate(model, [prompt], max_new_tokens=16)
   found = server.complete(prompt, 16)["tokens"]
-  # The token that ends a text is ours to show.
+  # Whether to show the end token is our choice.
   assert len(found) >= len(wanted) - 1
   assert found == wanted[: len(found)]
 
@@ -155,7 +155,7 @@ def test_byte_pairs_are_the_same_in_llama_cpp(
     assert server.ids(text) == [words.bos_id, *words.encode(text)]
     assert server.text(words.encode(text)) == text
   ids = server.ids(TEXTS[0] + TEXTS[1])
-  # What is in the file, which in Q8_0 is not what was.
+  # Read back from the file, as Q8_0 rounds.
   model = convert.load_model(path)
   _assert_same(server, model, ids, tolerance)
   if kind != "Q8_0":

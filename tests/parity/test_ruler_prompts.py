@@ -1,6 +1,6 @@
 """Prompts beside those that lm-evaluation-harness makes for RULER.
 
-What is drawn at random is masked; what is left must be the same text.
+Random parts are masked; the rest must be the same text.
 """
 
 import collections
@@ -35,7 +35,7 @@ def _same_draws():
 
 @pytest.fixture(scope="module")
 def ruler():
-  """The harness's modules; they are not to download anything."""
+  """The harness's modules, prevented from downloading anything."""
   patch = pytest.MonkeyPatch()
   patch.setattr(nltk, "download", lambda name: None)
   from lm_eval.tasks.ruler import (
@@ -47,7 +47,7 @@ def ruler():
     vt_utils,
   )
 
-  # Its splitter into sentences is a download.
+  # It would download its sentence splitter.
   patch.setattr(
     prepare_niah,
     "cached_sent_tokenize",

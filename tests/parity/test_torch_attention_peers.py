@@ -64,7 +64,7 @@ def test_peers_compute_what_they_are_named_for(name, pattern, kv_heads):
     x = x.detach() if name == "longlora_s2" else x.detach().transpose(1, 2)
     return jnp.asarray(x.numpy())
 
-  # PyTorch has flex_attention's backward pass on a GPU alone.
+  # PyTorch has flex_attention's backward pass only on a GPU.
   if name == "flex":
     for x in peer.inputs:
       x.requires_grad_(False)

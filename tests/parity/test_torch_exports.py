@@ -26,7 +26,7 @@ from scca_jax import (  # noqa: E402
 from scca_jax.rope import RopeScaling  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
-  # PEFT asks transformers by a name that the latter gives up.
+  # PEFT uses a name that transformers deprecates.
   "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )
 
@@ -152,7 +152,7 @@ def test_an_adapter_of_peft_is_the_same_in_every_format(
 
 
 def _from_card(path, names):
-  """Runs the lines of a card that load what it stands beside."""
+  """Runs the lines of a card that load its model or adapter."""
   card = path.read_text(encoding="utf8")
   found = {}
   exec(card.split("```python\n")[1].split("```")[0], found)

@@ -42,7 +42,7 @@ from scca_jax.llama_config import LlamaConfig  # noqa: E402
 from scca_jax.rope import RopeScaling  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
-  # PEFT asks transformers by a name that the latter gives up.
+  # PEFT uses a name that transformers deprecates.
   "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )
 
@@ -55,7 +55,7 @@ CONFIG = LlamaConfig(
   num_kv_heads=2,
   head_dim=8,
   context_len=64,
-  # Larger than usual: logits that tell tokens apart.
+  # Larger than usual, so that logits distinguish tokens.
   initializer_range=0.15,
 )
 ROPE = {
@@ -208,7 +208,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
       "rope_scaling": YARN
       | {"factor": None, "original_max_position_embeddings": 16}
     },
-    # What published models carry.
+    # As in published models.
     {"rope_scaling": YARN | {"beta_fast": None, "beta_slow": None}},
     {"rope_scaling": YARN | {"finetuned": True, "extrapolation_factor": 1}},
     {"rope_scaling": YARN | {"attention_factor": None, "mscale": 0.7}},
@@ -307,8 +307,8 @@ def test_a_gguf_file_is_the_same_in_transformers(tmp_path, kind):
     }
   for name, shape in shapes.items():
     drawn = rng.normal(size=shape).astype(np.float32)
-    # Matrices that keep the size of what they are given: where attention is
-    # sharp, rounding alone exceeds the tolerance.
+    # Matrices that preserve the size of their inputs: with sharp attention,
+    # rounding alone would exceed the tolerance.
     value = drawn / shape[-1] ** 0.5 if len(shape) == 2 else 1 + 0.2 * drawn
     if kind is None or len(shape) == 1:
       writer.add_tensor(f"{name}.weight", value)
@@ -692,7 +692,7 @@ def test_an_export_is_the_same_in_transformers_from_text_to_text(
   lines = [*TEXTS, "the old king of", "old king", " the  king"]
   found = words.encode_prompts(lines)
   for line, ids in zip(lines, found, strict=True):
-    # What looks like a special token is text to us.
+    # We treat names of special tokens as text.
     assert ids == theirs(line, split_special_tokens=True).input_ids, line
   again = tokenizer.load(out)
   assert again.encode_prompts(lines) == found

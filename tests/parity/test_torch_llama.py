@@ -21,13 +21,13 @@ from scca_jax.lora import TARGETS  # noqa: E402
 LOGITS_ATOL = 1e-5
 GRADIENT_TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
 PART_TOLERANCE = {"rtol": 1e-5, "atol": 5e-6}
-# The tests wait for the compiler, not for what it compiles.
+# The tests spend their time compiling, not running.
 QUICKLY = {"xla_backend_optimization_level": 0}
 DENSE = patterns.dense(4)
 REFERENCE = llama.Execution(implementation="reference")
 NO_DROPOUT = dict.fromkeys(TARGETS)
 ORIGINAL_LEN = 32
-# What `rope_parameters` of transformers is given.
+# Values of transformers' `rope_parameters`.
 ROPES = {
   "default": {},
   "linear": {"factor": 4.0},
@@ -139,7 +139,7 @@ def _layer(model, index):
 
 
 def _call(model, length):
-  """What the layers share, for `length` tokens."""
+  """The arguments that layers share, for `length` tokens."""
   config = model.config
   rotation = rope.frequencies(
     config.head_dim, config.rope_theta, config.rope_scaling, length
@@ -149,7 +149,7 @@ def _call(model, length):
 
 
 def _around(theirs, hidden):
-  """What a layer of theirs is given beside its input."""
+  """The arguments of one of their layers, besides its input."""
   length = hidden.shape[1]
   mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
   positions = torch.arange(length)[None]

@@ -17,14 +17,14 @@ peft = pytest.importorskip("peft", reason=_WHY)
 
 from scca_jax import adapters, convert, lora, patterns, training  # noqa: E402
 
-# PEFT asks transformers for what this version calls by another name.
+# PEFT uses a name that this version of transformers has changed.
 pytestmark = pytest.mark.filterwarnings(
   "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
 
 DENSE = patterns.dense(4)
 LENGTH = 37
-# The tests wait for the compiler, not for what it compiles.
+# The tests spend their time compiling, not running.
 QUICKLY = {"xla_backend_optimization_level": 0}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -132,8 +132,8 @@ def pair(request, tmp_path, random_llama):
     for name, parameter in _trained(theirs).items():
       drawn = torch.randn(parameter.shape, generator=generator)
       if "lora_" in name:
-        # Half as large as what it is added to. Much more would make attention
-        # so sharp that rounding alone exceeds the tolerance.
+        # Half as large as the weights. Much more would make attention so sharp
+        # that rounding alone exceeds the tolerance.
         size = 0.5 / expected.scaling if "lora_B" in name else 1.0
         parameter.copy_(drawn * size / parameter.shape[-1] ** 0.5)
       else:
@@ -212,8 +212,8 @@ def test_three_steps_of_adamw_train_what_pytorch_trains(pair, by_torch_name):
   assert found.keys() == trained.keys()
   for name, parameter in trained.items():
     after = parameter.detach().numpy()
-    # Adam divides gradients by their size: where one happens to be near 0, its
-    # rounding shows. Of the 0.0025 that parameters move it is little, and rare.
+    # Adam divides gradients by their size, so rounding shows if one happens to
+    # be near 0. That is rare, and little of the 0.0025 that parameters move.
     assert np.median(np.abs(after - before[name])) > 5e-4, name
     error = np.abs(found[name] - after)
     assert error.max() < 1e-5 and error.mean() < 1e-7, name
@@ -228,7 +228,7 @@ def test_three_steps_of_adamw_train_what_pytorch_trains(pair, by_torch_name):
 def test_trained_copies_on_a_tied_base_are_what_they_are_to_peft(
   tmp_path, random_llama, whole, together
 ):
-  """PEFT unties what it trains a copy of, unless it is told not to."""
+  """PEFT unties matrices that it trains copies of, unless told not to."""
 
   def load(adapter):
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")

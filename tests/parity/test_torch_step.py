@@ -1,4 +1,4 @@
-"""The peers of `benchmark_step` do the step that they are timed beside."""
+"""The peers of `benchmark_step` compute the same step as this package."""
 
 import dataclasses
 import json

@@ -15,7 +15,7 @@ CONTEXT_LEN = 320
 
 
 def _greedy(model, sample):
-  """Returns the sample with what transformers writes as its answer."""
+  """Returns the sample with transformers' output as its answer."""
   size = len(sample.answer_ids)
   ids = model.generate(
     torch.tensor([sample.prompt_ids]),

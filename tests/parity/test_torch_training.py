@@ -1,4 +1,4 @@
-"""A fine-tuning run beside the same one in PyTorch."""
+"""A fine-tuning run compared with the same one in PyTorch."""
 
 import dataclasses
 import itertools
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings(
 # The last chunk is short.
 SEQ_LEN, CHUNK_SIZE, BATCH_SIZE, STEPS = 300, 80, 2, 20
 FACTOR, WARMUP_STEPS, PEAK, LAST = 4.0, 5, 1e-3, 0.1
-# The norms of the gradients are of what AdamW is given before clipping.
+# Gradient norms are taken before clipping.
 TOLERANCES = {"learning_rate": 1e-6, "loss": 1e-5, "grad_norm": 1e-4}
 # With norms and the embedding, which is the output head as well.
 ADAPTER = lora.LoraConfig()
@@ -165,7 +165,7 @@ def _train_theirs(adapter, tokens):
 
 def test_a_fine_tuning_run_has_the_losses_of_pytorch(tokens, tmp_path):
   model = _start()
-  # Before training: the step takes the buffers of what it is given.
+  # Before training, because the step takes over its arguments' buffers.
   adapters.save_adapter(
     model, tmp_path / "adapter", base_model=str(assets.MODEL)
   )
