@@ -1,12 +1,12 @@
 """The backward kernels for Hopper GPUs (Pallas, Mosaic GPU).
 
-One gives the gradients of keys and values, its tiles being blocks of keys with
-the queries that see them, and one that of the queries, over the tiles of the
-forward pass. Both recompute the weights from the log-sum-exp, and are built
-like the forward kernel (`mosaic_forward`).
+One computes the gradients of keys and values; its tiles are blocks of keys with
+the queries that see them. The other computes the gradient of the queries, over
+the tiles of the forward pass. Both recompute the weights from the log-sum-exp,
+and are built like the forward kernel (`mosaic_forward`).
 """
 
-# The types of Pallas know neither scalars as indices nor its own exports.
+# Pallas's types include neither scalars as indices nor its own exports.
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
 
 import functools
@@ -58,16 +58,16 @@ def backward_keys(
     launch: The launch.
     sizes: Tile sizes; rows are keys.
     inputs: As in `forward`.
-    tables: Likewise.
-    ids: Likewise.
+    tables: As in `forward`.
+    ids: As in `forward`.
     d_output: Like the query.
     lse: Log-sum-exp in powers of 2, `Launch.rows_shape`; `NO_WEIGHT` where
       there is no key or no row.
-    delta: `sum(output * d_output)` less the gradient of the log-sum-exp, 0
+    delta: `sum(output * d_output)` minus the gradient of the log-sum-exp, 0
       where `lse` is `NO_WEIGHT`.
     into: Gradients to fill for the key heads of the launch, or None.
-    alone: Whether no other launch adds to these key heads: the outputs then
-      have all key heads, else only those of the launch.
+    alone: Whether no other launch adds to these key heads. The outputs then
+      have all key heads, otherwise only those of the launch.
 
   Returns:
     The gradients, like the key.
@@ -344,25 +344,25 @@ def backward_queries(
 ) -> list[jax.Array]:
   """Runs the kernel for the gradient of the queries.
 
-  The output that `delta` is made of is rounded. Where one key has nearly all
-  the weight that error drowns the gradient of the scores, whose sum over the
-  keys is known: given `d_lse`, the kernel finds the error of `delta` from it,
-  at the cost of one more product, and mends both the gradient and `delta`.
+  `delta` is computed from the rounded output. If one key has nearly all the
+  weight, that error drowns the gradient of the scores. But their sum over the
+  keys is known: given `d_lse`, the kernel derives the error of `delta` from it,
+  at the cost of one more product, and corrects both the gradient and `delta`.
 
   Args:
-    launch: See `backward_keys`.
+    launch: See `backward_keys`, also for the arguments below.
     sizes: Tile sizes.
-    inputs: Likewise.
-    tables: Likewise.
-    ids: Likewise.
-    d_output: Likewise.
-    lse: Likewise.
-    delta: Likewise.
+    inputs: Query, key and value.
+    tables: Tables of tiles.
+    ids: Segment ids.
+    d_output: Gradient of the output.
+    lse: Log-sum-exp.
+    delta: Its delta.
     into: A gradient to fill for the heads of the launch, or None.
     d_lse: The gradient of the log-sum-exp, laid out like `lse`, or None.
 
   Returns:
-    The gradient, like `query`, and with `d_lse` the mended `delta`.
+    The gradient, like `query`, and with `d_lse` the corrected `delta`.
   """
   exact = d_lse is not None
   rows, columns, stages = sizes.rows // 2, sizes.columns, sizes.stages
@@ -384,7 +384,7 @@ def backward_queries(
     dq_ref,
     *rest,
   ):
-    # What is mended is an output, and its other input the last one.
+    # The corrected array is an output, and its other input is the last one.
     delta_ref = d_lse_ref = last_ref
     if exact:
       delta_ref, rest = rest[0], rest[1:]
@@ -402,7 +402,7 @@ def backward_queries(
       v_full,
       v_free,
     ) = rest
-    # Rows of lse, delta, d_lse, and of what is mended.
+    # Rows of lse, delta, d_lse, and of the corrected delta.
     lse_smem, delta_smem = row_smem.at[0], row_smem.at[1]
     sm, wg = lax.axis_index("sm"), lax.axis_index("wg")
     num_tiles, num_empty = counts_ref[sm, 0], counts_ref[sm, 1]

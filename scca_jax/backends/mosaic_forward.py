@@ -7,7 +7,7 @@ and works through the tiles dealt to it. Barriers come in pairs: one says that
 a buffer is full, one that it is free again.
 """
 
-# The types of Pallas know neither scalars as indices nor its own exports.
+# Pallas's types include neither scalars as indices nor its own exports.
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
 
 import functools
@@ -39,7 +39,7 @@ from scca_jax.backends.mosaic_launch import (
 
 # Shared memory that a thread block may fill with matrices, in bytes.
 _MEMORY = 225 * 1024
-# Scores below are those of no key; the first maximum of a row.
+# Scores below this belong to no key; the initial maximum of a row.
 _LOWEST = -1e30
 
 
@@ -66,7 +66,7 @@ def forward(
   """
   rows, columns, stages = sizes.rows // 2, sizes.columns, sizes.stages
   dim, dtype = launch.head_dim, launch.dtype
-  # With a third block of queries one is stored while the next is computed.
+  # With a third block of queries, one is stored while the next is computed.
   key_bytes = 2 * stages * columns * dim * 2
   q_slots = 3 if key_bytes + 3 * sizes.rows * dim * 2 < _MEMORY else 2
   factor = launch.scale * LOG2E
@@ -97,7 +97,7 @@ def forward(
     num_tiles, num_empty = counts_ref[sm, 0], counts_ref[sm, 1]
 
     def at(tile, flag):
-      """Runs what is for the first or the last tile of its rows."""
+      """Runs code only for the first or the last tile of its rows."""
       if launch.has_unions:
         return pl.when((tile.flags & flag) != 0)
       return lambda body: body()
@@ -171,9 +171,9 @@ def forward(
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
-      # A warpgroup gives its turn away twice a block: once its first product
-      # is under way, and with its exponentials done. Between tiles it does so
-      # before it stores.
+      # A warpgroup passes its turn on twice per block: once its first product
+      # is under way, and once its exponentials are done. Between tiles it does
+      # so before it stores.
       pl.when(wg == 1)(take_turn)
       plgpu.barrier_arrive(turn)
 
@@ -268,11 +268,11 @@ def forward(
           empty = total == 0
           divisor = jnp.where(empty, 1.0, total)
           result = acc * over_columns(1 / divisor, acc.shape)
-          # In natural logarithms, as the caller gets it.
+          # In natural logarithms, as the caller expects.
           lse = jnp.where(
             empty, -jnp.inf, (top + jnp.log2(divisor)) * (1 / LOG2E)
           )
-          # The store of the last tile but one is over.
+          # The store of the last tile but one is finished.
           if q_slots == 3:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -1,10 +1,10 @@
-"""What the Mosaic kernels for Hopper GPUs share: launches, tiles and masks.
+"""Launches, tiles and masks, shared by the Mosaic kernels for Hopper GPUs.
 
 This module, `mosaic_forward` and `mosaic_backward` are written in Pallas Mosaic
 GPU, whose interface is not stable; nothing else imports it.
 """
 
-# The types of Pallas know neither scalars as indices nor its own exports.
+# Pallas's types include neither scalars as indices nor its own exports.
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
 
 import dataclasses
@@ -27,15 +27,15 @@ from scca_jax.backends.blocks import ALIGN, FIELD, RULE_FIELDS, Rule
 LOG2E = math.log2(math.e)
 # A log-sum-exp, in powers of 2, that makes every weight 0.
 NO_WEIGHT = 1e30
-# Rows of log-sum-exps are as long as whole tiles, which have at most so many.
+# Rows of log-sum-exps have the length of whole tiles, which is at most this.
 _ROW_MULTIPLE = 256
-# Registers of a thread: of the warpgroup that loads, of those that compute.
+# Registers per thread, for the warpgroup that loads and those that compute.
 LOADING_REGISTERS, COMPUTING_REGISTERS = 40, 232
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-  """What is fixed when the heads of one dilation are launched.
+  """The static settings of a launch of the heads of one dilation.
 
   Arrays are viewed as `[batch, slots, residues * heads, head_dim]`, so that
   the slots of one residue are neighbours.
@@ -46,7 +46,7 @@ class Launch:
     num_kv_heads: Key heads of the arrays.
     head_dim: Length of a head.
     seq_len: Tokens.
-    padded_len: Tokens that the arrays have, a multiple of `8 * dilation`.
+    padded_len: Tokens in the arrays, a multiple of `8 * dilation`.
     dilation: Dilation of all heads of the launch.
     dtype: Dtype of the inputs.
     scale: Factor of the scores.
@@ -87,7 +87,7 @@ class Launch:
 
   @property
   def row_slots(self) -> int:
-    """Slots of a row of log-sum-exps."""
+    """Slots in a row of log-sum-exps."""
     num_slots = -(-self.seq_len // self.dilation)
     return -(-num_slots // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
@@ -138,18 +138,18 @@ class Launch:
     return x.reshape(x.shape[0], -1, self.dilation * x.shape[2], self.head_dim)
 
   def by_token(self, x: jax.Array) -> jax.Array:
-    """Undoes `by_residue`, the padding left."""
+    """Undoes `by_residue`, except for the padding."""
     return x.reshape(
       x.shape[0], self.padded_len, x.shape[2] // self.dilation, x.shape[3]
     )
 
   @property
   def rows_shape(self) -> tuple[int, int, int]:
-    """Shape of the log-sum-exps of its heads, as the kernels have them."""
+    """Shape of the log-sum-exps of its heads in the kernels."""
     return self.batch, self.dilation * len(self.heads), self.row_slots
 
   def rows_by_residue(self, x: jax.Array) -> jax.Array:
-    """Returns `rows_shape` of `[batch, seq, num_heads]`, 0 at the end."""
+    """Returns `rows_shape` from `[batch, seq, num_heads]`, 0 at the end."""
     if len(self.heads) < self.num_heads:
       x = x[:, :, np.array(self.heads)]
     padding = self.row_slots * self.dilation - self.seq_len
@@ -157,7 +157,7 @@ class Launch:
     return jnp.swapaxes(x.reshape(self.batch, self.row_slots, -1), 1, 2)
 
   def rows_by_token(self, x: jax.Array) -> jax.Array:
-    """Returns `[batch, seq, heads of the launch]` of `rows_shape`."""
+    """Returns `[batch, seq, heads of the launch]` from `rows_shape`."""
     x = jnp.swapaxes(x, 1, 2).reshape(self.batch, -1, len(self.heads))
     return x[:, : self.seq_len]
 
@@ -168,10 +168,10 @@ class Launch:
     return slots * self.dilation + residues[:, None] < self.seq_len
 
   def ids_by_residue(self, segment_ids: jax.Array | None) -> jax.Array:
-    """Returns segment ids as `seen_pairs` reads them.
+    """Returns segment ids in the layout that `seen_pairs` reads.
 
-    They are int32 `[batch, residues, slots]`, with zeros at the end for the
-    blocks that begin in the sequence.
+    They are int32 `[batch, residues, slots]`, with zeros at the end for blocks
+    that start inside the sequence.
     """
     if segment_ids is None:
       return jnp.zeros((1, 1, 1), jnp.int32)
@@ -199,7 +199,7 @@ def _deal(
 
 
 class Tile:
-  """The fields of a tile, read from the table on the device when asked for."""
+  """The fields of a tile, read from the table on the device when needed."""
 
   def __init__(self, table: Any, multiprocessor: Any, index: Any):
     self._place = table, multiprocessor, index
@@ -209,7 +209,7 @@ class Tile:
     return table[multiprocessor, index, FIELD[name]]
 
   def block(self, i: Any) -> tuple[Any, Any]:
-    """Returns the residue of block `i`, and where block 0 of its run began."""
+    """Returns the residue of block `i`, and where block 0 of its run starts."""
     first, second = i < self.end_0, i < self.end_1
 
     def pick(a: Any, b: Any, c: Any) -> Any:
@@ -227,7 +227,7 @@ class Tile:
     return residue, pl.ds(pl.multiple_of(start + i * length, ALIGN), length)
 
   def rows(self, first: Any, length: int) -> Any:
-    """Returns the slots of some rows, counted in the tile, for a copy."""
+    """Returns the slots of some rows of the tile, for a copy."""
     return pl.ds(pl.multiple_of(self.start + first, 64), length)
 
 
@@ -237,17 +237,17 @@ def rem(a: Any, b: int) -> Any:
 
 
 def rows_layout() -> Any:
-  """Returns the layout of one number a row of a product."""
+  """Returns the layout of one number per row of a product."""
   return plgpu.Layout.WGMMA.reduce(1)
 
 
 def columns_layout() -> Any:
-  """Returns the layout of one number a column of a product."""
+  """Returns the layout of one number per column of a product."""
   return plgpu.Layout.WGMMA.reduce(0)
 
 
 def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
-  """Returns what a reference refers to, in registers."""
+  """Returns the value of a reference, in registers."""
   # Before jax 0.11 the index was an argument, now deprecated.
   index = ((),) if jax.__version_info__ < (0, 11) else ()
   return plgpu.load(ref, *index, layout=layout, optimized=optimized)
@@ -259,12 +259,12 @@ def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
 
 
 def over_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Returns one number a row, repeated over the columns."""
+  """Returns one number per row, repeated over the columns."""
   return lax.broadcast_in_dim(x, shape, [0])
 
 
 def over_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Returns one number a column, repeated over the rows."""
+  """Returns one number per column, repeated over the rows."""
   return lax.broadcast_in_dim(x, shape, [1])
 
 
@@ -354,8 +354,8 @@ def seen_pairs(
 
 
 def tiled(itemsize: int = 2) -> tuple[Any, Any]:
-  """Returns how a matrix of numbers of so many bytes lies in shared memory."""
-  # jax 0.11.2 leaves abstract what kernels do not call.
+  """Returns the layout in shared memory of a matrix with this item size."""
+  # jax 0.11.2 leaves methods abstract that kernels do not call.
   tiling = plgpu.TilingTransform((8, 128 // itemsize))  # pyright: ignore
   return tiling, plgpu.SwizzleTransform(128)  # pyright: ignore
 
@@ -373,9 +373,9 @@ def run(
 
   Args:
     launch: The launch.
-    kernel: It gets operands, outputs, arrays that it fills in part, scratch.
+    kernel: Gets operands, outputs, arrays to fill partly, and scratch.
     out_types: Shapes and dtypes of its outputs.
-    into: Arrays to fill in part, in place.
+    into: Arrays to fill partly, in place.
     scratch: Its scratch.
     *operands: Its inputs.
     auto_barriers: Whether a warpgroup waits for all its threads before and
@@ -384,7 +384,7 @@ def run(
   Returns:
     The outputs and the filled arrays.
   """
-  # No reduction here crosses warps, so hardly any room is needed for them.
+  # No reduction here crosses warps, so they need hardly any room.
   params = plgpu.CompilerParams(
     approx_math=True,
     reduction_scratch_bytes=512,
