@@ -1,38 +1,38 @@
-r"""Measures a training step: tokens a second, utilisation and peak memory.
+r"""Measures a training step: tokens per second, utilisation and peak memory.
 
     scca benchmark_step --random_weights \
       --config=configs/llama2_7b_8k_h200.py --patterns=scca_fixed,dense \
       --seq_lens=8192,32768 --output=step.json --plot=step.png
 
 A step is forward, backward and update of one micro batch of the configuration.
-Beside it run the steps of Hugging Face's transformers with PEFT, dense and with
-LongLoRA's S2, with more and less checkpointing and with Liger's kernels, where
-PyTorch finds a GPU (`step_peers`), up to `--max_peer_len`.
-To train adapters alone: --config.lora.train_embeddings=False
+For comparison it runs the steps of Hugging Face's transformers with PEFT, dense
+and with LongLoRA's S2, with more and less checkpointing and with Liger's
+kernels, if PyTorch finds a GPU (`step_peers`), up to `--max_peer_len`. To train
+only adapters: --config.lora.train_embeddings=False
 --config.lora.train_norms=False.
 
---mesh lays the step out on several devices, and may be given more than once to
-compare; each copy of the model then has a micro batch of its own:
+--mesh lays the step out on several devices, and may be repeated to compare
+meshes; each copy of the model then has its own micro batch:
 
     scca benchmark_step --random_weights \
       --config=configs/llama2_7b_8k_h200.py --mesh= --mesh=data=2 \
       --mesh=fsdp=2 --peers= --output=step.json
 
-It then prints the bytes that a device receives, read from the program, those
-that the pattern needs between the shards of a sequence, and those that ring
-attention would move.
+It then prints the bytes that a device receives, read from the program, the
+bytes that the pattern needs between the shards of a sequence, and the bytes
+that ring attention would move.
 
-Contestants run one after another, by length, in the order of the table, each
-in a process of its own, so that its peak of memory is its own. Times are those
-of single steps after `--warmup` steps: median, least and most.
+Contestants run one after another, by length, in the order of the table, each in
+its own process, so that its memory peak is its own. Times are for single steps
+after `--warmup` steps: median, minimum and maximum.
 
-* MFU is the rate of the model's operations (`flops.step_flops`, without what
-  the backward pass recomputes), as a share of the rate of a matrix product,
-  measured here after the steps.
+* MFU is the rate of the model's operations (`flops.step_flops`, without
+  recomputation in the backward pass), as a share of the rate of a matrix
+  product, measured after the steps.
 * The roofline is the rate of a step that does those operations, and one more
   forward pass of the layers, at the rate of a matrix product.
-* Peak memory is what the allocator of jax or PyTorch reports, beside what the
-  compiler expects.
+* Peak memory is reported by the allocator of jax or PyTorch, next to the
+  compiler's expectation.
 """
 
 import dataclasses
@@ -63,24 +63,24 @@ _MODEL = flags.DEFINE_string(
 _RANDOM_WEIGHTS = flags.DEFINE_boolean(
   "random_weights",
   False,
-  "Draw the weights on the device; only the model's config.json is read.",
+  "Draw the weights on the device and read only the model's config.json.",
 )
 _PATTERNS = shared_flags.define_patterns(
   "patterns",
   None,
-  f"Patterns to time: {shared_flags.PATTERN_HELP}. By default that of the"
-  " configuration.",
+  f"Patterns to time: {shared_flags.PATTERN_HELP}. By default the pattern of"
+  " the configuration.",
 )
 _MESH = flags.DEFINE_multi_string(
   "mesh",
   None,
-  "Devices that share the step, such as data=2,sequence=4; empty is one. By"
-  " default those of the configuration.",
+  "Devices that share the step, such as data=2,sequence=4; empty means one. By"
+  " default the mesh of the configuration.",
 )
 _SEQ_LENS = shared_flags.define_lengths(
   "seq_lens",
   None,
-  "Lengths to time, in tokens; by default that of the configuration.",
+  "Lengths to time, in tokens; by default the length of the configuration.",
 )
 _PEERS = flags.DEFINE_list(
   "peers",
@@ -96,16 +96,16 @@ _WARMUP = flags.DEFINE_integer(
 _REPEATS = flags.DEFINE_integer(
   "repeats", 8, "Steps that are timed.", lower_bound=1, upper_bound=10_000
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Where to write JSON.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 _PLOT = flags.DEFINE_string(
-  "plot", None, "Where to draw tokens a second against length, a .png."
+  "plot", None, "Plot of tokens per second against length, a .png."
 )
 
 _GIB, _MIB = 2**30, 2**20
 
 
 def _measure(case: Case, peer: str | None) -> dict[str, Any]:
-  """Returns the row of a contestant, or why it cannot run."""
+  """Returns the row of a contestant, or the reason why it cannot run."""
   row: dict[str, Any] = {
     "implementation": step_peers.LABELS[peer] if peer else "scca_jax",
     "pattern": step_peers.PATTERNS[peer] if peer else case.run.pattern,
@@ -124,18 +124,18 @@ def _measure(case: Case, peer: str | None) -> dict[str, Any]:
     measure = functools.partial(step_peers.measure, peer)
     return row | process.run_alone(measure, case)
   except Exception as error:
-    # Raised by this package, these are about the input.
+    # From this package, these errors concern the input.
     if peer is None and isinstance(
       error, ValueError | OSError | NotImplementedError
     ):
       raise
-    # Any other failure, such as too little memory, leaves the others running.
+    # Any other failure, such as too little memory, must not stop the others.
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return row | {"skipped": reason}
 
 
 def _add_rates(row: dict[str, Any], case: Case, matmul: float | None) -> None:
-  """Adds what follows from the time; `matmul` is the rate of a product."""
+  """Adds rates that follow from the time; `matmul` is the rate of a product."""
   num_tokens = row["batch_size"] * row["seq_len"]
   work = flops.step_flops(
     case.resolved.target, case.run.lora, row["num_pairs"], num_tokens
@@ -144,7 +144,7 @@ def _add_rates(row: dict[str, Any], case: Case, matmul: float | None) -> None:
   row["tokens_per_second"] = 1e3 * num_tokens / row["median_ms"]
   row["model_tflops"] = 1e-9 * work["model"] / row["median_ms"]
   if matmul is not None:
-    # The rate of all devices of the row together.
+    # The rate of all the row's devices together.
     rate = matmul * row.get("num_devices", 1)
     again = work["with_remat"] - work["model"]
     operations = work["model"] + row["recomputed"] * again
@@ -161,7 +161,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _add_ratios(rows: list[dict[str, Any]]) -> None:
-  """Adds and prints how much faster ours are than the others at a length."""
+  """Adds and prints how much faster our steps are than the others'."""
   timed = [row for row in rows if "median_ms" in row]
   for row in timed:
     if row["is_peer"]:
@@ -268,7 +268,7 @@ def main() -> None:
 
   Raises:
     ValueError: A flag or setting is out of range, or a loss is not finite.
-    NotImplementedError: The device lacks the implementation asked for.
+    NotImplementedError: The device lacks the requested implementation.
   """
   for path in (_OUTPUT.value, _PLOT.value):
     if path is not None:
@@ -276,8 +276,7 @@ def main() -> None:
   run = _CONFIG.read()
   if run.adapter is None:
     raise ValueError(
-      f"tuning={run.tuning!r} is not timed, only the steps of LoRA: leave it"
-      " out."
+      f"tuning={run.tuning!r} cannot be timed, only LoRA: leave it out."
     )
   if _MODEL.value is not None:
     run = dataclasses.replace(run, model=_MODEL.value)

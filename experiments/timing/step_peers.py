@@ -1,13 +1,12 @@
-"""The training step of Hugging Face's transformers with PEFT, to be timed.
+"""The training step of Hugging Face's transformers with PEFT, for comparison.
 
-PyTorch is optional: it is imported when a peer is made. A peer is what its
-users run: `LlamaForCausalLM` in one dtype, its logits and loss whole, LoRA by
+PyTorch is optional, and imported only when a peer is made. A peer is what its
+users run: `LlamaForCausalLM` in one dtype, with whole logits and loss, LoRA by
 PEFT, gradient checkpointing of each layer if the configuration recomputes
-layers, fused AdamW, nothing compiled. Others of the same checkpoint every
-second layer or none, or have the kernels of Liger for norms, rotary positions,
-SwiGLU and the loss. All train the same parameters as this package, but
-embeddings and norms in the dtype of the model, as LongLoRA does; this package
-holds them in float32.
+layers, fused AdamW, nothing compiled. Variants checkpoint every second layer or
+none, or use Liger's kernels for norms, rotary positions, SwiGLU and the loss.
+All train the same parameters as this package, but embeddings and norms in the
+dtype of the model, as LongLoRA does; this package holds them in float32.
 """
 
 # Types are checked without PyTorch too.
@@ -33,11 +32,11 @@ class _Peer:
 
   Attributes:
     label: Its name in tables.
-    pattern: What its attention sees, the same in all heads and layers.
-    checkpointed: Share of the layers that are computed again for the backward
-      pass, 0, 1/2 (every second) or 1; None is all if the configuration
-      recomputes layers.
-    liger: Whether it has the kernels of Liger.
+    pattern: Pattern of its attention, the same in all heads and layers.
+    checkpointed: Share of the layers that are recomputed for the backward pass,
+      0, 1/2 (every second) or 1; None means all if the configuration recomputes
+      layers.
+    liger: Whether it uses Liger's kernels.
   """
 
   label: str
@@ -46,7 +45,7 @@ class _Peer:
   liger: bool = False
 
 
-# By the names of the flag.
+# By their names in the flag.
 _PEERS = {
   "hf_sdpa": _Peer("HF + PEFT"),
   "hf_s2": _Peer("HF + PEFT LongLoRA", pattern="s2"),
@@ -87,7 +86,7 @@ def checkpointed(name: str, case: Case) -> float:
 
 
 def _chunk_size(case: Case) -> int:
-  """Returns the chunks of S2, in tokens."""
+  """Returns the chunk size of S2, in tokens."""
   seq_len = case.run.training.seq_len
   size = attention_peers.s2_chunk_size(case.resolved.patterns[0], seq_len)
   if seq_len % size:
@@ -123,7 +122,7 @@ def _s2(
 
 
 def _use_liger(model: Any) -> None:
-  """Gives a model Liger's kernels, and Liger's functions to its module.
+  """Makes a model and its module use Liger's kernels and functions.
 
   Raises:
     NotImplementedError: Liger is not installed.
@@ -136,11 +135,11 @@ def _use_liger(model: Any) -> None:
 
 
 def make_model(name: str, case: Case, device: str) -> Any:
-  """Returns the model of a peer with new adapters, its weights drawn.
+  """Returns the model of a peer with random weights and new adapters.
 
   Args:
     name: One of `LABELS`.
-    case: The case; its pattern is not read but for the chunk size of S2.
+    case: The case; its pattern only determines the chunk size of S2.
     device: "cuda" or, for tests, "cpu".
 
   Raises:
@@ -153,11 +152,11 @@ def make_model(name: str, case: Case, device: str) -> Any:
   run, train = case.run, case.run.training
   if train.quantize is not None:
     raise NotImplementedError(
-      f"peers hold their weights in floats, not in {train.quantize}."
+      f"peers need float weights, not {train.quantize}."
     )
   if train.dtype == "float16" or train.dtype != train.param_dtype:
     raise NotImplementedError(
-      "peers compute in float32 or bfloat16, in which their weights are held:"
+      "peers compute in float32 or bfloat16, with weights in the same dtype,"
       f" not in {train.dtype} with weights in {train.param_dtype}."
     )
   attention = "sdpa"
@@ -200,7 +199,7 @@ def make_model(name: str, case: Case, device: str) -> Any:
   share = checkpointed(name, case)
   if share:
     arguments = {"use_reentrant": False}
-    # Versions of transformers 5 call it by one or the other name.
+    # Versions of transformers 5 use one or the other name.
     if hasattr(model, "activation_checkpointing_enable"):
       model.activation_checkpointing_enable(arguments)
     else:
@@ -239,7 +238,7 @@ def make_step(model: Any, case: Case, device: str) -> Callable[[], Any]:
 
 
 def measure(name: str, case: Case, device: str = "cuda") -> dict[str, Any]:
-  """Returns what a step of a peer takes, as `step_timing.measure` does.
+  """Returns the cost of a peer's step, like `step_timing.measure`.
 
   Raises:
     NotImplementedError: The peer cannot serve the case.
