@@ -242,7 +242,7 @@ def _title(row: dict[str, Any], run: FinetuneConfig) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
-  """Draws tokens per second and peak memory, a line per contestant."""
+  """Draws tokens per second and peak memory, one line per contestant."""
   rows = [row for row in rows if "median_ms" in row]
 
   def lines(name: str, unit: int) -> dict[str, list[tuple[int, float]]]:
@@ -257,7 +257,7 @@ def _draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
     path,
     title,
     [
-      plot.Panel(lines("tokens_per_second", 1), "tokens a second"),
+      plot.Panel(lines("tokens_per_second", 1), "tokens per second"),
       plot.Panel(lines("peak_bytes", _GIB), "peak memory in GiB"),
     ],
   )

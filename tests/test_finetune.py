@@ -672,7 +672,7 @@ def test_a_dry_run_tells_what_it_would_do_and_writes_nothing(
   lines = [line.split() for line in printed.splitlines()]
   assert ["0", f"{local:,}", f"{local / dense:.3f}"] in [x[:3] for x in lines]
   assert ["1", f"{dense:,}", "1.000", "dense"] in [x[:4] for x in lines]
-  assert "128 tokens a step, 6,400 in 50 steps, the last 10 dense" in printed
+  assert "128 tokens per step, 6,400 in 50 steps, the last 10 dense" in printed
   assert "1,000 tokens, read 6.40 times" in printed
   assert re.search(r"compiles to 0\.\d\d GiB", printed)
 

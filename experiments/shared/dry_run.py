@@ -95,7 +95,7 @@ def _show_tokens(
   print(
     f"batch\n  [{train.batch_size}, {train.seq_len}]"
     + (f" in {parts} micro batches" if parts > 1 else "")
-    + f": {a_step:,} tokens a step, {train.steps * a_step:,} in"
+    + f": {a_step:,} tokens per step, {train.steps * a_step:,} in"
     f" {train.steps:,} steps"
     + (f", the last {num_dense:,} dense" if num_dense else "")
   )
