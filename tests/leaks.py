@@ -9,8 +9,12 @@ their own, and several draws are one compiled call.
 """
 
 import argparse
+import concurrent.futures
+import functools
+import multiprocessing
 import os
 import random
+import resource
 import sys
 import time
 
@@ -42,16 +46,36 @@ def _draw(rng: random.Random):
   )
 
 
-def main() -> int:
-  """Runs the cases; returns the exit status."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--cases", type=int, default=10_000)
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--implementation", default="xla")
-  flags = parser.parse_args()
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
-  os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+def _groups(seed: int, cases: int) -> list[tuple[int, list]]:
+  """Returns the heads of each call; no pattern comes twice."""
+  distinct: set = set()
+  groups = []
+  while len(groups) * _HEADS * _DRAWS < cases:
+    rng = random.Random(f"{seed}/{len(groups)}")
+    heads: list = []
+    while len(heads) < _HEADS:
+      head = _draw(rng)
+      if head not in distinct:
+        distinct.add(head)
+        heads.append(head)
+    groups.append((rng.randrange(1 << 30), heads))
+  return groups
 
+
+def _check(
+  implementation: str, seed: int, heads: list
+) -> tuple[int, int, list[str]]:
+  """Checks the patterns of a call.
+
+  Args:
+    implementation: Attention back end.
+    seed: Draws length, boundary and inputs.
+    heads: The patterns.
+
+  Returns:
+    How many cases leak, how many see other keys than the relation shows, and a
+    line on each.
+  """
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -59,60 +83,74 @@ def main() -> int:
   import scca_jax
   from scca_jax import patterns
 
-  begin, cases, leaks, differ = time.monotonic(), 0, 0, 0
-  distinct: set = set()
-  number = 0
-  while cases < flags.cases:
-    rng = random.Random(f"{flags.seed}/{number}")
-    heads: list = []
-    while len(heads) < _HEADS:
-      head = _draw(rng)
-      if head not in distinct:
-        distinct.add(head)
-        heads.append(head)
-    pattern = patterns.AttentionPattern(
-      tuple(heads), rng.choice(patterns.BOUNDARIES)
-    )
-    seq_len = rng.randrange(9, 20)
-    shape = (3, _DRAWS, seq_len, _HEADS, _HEAD_DIM)
-    inputs = jax.random.normal(jax.random.key(rng.randrange(1 << 30)), shape)
+  rng = random.Random(seed)
+  pattern = patterns.AttentionPattern(
+    tuple(heads), rng.choice(patterns.BOUNDARIES)
+  )
+  seq_len = rng.randrange(9, 20)
+  shape = (3, _DRAWS, seq_len, _HEADS, _HEAD_DIM)
+  inputs = jax.random.normal(jax.random.key(seed), shape)
 
-    def gradients(query, key, value, position, pattern=pattern):
-      def loss(key, value):
-        output = scca_jax.attention(
-          query, key, value, pattern, implementation=flags.implementation
-        )
-        return jnp.sum(jnp.take(output, position, axis=1) ** 2)
+  def gradients(query, key, value, position):
+    def loss(key, value):
+      output = scca_jax.attention(
+        query, key, value, pattern, implementation=implementation
+      )
+      return jnp.sum(jnp.take(output, position, axis=1) ** 2)
 
-      return jax.grad(loss, (0, 1))(key, value)
+    return jax.grad(loss, (0, 1))(key, value)
 
-    compiled = jax.jit(gradients)
-    rows = [compiled(*inputs, position) for position in range(seq_len)]
-    of_key, of_value = (
-      np.abs(np.stack(x)).sum(axis=-1) for x in zip(*rows, strict=True)
+  compiled = jax.jit(gradients)
+  rows = [compiled(*inputs, position) for position in range(seq_len)]
+  of_key, of_value = (
+    np.abs(np.stack(x)).sum(axis=-1) for x in zip(*rows, strict=True)
+  )
+  assert np.isfinite(of_key).all() and np.isfinite(of_value).all()
+  # [query, draw, key, head] to [draw, head, query, key].
+  of_key, of_value = (np.transpose(x, (1, 3, 0, 2)) for x in (of_key, of_value))
+  future = np.triu(np.ones((seq_len, seq_len), bool), 1)
+  leaking = ((of_key != 0) | (of_value != 0)) & future
+  other = (of_value != 0) != pattern.visible(seq_len)
+  leaking, other = leaking.any(axis=(2, 3)), other.any(axis=(2, 3))
+  lines = [f"draw {d}, {heads[h]} leaks" for d, h in np.argwhere(leaking)]
+  lines += [
+    f"draw {d}, {heads[h]} sees otherwise" for d, h in np.argwhere(other)
+  ]
+  # Each call compiles programs of its own.
+  jax.clear_caches()
+  return int(leaking.sum()), int(other.sum()), lines
+
+
+def main() -> int:
+  """Runs the cases; returns the exit status."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--cases", type=int, default=10_000)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--jobs", type=int, default=os.cpu_count())
+  parser.add_argument("--implementation", default="xla")
+  flags = parser.parse_args()
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+  begin, leaks, differ = time.monotonic(), 0, 0
+  groups = _groups(flags.seed, flags.cases)
+  with concurrent.futures.ProcessPoolExecutor(
+    flags.jobs, multiprocessing.get_context("spawn")
+  ) as pool:
+    found = pool.map(
+      functools.partial(_check, flags.implementation),
+      *zip(*groups, strict=True),
     )
-    assert np.isfinite(of_key).all() and np.isfinite(of_value).all()
-    # [query, draw, key, head] to [draw, head, query, key].
-    of_key, of_value = (
-      np.transpose(x, (1, 3, 0, 2)) for x in (of_key, of_value)
-    )
-    future = np.triu(np.ones((seq_len, seq_len), bool), 1)
-    leaking = ((of_key != 0) | (of_value != 0)) & future
-    seen = pattern.visible(seq_len)
-    other = (of_value != 0) != seen
-    for draw, head in np.argwhere(leaking.any(axis=(2, 3))):
-      print(f"{number}: draw {draw}, {heads[head]} leaks", flush=True)
-    for draw, head in np.argwhere(other.any(axis=(2, 3))):
-      print(f"{number}: draw {draw}, {heads[head]} sees otherwise", flush=True)
-    leaks += int(leaking.any(axis=(2, 3)).sum())
-    differ += int(other.any(axis=(2, 3)).sum())
-    cases += _HEADS * _DRAWS
-    number += 1
+    for number, (leaking, other, lines) in enumerate(found):
+      leaks, differ = leaks + leaking, differ + other
+      for line in lines:
+        print(f"{number}: {line}", flush=True)
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
   print(
-    f"seed {flags.seed}, {flags.implementation}: {cases:,} cases of"
-    f" {len(distinct):,} patterns in {number} calls and"
-    f" {time.monotonic() - begin:.0f} s; {leaks} leak, {differ} see other keys"
-    " than the relation shows"
+    f"seed {flags.seed}, {flags.implementation}:"
+    f" {len(groups) * _HEADS * _DRAWS:,} cases of {len(groups) * _HEADS:,}"
+    f" patterns in {len(groups)} calls, {time.monotonic() - begin:.0f} s and"
+    f" {used.ru_utime + used.ru_stime:.0f} s of CPU time; {leaks} leak,"
+    f" {differ} see other keys than the relation shows"
   )
   return bool(leaks or differ)
 
