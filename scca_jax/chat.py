@@ -1,62 +1,87 @@
 """Conversations as the text that a model reads: its chat template.
 
 A template is a Jinja program in a model's files. It is rendered as transformers
-renders it, in a sandbox, so that a file cannot run anything else.
+renders it, in a sandbox, so that a file cannot run anything else, and by
+another process (`template_process`), so that its time and memory are bounded.
 """
 
+import contextlib
 import dataclasses
-import datetime
+import functools
 import json
 import os
 import pathlib
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-
-from scca_jax import gguf_file, gguf_tokenizer, json_file
+from scca_jax import documents, gguf_file, gguf_tokenizer, json_file
 from scca_jax.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 # The answers of the model.
 ASSISTANT = "assistant"
+# Largest file of a template.
+_MAX_BYTES = 1 << 20
+_PROGRAM = pathlib.Path(__file__).with_name("template_process.py")
 
 
-class _Generation(jinja2.ext.Extension):
-  """Reads `{% generation %}`, which marks answers for transformers' masks."""
-
-  tags = {"generation"}
-
-  def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-    """Returns what is between the tags."""
-    next(parser.stream)
-    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _end(process: subprocess.Popen[str]) -> None:
+  process.kill()
+  # What it did not take cannot be written to it.
+  with contextlib.suppress(BrokenPipeError), process:
+    pass
 
 
-def _refuse(message: str) -> NoReturn:
-  raise jinja2.TemplateError(message)
+class _Renderer:
+  """The process that renders a template."""
+
+  def __init__(self, text: str):
+    """Starts it."""
+    self._process: subprocess.Popen[str] = subprocess.Popen(
+      # Without -P, modules of this package would hide others.
+      [sys.executable, "-P", str(_PROGRAM)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+      encoding="ascii",
+    )
+    weakref.finalize(self, _end, self._process)
+    self._lock = threading.Lock()
+    self._write(text)
+
+  def _write(self, value: Any) -> None:
+    pipe: Any = self._process.stdin
+    with contextlib.suppress(BrokenPipeError):  # It ended: no answer comes.
+      pipe.write(json.dumps(value) + "\n")
+      pipe.flush()
+
+  def render(self, values: dict[str, Any]) -> str:
+    """Returns what the template makes of some values.
+
+    Raises:
+      ValueError: The template is damaged, refuses them, or takes too much.
+    """
+    pipe: Any = self._process.stdout
+    with self._lock:
+      self._write(values)
+      answer = pipe.readline()
+    if not answer:
+      _renderer.cache_clear()
+      raise ValueError("it takes too much time or memory")
+    answer = json.loads(answer)
+    if "error" in answer:
+      raise ValueError(answer["error"])
+    return answer["text"]
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **settings: Any) -> str:
-  return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
-
-
-def _environment() -> jinja2.Environment:
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=[_Generation, jinja2.ext.loopcontrols],
-  )
-  environment.filters["tojson"] = _to_json
-  environment.globals["raise_exception"] = _refuse
-  environment.globals["strftime_now"] = lambda form: (
-    datetime.datetime.now().strftime(form)
-  )
-  return environment
+@functools.lru_cache(maxsize=1)
+def _renderer(text: str) -> _Renderer:
+  return _Renderer(text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,20 +106,19 @@ class ChatTemplate:
       asks: Whether an answer of the model begins behind it.
 
     Raises:
-      ValueError: The template is damaged, or refuses the conversation.
+      ValueError: The template is damaged, refuses the conversation, or takes
+        more than 10 seconds or 1 GiB.
     """
+    values = {"messages": list(messages), "add_generation_prompt": asks}
     try:
-      template = _environment().from_string(self.text)
-      return template.render(
-        messages=list(messages),
-        add_generation_prompt=asks,
-        **self.special_tokens,
-      )
-    except (jinja2.TemplateError, TypeError) as error:
+      text = _renderer(self.text).render(values | dict(self.special_tokens))
+      documents.check_text("its text", text)
+    except (ValueError, RecursionError) as error:
       raise ValueError(
         f"the chat template of {self.name} cannot render this conversation:"
         f" {error}"
       ) from error
+    return text
 
   def encode(
     self,
@@ -124,16 +148,24 @@ def template_text(folder: pathlib.Path) -> str | None:
     folder: A Hugging Face folder.
 
   Raises:
-    ValueError: tokenizer_config.json is not JSON.
+    ValueError: tokenizer_config.json is not JSON, or the template not text.
   """
   path = folder / "chat_template.jinja"
   if path.is_file():
-    return path.read_text(encoding="utf-8")
+    if path.stat().st_size > _MAX_BYTES:
+      raise ValueError(f"{path} has more than {_MAX_BYTES >> 20} MiB.")
+    try:
+      return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+      raise ValueError(f"{path} is not UTF-8: copy it again.") from error
   path = folder / "tokenizer_config.json"
   template = json_file.read(path).get("chat_template") if path.is_file() else ""
   if isinstance(template, list):
-    by_name = {t.get("name"): t.get("template") for t in template}
+    named = [t for t in template if isinstance(t, dict)]
+    by_name = {str(t.get("name")): t.get("template") for t in named}
     template = by_name.get("default")
+  if template is not None and not isinstance(template, str):
+    raise ValueError(f"the chat_template in {path} is not text.")
   return template
 
 
@@ -158,7 +190,7 @@ def load(source: str | os.PathLike[str]) -> ChatTemplate:
       if (folder / name).is_file():
         settings |= json_file.read(folder / name)
     text = template_text(folder)
-  if not text:
+  if not text or not isinstance(text, str):
     raise ValueError(
       f"{source} has no chat template: take a model that was tuned to answer,"
       " or leave it to continue the text."

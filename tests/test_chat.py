@@ -56,11 +56,28 @@ def test_templates_may_use_what_transformers_gives_them(text, shown):
     ("{{ messages.append(3) }}", "not safely callable|unsafe"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe|undefined"),
     ("{{ messages[9].content }}", "t cannot render"),
+    ("{{ 1 // 0 }}", "division"),
+    ("{{ '\\ud800' }}", "surrogate"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+    ("{{ 'a' * 9999999999 }}", "memory"),
+    ("{{ 'a' * 99999999 }}", "characters"),
   ],
 )
 def test_a_template_that_fails_or_reaches_out_is_one_line(text, said):
   with pytest.raises(ValueError, match=said):
     _template(text).render(TALK)
+
+
+def test_a_template_without_end_is_stopped(monkeypatch, tmp_path):
+  text = chat._PROGRAM.read_text().replace(
+    "SECONDS, _BYTES, _CHARACTERS = 10", "SECONDS, _BYTES, _CHARACTERS = 1"
+  )
+  (tmp_path / "template_process.py").write_text(text)
+  monkeypatch.setattr(chat, "_PROGRAM", tmp_path / "template_process.py")
+  with pytest.raises(ValueError, match="too much time"):
+    _template("{{ 10 ** (10 ** 10) }}").render(TALK)
+  # The next conversation gets another process.
+  assert _template("x").render(TALK) == "x"
 
 
 def test_special_tokens_of_the_template_are_tokens(tmp_path):
