@@ -16,8 +16,8 @@ class ArmConfig:
 
   Attributes:
     name: Its name in tables and files: letters, digits, "-", "_" and ".".
-    pattern: Attention pattern of training, as `scca_jax.patterns.parse` reads
-      it.
+    pattern: Attention pattern of training, such as "s2" or
+      "scca_fixed(chunk_size=2048)"; see `scca_jax.patterns.parse`.
     rope: Rope scaling.
     dense_fraction: Share of the steps, at the end, with dense attention.
     steps_fraction: Share of the study's steps to run, for arms that get fewer

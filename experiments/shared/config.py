@@ -252,8 +252,8 @@ class FinetuneConfig:
     tuning: What is trained: "lora", an adapter and what else `lora` selects; or
       "full", every parameter.
     lora: The adapter, and what else is trained.
-    pattern: Attention pattern of training, as `scca_jax.patterns.parse` reads
-      it.
+    pattern: Attention pattern of training, such as "s2" or
+      "scca_fixed(chunk_size=2048)"; see `scca_jax.patterns.parse`.
     data: Texts.
     optimizer: Optimiser.
     training: Loop.
@@ -321,8 +321,8 @@ class PretrainConfig:
   Attributes:
     architecture: Sizes of the model.
     save_dtype: Dtype of the weights written at the end.
-    pattern: Attention pattern of training, as `scca_jax.patterns.parse` reads
-      it.
+    pattern: Attention pattern of training, such as "s2" or
+      "scca_fixed(chunk_size=2048)"; see `scca_jax.patterns.parse`.
     data: Texts; `data.tokenizer` must be given.
     optimizer: Optimiser.
     training: Loop.
