@@ -1,8 +1,8 @@
 """Conversations as the text that a model reads: its chat template.
 
-A template is a Jinja program in a model's files. It is rendered as transformers
-renders it, in a sandbox, so that a file cannot run anything else, and by
-another process (`template_process`), so that its time and memory are bounded.
+A template is a Jinja program in a model's files. It is rendered as in
+transformers, in a sandbox, so that a file cannot run anything else, and in a
+separate process (`template_process`), so that its time and memory are bounded.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ from scca_jax.tokenizer import Tokenizer
 Message = Mapping[str, Any]
 # The answers of the model.
 ASSISTANT = "assistant"
-# Largest file of a template.
+# Largest template file.
 _MAX_BYTES = 1 << 20
 _PROGRAM = pathlib.Path(__file__).with_name("template_process.py")
 
 
 def _end(process: subprocess.Popen[str]) -> None:
   process.kill()
-  # What it did not take cannot be written to it.
+  # Unread input cannot be written any more.
   with contextlib.suppress(BrokenPipeError), process:
     pass
 
@@ -40,9 +40,9 @@ class _Renderer:
   """The process that renders a template."""
 
   def __init__(self, text: str):
-    """Starts it."""
+    """Starts the process."""
     self._process: subprocess.Popen[str] = subprocess.Popen(
-      # Without -P, modules of this package would hide others.
+      # Without -P, modules of this package would shadow others.
       [sys.executable, "-P", str(_PROGRAM)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
@@ -56,12 +56,12 @@ class _Renderer:
 
   def _write(self, value: Any) -> None:
     pipe: Any = self._process.stdin
-    with contextlib.suppress(BrokenPipeError):  # It ended: no answer comes.
+    with contextlib.suppress(BrokenPipeError):  # It ended, so no answer comes.
       pipe.write(json.dumps(value) + "\n")
       pipe.flush()
 
   def render(self, values: dict[str, Any]) -> str:
-    """Returns what the template makes of some values.
+    """Returns the text that the template makes from some values.
 
     Raises:
       ValueError: The template is damaged, refuses them, or takes too much.
@@ -89,9 +89,9 @@ class ChatTemplate:
   """How a model reads conversations.
 
   Attributes:
-    name: The file it comes from, for messages.
+    name: The file it comes from, for error messages.
     text: The template.
-    special_tokens: Tokens that it may name, such as "bos_token".
+    special_tokens: Tokens that it may refer to, such as "bos_token".
   """
 
   name: str
@@ -99,11 +99,11 @@ class ChatTemplate:
   special_tokens: Mapping[str, str]
 
   def render(self, messages: Sequence[Message], *, asks: bool = True) -> str:
-    """Returns a conversation as text, special tokens by their names.
+    """Returns a conversation as text, with special tokens spelt out.
 
     Args:
       messages: Each with "role" and "content".
-      asks: Whether an answer of the model begins behind it.
+      asks: Whether to end where the model's next answer would begin.
 
     Raises:
       ValueError: The template is damaged, refuses the conversation, or takes
@@ -127,12 +127,12 @@ class ChatTemplate:
     *,
     asks: bool = True,
   ) -> list[int]:
-    """Returns a conversation as ids; the template says how it begins and ends.
+    """Returns a conversation as ids; BOS and EOS are up to the template.
 
     Args:
       vocabulary: The model's.
       messages: See `render`.
-      asks: See there.
+      asks: See `render`.
 
     Raises:
       ValueError: See `render`.
@@ -142,13 +142,13 @@ class ChatTemplate:
 
 
 def template_text(folder: pathlib.Path) -> str | None:
-  """Returns the chat template of a folder, the default one of several.
+  """Returns the chat template in a folder, or the default one of several.
 
   Args:
     folder: A Hugging Face folder.
 
   Raises:
-    ValueError: tokenizer_config.json is not JSON, or the template not text.
+    ValueError: tokenizer_config.json is not JSON, or the template is not text.
   """
   path = folder / "chat_template.jinja"
   if path.is_file():
@@ -185,15 +185,15 @@ def load(source: str | os.PathLike[str]) -> ChatTemplate:
   else:
     folder = source if source.is_dir() else source.parent
     settings = {}
-    # Where both name a token, transformers takes tokenizer_config.json.
+    # Where both name a token, transformers follows tokenizer_config.json.
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
       if (folder / name).is_file():
         settings |= json_file.read(folder / name)
     text = template_text(folder)
   if not text or not isinstance(text, str):
     raise ValueError(
-      f"{source} has no chat template: take a model that was tuned to answer,"
-      " or leave it to continue the text."
+      f"{source} has no chat template: use a model that was tuned for chat, or"
+      " leave --chat out to let it continue the text."
     )
   tokens = {}
   for name, token in settings.items():

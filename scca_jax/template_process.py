@@ -1,10 +1,10 @@
-"""A program that renders chat templates, within limits.
+"""A program that renders chat templates within limits.
 
-A template is a Jinja program from a model's files. Jinja's sandbox keeps it
-from all but its values, and bounds neither time nor memory: so it runs in a
-process of its own. This takes a line of JSON with the template, then one for
-each conversation, and answers each with a line, {"text": ...} or {"error":
-...}. It imports nothing else of this package, to start at once.
+A template is a Jinja program from a model's files. Jinja's sandbox lets it see
+only its values, but limits neither time nor memory, so it runs in a separate
+process. That reads a line of JSON with the template, then one for each
+conversation, and answers each with a line, {"text": ...} or {"error": ...}. It
+imports nothing else from this package, to start quickly.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-# What a conversation may take, in seconds of CPU time, bytes and characters.
+# Limits of a conversation, in seconds of CPU time, bytes and characters.
 SECONDS, _BYTES, _CHARACTERS = 10, 1 << 30, 1 << 24
 
 
 class _Generation(jinja2.ext.Extension):
-  """Reads `{% generation %}`, which marks answers for transformers' masks."""
+  """Accepts `{% generation %}`, which marks answers for transformers' masks."""
 
   tags = {"generation"}
 
@@ -63,27 +63,27 @@ def _render(text: str, template: list, values: dict[str, Any]) -> str:
 
   Args:
     text: The template.
-    template: Holds it once it is compiled.
+    template: Has the template once it is compiled.
     values: Its variables.
   """
   if not template:
     template.append(_environment().from_string(text))
   rendered = template[0].render(values)
   if len(rendered) > _CHARACTERS:
-    raise ValueError(f"it makes more than {_CHARACTERS:,} characters of it")
+    raise ValueError(f"the text has more than {_CHARACTERS:,} characters")
   return rendered
 
 
 def main() -> None:
-  """Answers all lines."""
-  # The process that asks ends this one.
+  """Answers line by line."""
+  # The parent ends this process.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   with contextlib.suppress(ValueError, OSError):
     resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
   text = json.loads(sys.stdin.readline())
   template: list = []
   for line in sys.stdin:
-    # Its signal ends the process, whatever that is at.
+    # Its signal ends the process, whatever it is doing.
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
       answer = {"text": _render(text, template, json.loads(line))}
