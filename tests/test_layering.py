@@ -1,4 +1,4 @@
-"""Imports run one way: top to bottom in the layout that README draws."""
+"""Imports run one way: top to bottom in the layout in CONTRIBUTING."""
 
 import ast
 import functools
@@ -79,12 +79,12 @@ def _levels(graph: dict[str, set[str]]) -> dict[str, int]:
 
 
 def _layout() -> list[str]:
-  """Returns modules and folders in the order of the layout in README.
+  """Returns modules and folders in the order of the layout in CONTRIBUTING.
 
   A line holds an indentation, names that end in `.py` or `/`, and behind two
   spaces what they are; other lines continue the description.
   """
-  text = (ROOT / "README.md").read_text(encoding="utf8")
+  text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf8")
   found = re.search(r"## Layout\n.*?```\n(.*?)```", text, re.DOTALL)
   assert found
   names, parents = [], {0: ""}
@@ -120,7 +120,7 @@ def test_imports_have_at_most_nine_levels():
   assert max(levels.values()) <= MAX_LEVELS, levels
 
 
-def test_layout_in_readme_lists_every_module():
+def test_layout_lists_every_module():
   listed = _layout()
   assert len(listed) == len(set(listed))
   for name in listed:
@@ -129,13 +129,13 @@ def test_layout_in_readme_lists_every_module():
   whole = {name.rpartition(".")[0] for name in listed}
   for module, path in PATHS.items():
     if path.stem != "__init__" and module.rpartition(".")[0] in whole:
-      assert module in listed, f"list {module} in README, below its imports"
+      assert module in listed, f"list {module} in CONTRIBUTING's layout"
 
 
-def test_modules_import_only_what_stands_above_them_in_readme():
+def test_modules_import_only_what_stands_above_them_in_the_layout():
   places = {name: place for place, name in enumerate(_layout())}
   # A package itself may join what it holds, and so stands behind that; where
-  # README lists a folder alone, all in it stands there.
+  # CONTRIBUTING lists a folder alone, all in it stands there.
   for name, place in list(places.items()):
     parent = name.rpartition(".")[0]
     places[parent] = max(places.get(parent, 0), place)
