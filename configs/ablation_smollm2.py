@@ -1,14 +1,15 @@
 """Which pattern and which recipe take SmolLM2-135M from 8k to 32k?
 
 Hardware: one H100, in stages that fit a call of ten minutes each; the same
-command resumes. Commands, with the user's own weights and text, and what came
-of them: experiments/results/ablation_smollm2. `scca ablate --dry_run
---config=configs/ablation_smollm2.py` lists the arms with their pairs.
+command resumes. Commands, with the user's own weights and text, and results:
+experiments/results/ablation_smollm2.
+`scca ablate --dry_run --config=configs/ablation_smollm2.py` lists the arms with
+their pairs.
 
-`train.bin` ends with the ten books that validate; `verdict.bin` is ten others.
-The recipe is sought one factor at a time: rope scaling with two patterns, then
-the rest with the best scaling. The patterns have a third of dense attention's
-pairs, or as near as they get.
+`train.bin` ends with the ten books for validation; `verdict.bin` has ten
+others. The recipe is searched one factor at a time: rope scaling with two
+patterns, then the rest with the best scaling. The patterns have a third of
+dense attention's pairs, or as close as possible.
 """
 
 import dataclasses
@@ -30,11 +31,11 @@ from experiments.shared.config import (
 from scca_jax.lora import LoraConfig
 from scca_jax.training import OptimizerConfig
 
-# What the other factors, and then the patterns, are tried with.
+# The scaling with which the other factors, and then the patterns, are tried.
 ROPE = RopeConfig(kind="ntk", factor=8.0)
 RATE = 3e-3
 
-# Nothing tuned: the model as it is, and the rope scalings alone.
+# Nothing tuned: the model as it is, and rope scaling by itself.
 UNTUNED = (
   ArmConfig(name="untuned", tuning="none"),
   ArmConfig(name="untuned-scaled", tuning="none", rope=ROPE),
@@ -92,9 +93,9 @@ PATTERNS = tuple(
       {},
     ),
     ("pose", "dense", {"skip_window": 8192}),
-    # As many dense steps as take the seconds of `fixed`, about half.
+    # As many dense steps as fit into the seconds of `fixed`, about half.
     ("dense-same-seconds", "dense", {"steps_fraction": 0.5}),
-    # Each token is given 8k, the length of pretraining.
+    # Each token sees 8k, the length of pretraining.
     ("dense-8k", "local(chunk_size=8192)", {}),
   )
 )

@@ -7,9 +7,9 @@ few arms for a few steps. Command: `scca ablate
 Expected: experiments/results/ablation_tiny/README.md.
 
 All arms have the budget of `finetune` without flags, 175 steps of 2 windows of
-1,024 tokens; what differs is in their lines below. Patterns are compared under
-Position Interpolation, the paper's choice, at the paper's sizes (chunks of a
-quarter of the length) and at equal pairs (a third of dense attention's).
+1,024 tokens; their lines below show the differences. Patterns are compared
+under Position Interpolation, the paper's choice, at the paper's sizes (chunks
+of a quarter of the length) and at equal pairs (a third of dense attention's).
 """
 
 import dataclasses
@@ -49,7 +49,8 @@ PAPER_SIZES = {
   "near": "scca_near",
   "near-sinks": "scca_near(sinks=4)",
 }
-# Chosen so that pairs are a third of dense attention's, or as near as they get.
+# Chosen so that pairs are a third of dense attention's, or as close as
+# possible.
 EQUAL_PAIRS = {
   "local-third": "local(chunk_size=341)",
   "sliding-third": "sliding(window=188)",
@@ -129,7 +130,7 @@ def arms() -> tuple[ArmConfig, ...]:
   linear = RopeConfig(factor=4.0)
   patterns = PAPER_SIZES | EQUAL_PAIRS | LEAKS
   found = [ArmConfig(name="dense", pattern="dense", rope=linear)]
-  # Nothing tuned: as pretrained, and with rope scaling alone.
+  # Nothing tuned: as pretrained, and with rope scaling by itself.
   untuned = {"as-is": RopeConfig(kind=None), "linear4": linear} | ROPES
   found += [
     ArmConfig(name=f"untuned-{name}", rope=rope, tuning="none")
@@ -144,8 +145,8 @@ def arms() -> tuple[ArmConfig, ...]:
     for name in ("dense", "s2", "fixed", "longmixed", "near-sinks"):
       pattern = PAPER_SIZES.get(name, name)
       found.append(ArmConfig(name=f"{name}-{kind}", pattern=pattern, rope=rope))
-  # Dense attention for fewer tokens: a third of the steps, and as many as take
-  # the seconds of `fixed` on a CPU.
+  # Dense attention for fewer tokens: a third of the steps, and as many as fit
+  # into the seconds of `fixed` on a CPU.
   for name, share in (("third-of-steps", 1 / 3), ("same-seconds", 0.8)):
     found.append(
       ArmConfig(name=f"dense-{name}", rope=linear, steps_fraction=share)

@@ -1,4 +1,4 @@
-"""LLaMA2-7B from 4k to 8k on one V100, as the SCCA paper does it.
+"""LLaMA2-7B from 4k to 8k on one V100, as in the SCCA paper.
 
 Claim (arXiv 2312.07305): SCCA with Position Interpolation and LoRA extends
 LLaMA2-7B from 4k to 8k on a single V100. The recipe is LongLoRA's: rank 8 on

@@ -1,17 +1,16 @@
 """LLaMA2-7B from 4k to 8k on one H200: llama2_7b_8k, for speed.
 
-It differs in bfloat16, and in memory spent where there is plenty: no large
-product is computed twice for the backward pass, and MLP and loss are computed
-in large pieces. Hardware: one GPU of 80 GB, from Ampere on. Command:
+It differs in using bfloat16 and more memory: no large product is computed twice
+for the backward pass, and MLP and loss are computed in large pieces. Hardware:
+one GPU of 80 GB, Ampere or later. Command:
 `scca finetune --config=configs/llama2_7b_8k_h200.py
 --model=llama2-7b/ --data=train.bin --config.data.test=test.bin`.
-Expected: the tokens a second and the memory of
+Expected: the tokens per second and the memory of
 experiments/results/llama2_7b/step_h200.md. It was not run with LLaMA2's
 weights.
 
-`--config.training.remat=layer` computes each layer again: 20 GiB less, 27 %
-longer. With it, `--config.training.mlp_chunk=2048` takes 0.3 GiB less and 4 %
-longer.
+`--config.training.remat=layer` recomputes each layer: 20 GiB less, 27 % longer.
+With it, `--config.training.mlp_chunk=2048` takes 0.3 GiB less and 4 % longer.
 """
 
 from configs import llama2_7b_8k

@@ -1,8 +1,8 @@
 """LLaMA2-7B from 4k to 8k on a V100 of 16 GB: llama2_7b_8k on an int8 base.
 
-Claim: with the frozen matrices in int8 the recipe fits the smaller card. What
-is trained is float32 as there, and the adapter makes up for the rounding; it
-is used with the same int8 base.
+Claim: with the frozen matrices in int8 the recipe fits the smaller card.
+Trained parameters are float32 as there, and the adapter compensates for the
+rounding; it is used with the same int8 base.
 
 Hardware: one V100 of 16 GB, float16, and 6 GiB of the host's memory. Command:
 as for llama2_7b_8k, with this config. Expected: the step compiles for that card

@@ -2,7 +2,7 @@
 
 Claim: none of the paper's; the smallest model that transformers' users know, at
 a length where dense attention is most of the work. Chunks are a quarter of the
-length. Its embedding is the output head too.
+length. Its embedding is also the output head.
 
 Hardware: one GPU with bfloat16, an A100 or later. Command, with the user's own
 weights and data: `scca finetune

@@ -7,7 +7,7 @@ Expected: experiments/results/tiny/README.md.
 Pattern, rope scaling and learning rate are the best of a study of this model
 (experiments/results/ablation_tiny). A model this small needs a larger adapter
 than the paper's rank of 8, with the same factor alpha / rank, and a higher
-learning rate to be done in minutes. Its embeddings stay as they are: so few
+learning rate to finish in minutes. Its embeddings are not trained, as so few
 tokens would only make them worse.
 """
 

@@ -1,6 +1,6 @@
 """TinyLlama-1.1B from 2k to 8k: the recipe of llama2_7b_8k on a small model.
 
-Claim: none of the paper's; a model that anyone may fetch, on one GPU.
+Claim: none of the paper's; a model that anyone can download, on one GPU.
 
 Hardware: one GPU with bfloat16, an A100 or later, and 7 GiB of its memory.
 Command, with the user's own weights and data:

@@ -1,11 +1,11 @@
-"""Throws damaged inputs at all commands, and lists what did not end well.
+"""Gives damaged inputs to all commands, and lists the ones that end badly.
 
     python -m tests.fuzz --seconds=600 --seed=1
 
-Every case runs in a child of its own, which may take 60 seconds and 3 GiB. It
-ends well with status 0, or with status 2 and one line on standard error that
-begins with "error:" and has at most 500 characters. A case depends on seed and
-number alone: `--only=N` runs one again and prints what it printed.
+Every case runs in its own child, which may take 60 seconds and 3 GiB. It ends
+well with status 0, or with status 2 and one line on standard error that begins
+with "error:" and has at most 500 characters. A case depends only on seed and
+number: `--only=N` repeats one and prints its output.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def _json(path: pathlib.Path, rng: random.Random) -> str:
     path.write_text("".join(lines))
     return f"{path.name}: {depth} levels"
   places = _places(value)
-  # Vocabularies would take all.
+  # Otherwise vocabularies would get almost all damage.
   top = [place for place in places if len(place) < 3]
   place = rng.choice(top if rng.random() < 0.8 else places)
   *outer, last = place
@@ -97,7 +97,7 @@ def _json(path: pathlib.Path, rng: random.Random) -> str:
 def _bytes(path: pathlib.Path, rng: random.Random) -> str:
   """Cuts a file, or overwrites or repeats a part of it."""
   content = bytearray(path.read_bytes())
-  # What is at the front decides most.
+  # The start of a file matters most.
   limit = rng.choice((16, 256, len(content) or 1))
   place = rng.randrange(min(len(content), limit) or 1)
   way = rng.choice(("cut", "flip", "huge", "zeros", "repeat", "empty", "tail"))
@@ -121,7 +121,7 @@ def _bytes(path: pathlib.Path, rng: random.Random) -> str:
 
 
 def _replace(path: pathlib.Path, rng: random.Random) -> str:
-  """Puts something that is no file, or no file of text, in place of a file."""
+  """Replaces a file by something that is not a file, or not text."""
   way = rng.choice(
     ("fifo", "zero", "null", "folder", "gone", "loop", "bomb", "line", "text")
   )
@@ -144,7 +144,7 @@ def _replace(path: pathlib.Path, rng: random.Random) -> str:
 
 
 def _bomb(path: pathlib.Path) -> None:
-  """Writes a small archive of much, in the format of the name."""
+  """Writes a small archive with a huge content, in the format of the name."""
   import gzip
   import lzma
 
@@ -180,7 +180,7 @@ def _number(args: list[str], rng: random.Random) -> str:
   if not places:
     return _argument(args, rng)
   at = rng.choice(places)
-  # Work that is asked for takes its time and memory.
+  # Large amounts of requested work legitimately take time and memory.
   new = str(rng.choice([x for x in NUMBERS[:-4] if x != 2_000_000]))
   args[at] = re.sub(r"\d+", lambda _: new, args[at], count=1)
   return repr(args[at])[:100]
@@ -225,6 +225,6 @@ def draw(call: Call, folder: pathlib.Path, rng: random.Random) -> tuple:
   if path.suffix in (".json", ".jsonl") and rng.random() < 0.7:
     if path.exists():
       return args, _json(path, rng)
-  if not path.exists():  # What a run may find in its folder.
+  if not path.exists():  # A file that a run may find in its folder.
     path.write_text("{}")
   return args, rng.choice((_bytes, _bytes, _replace))(path, rng)

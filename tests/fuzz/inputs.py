@@ -33,7 +33,7 @@ def get_config():
 
 
 def write(folder: pathlib.Path) -> None:
-  """Writes all that the calls take."""
+  """Writes all inputs of the calls."""
   model_files.write_byte_level(folder / "model")
   (folder / "model" / "generation_config.json").write_text(
     json.dumps({"eos_token_id": [1, 2], "temperature": 0.6})
