@@ -1,7 +1,7 @@
 """Files and folders that are complete or absent.
 
-What is being written lies in a private hidden folder beside its place, whose
-name ends in .partial. A process that is killed leaves it; the next one that
+Unfinished content is in a private hidden folder next to its destination, whose
+name ends in .partial. A killed process leaves it behind; the next one that
 writes the same file or folder removes it.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from scca_jax import file_lock
 
 _PARTIAL = ".partial"
-# Locked as long as the process that writes is alive.
+# Locked while the writing process is alive.
 _LOCK = ".lock"
 # File systems take names of 255 bytes.
 _NAME_LETTERS = 50
@@ -31,7 +31,7 @@ def _prefix(path: pathlib.Path) -> str:
 
 
 def _remove_dead(path: pathlib.Path) -> None:
-  """Removes what killed processes left when they wrote `path`."""
+  """Removes what killed processes left behind while writing `path`."""
   pattern = glob.escape(_prefix(path)) + "*" + glob.escape(_PARTIAL)
   for partial in path.parent.glob(pattern):
     with contextlib.suppress(OSError):
@@ -48,12 +48,11 @@ def _remove_dead(path: pathlib.Path) -> None:
 
 
 def _new_workplace(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-  """Returns a new hidden folder beside `path` and its lock."""
+  """Returns a new hidden folder next to `path`, and its lock."""
   while True:
     name = tempfile.mkdtemp(_PARTIAL, _prefix(path), path.parent)
     folder = pathlib.Path(name)
-    # Another process may take the folder for that of a dead one until it is
-    # locked.
+    # Until the folder is locked, another process may take it for a dead one's.
     with contextlib.suppress(FileNotFoundError):
       lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
       try:
@@ -67,9 +66,9 @@ def _new_workplace(path: pathlib.Path) -> tuple[pathlib.Path, int]:
 
 @contextlib.contextmanager
 def _workplace(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a hidden folder beside `path`, in which to prepare it.
+  """Gives a hidden folder next to `path`, in which to prepare it.
 
-  Folders that are missing are made.
+  Missing folders are created.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   _remove_dead(path)
@@ -77,12 +76,12 @@ def _workplace(path: pathlib.Path) -> Iterator[pathlib.Path]:
   try:
     yield folder
   finally:
-    os.close(lock)  # NFS cannot remove what is open.
+    os.close(lock)  # NFS cannot remove open files.
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _put(temporary: pathlib.Path, path: pathlib.Path) -> None:
-  """Gives a file or folder its place; on the disk when this returns."""
+  """Moves a file or folder to its destination, and waits for the disk."""
   os.replace(temporary, path)
   folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
   try:
@@ -102,10 +101,10 @@ def _refuse_folder(path: pathlib.Path) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-  """Checks that a file could be written, before the work that it is for.
+  """Checks that a file can be written, before starting to compute it.
 
   Raises:
-    OSError: It could not; the message names it.
+    OSError: It cannot; the message names it.
   """
   path = pathlib.Path(path)
   _refuse_folder(path)
@@ -115,29 +114,29 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     raise NotADirectoryError(f"cannot write {path}: {nearest} is a file")
   if not os.access(nearest, os.W_OK | os.X_OK):
     raise PermissionError(
-      f"cannot write {path}: there is no permission to write to {nearest}"
+      f"cannot write {path}: no permission to write to {nearest}"
     )
 
 
 class AtomicFile:
   """A binary file that gets its name only when it is complete.
 
-  It is written beside its place, flushed to the disk and renamed at the end of
-  the `with` block. An error in the block, or a full disk, leaves an earlier
-  file as it was.
+  It is written next to its destination, flushed to the disk and renamed at the
+  end of the `with` block. An error in the block, or a full disk, leaves an
+  existing file unchanged.
 
   Every failure to write raises an OSError that names the file.
   """
 
   def __init__(self, path: str | os.PathLike[str]):
-    """Starts the file; folders that are missing are made."""
+    """Starts the file; missing folders are created."""
     self.path = pathlib.Path(path)
     _refuse_folder(self.path)
     self._resources = contextlib.ExitStack()
     try:
       folder = self._resources.enter_context(_workplace(self.path))
       self._temporary = folder / self.path.name
-      # Unbuffered: an error belongs to the write that met it.
+      # Unbuffered, so that an error belongs to the write that caused it.
       self._file = self._resources.enter_context(
         open(self._temporary, "xb", buffering=0)
       )
@@ -155,7 +154,7 @@ class AtomicFile:
       raise _failure(self.path, error) from error
 
   def sync(self) -> None:
-    """Waits until the disk has what was written so far."""
+    """Waits until everything written so far is on the disk."""
     try:
       os.fsync(self._file.fileno())
     except OSError as error:
@@ -170,7 +169,7 @@ class AtomicFile:
     error: BaseException | None,
     traceback: TracebackType | None,
   ) -> None:
-    """Names the file, or removes what was written if the block failed."""
+    """Renames the file, or removes it if the block failed."""
     with self._resources:
       if kind is None:
         self.sync()
@@ -182,10 +181,10 @@ class AtomicFile:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """Gives a temporary file's path to those who open it themselves.
+  """Gives the path of a temporary file, for callers that open it themselves.
 
-  At the end of the `with` block it is named `path`; an error in the block
-  removes it. Its name is that of `path`, in another folder.
+  At the end of the `with` block it is renamed to `path`; an error in the block
+  removes it. It has the name of `path`, in another folder.
 
   Raises:
     OSError: It cannot be written; the message names `path`.
@@ -206,7 +205,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 def is_free(path: str | os.PathLike[str]) -> bool:
   """Returns whether there is nothing at `path`, or an empty folder.
 
-  What a killed process left of its attempt to write it is removed.
+  Leftovers of a killed process that was writing it are removed.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
@@ -217,11 +216,11 @@ def is_free(path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """Gives a temporary folder that gets its place at the end.
+  """Gives a temporary folder that becomes `path` at the end.
 
-  It lies beside `path` and is renamed. If `path` is an empty folder already,
-  which may be where a disk is mounted, it lies in there, and what it holds is
-  moved up. An error in the `with` block removes it.
+  It is next to `path` and is renamed. If `path` is already an empty folder,
+  which may be a mount point, the temporary folder is inside it, and its
+  contents are moved up. An error in the `with` block removes it.
 
   Raises:
     OSError: It cannot be written; the message names `path`.
@@ -253,14 +252,14 @@ def write(path: str | os.PathLike[str], content: bytes) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
   """Writes `value` as indented JSON; see `AtomicFile`.
 
-  Numbers that are not finite become null: JSON lacks them.
+  Numbers that are not finite become null, as JSON has none.
   """
   content = json.dumps(without_nan(value), indent=2, allow_nan=False)
   write(path, content.encode() + b"\n")
 
 
 def without_nan(value: Any) -> Any:
-  """Returns what is to be written as JSON, with null for what that lacks."""
+  """Returns a value for JSON, with null for numbers that JSON lacks."""
   if isinstance(value, dict):
     return {name: without_nan(entry) for name, entry in value.items()}
   if isinstance(value, list | tuple):

@@ -171,7 +171,7 @@ def write_token_file(
     sources: Names of the files that the documents came from, to record.
 
   Returns:
-    What the JSON says.
+    The content of the JSON.
 
   Raises:
     ValueError: `output` is not a `.bin`, the tokenizer lacks a requested token,
@@ -214,7 +214,7 @@ def write_conversations(
     sources: See `write_token_file`.
 
   Returns:
-    What the JSON says.
+    The content of the JSON.
 
   Raises:
     ValueError: `output` is not a `.bin`, or there is no conversation.

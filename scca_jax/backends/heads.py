@@ -1,4 +1,4 @@
-"""What back ends share: heads of arrays, the end of a softmax, `shard_map`."""
+"""Shared by back ends: heads of arrays, the end of a softmax, `shard_map`."""
 
 from collections.abc import Iterable, Sequence
 

@@ -1,4 +1,4 @@
-"""What an evaluation task is: prompts with one right answer."""
+"""The interface of an evaluation task: prompts with one right answer."""
 
 import abc
 import dataclasses
