@@ -504,7 +504,7 @@ def _open_folder(folder: pathlib.Path) -> SafetensorsFiles:
       if pathlib.PurePath(shard).name != shard:
         raise ValueError(
           f"{path}: weight_map names {reprlib.repr(shard)}, which is not a file"
-          " beside it: copy it again."
+          " in its folder: copy it again."
         )
     tensors = SafetensorsFiles(
       [folder / n for n in sorted(set(shard_of.values()))]

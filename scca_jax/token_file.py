@@ -83,7 +83,7 @@ _CONTAINERS = {
   b"\x80\x02]q": ("a pickled object", _IDS_ALONE),
   b"\x80\x04\x95": ("a pickled object", _IDS_ALONE),
   b"\x80\x05\x95": ("a pickled object", _IDS_ALONE),
-  b"MMIDIDX\0": ("the index of a Megatron corpus", "give the .bin beside it"),
+  b"MMIDIDX\0": ("the index of a Megatron corpus", "give the .bin next to it"),
   b"GGUF": ("a GGUF model", "give it as --model"),
   b"\x1f\x8b\x08": ("compressed with gzip", "decompress it"),
   b"BZh9": ("compressed with bzip2", "decompress it"),

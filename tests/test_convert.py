@@ -392,7 +392,7 @@ def test_an_index_names_no_file_elsewhere(folder, name):
   (folder / "model.safetensors").unlink()
   index = {"weight_map": {"model.norm.weight": name}}
   (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-  with pytest.raises(ValueError, match=f"'{name}', which is not a file beside"):
+  with pytest.raises(ValueError, match=f"'{name}', which is not a file in"):
     convert.load_model(folder)
 
 
@@ -419,7 +419,7 @@ def test_missing_files_are_named(tmp_path):
 @pytest.fixture
 def sharded(tmp_path, folder):
   model = convert.load_model(folder)
-  # 23 x 8 float32 are 736 bytes: no other tensor fits beside an embedding.
+  # 23 x 8 float32 are 736 bytes: no other tensor fits next to an embedding.
   convert.save_model(
     model, tmp_path / "shards", dtype=jnp.float32, max_shard_bytes=800
   )

@@ -158,7 +158,7 @@ def test_k_quants_are_read(tmp_path):
       ),
       RopeScaling(kind="yarn", factor=2.0, original_max_position_embeddings=32),
     ),
-    # What llama.cpp takes a factor for that has no type beside it.
+    # llama.cpp's meaning of a factor without a type.
     (
       lambda w: w.add_rope_scaling_factor(4.0),
       RopeScaling(kind="linear", factor=4.0),

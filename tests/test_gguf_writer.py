@@ -62,7 +62,7 @@ def test_q8_0_has_the_rounding_of_the_library(tmp_path):
     file["model.layers.0.mlp.gate_proj.weight"](),
     gguf.dequantize(gguf.quantize(np.asarray(kernel), kind), kind),
   )
-  # Rows of 48 are no whole blocks.
+  # Rows of 48 are not whole blocks.
   np.testing.assert_array_equal(
     file["model.layers.1.mlp.down_proj.weight"](),
     np.asarray(model.layers.mlp.down_proj.kernel[1].T, np.float16),

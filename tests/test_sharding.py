@@ -185,7 +185,7 @@ def _steps_on_one_device():
   return _steps(None)
 
 
-# Offloaded, test_cluster has a run on a mesh beside one on one device.
+# With offloading, test_cluster compares a run on a mesh with one device.
 @pytest.mark.parametrize(
   "offload", [False, pytest.param(True, marks=pytest.mark.slow)]
 )

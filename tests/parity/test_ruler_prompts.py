@@ -1,4 +1,4 @@
-"""Prompts beside those that lm-evaluation-harness makes for RULER.
+"""Compares prompts with those of lm-evaluation-harness for RULER.
 
 Random parts are masked; the rest must be the same text.
 """

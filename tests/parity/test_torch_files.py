@@ -357,7 +357,7 @@ def test_smollm2_has_the_perplexity_that_transformers_gives_it():
     path.parent, gguf_file=path.name
   )
   # Digits are left out: transformers does not read from the file that SmolLM2
-  # cuts them apart before it merges what stands beside them.
+  # splits them off before it merges their neighbours.
   for sample in (*TEXTS[:3], re.sub(r"\d", "", text)):
     assert (
       words.encode(sample) == peers(sample, add_special_tokens=False).input_ids

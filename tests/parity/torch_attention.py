@@ -86,7 +86,7 @@ def _over_heads(attend, query, key, value):
 
 
 def dense(query, key, value):
-  """Returns PyTorch's own causal attention, and the log-sum-exp beside it."""
+  """Returns PyTorch's own causal attention, and the log-sum-exp."""
   num_heads = query.shape[2]
   key, value = (_repeat_heads(x, num_heads) for x in (key, value))
   query, key, value = (x.transpose(1, 2) for x in (query, key, value))
