@@ -13,9 +13,11 @@ the sequence. Every pattern is cut into *strips*, which all look the same:
   and only if `j - a <= shift // dilation`.
 
 Strips in which no query can see a key are left out. The others go, those of one
-band together, through attention with an online softmax over blocks (Rabe
-and Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135) that visits no block
-outside the band, and whose backward pass computes the weights again.
+band together, through attention by blocks of queries, each with all the keys
+that the band may hold for it: a softmax takes one pass. The backward pass goes
+by blocks of keys and computes the weights again (Dao et al., arXiv 2205.14135).
+On a GPU the products are cuBLAS's, in the dtype of the inputs; what limits it
+there is writing and reading the scores, not the products.
 
 A union head is split into disjoint parts (`patterns.union_parts`), which are
 attended one by one and combined by their log-sum-exp.
@@ -26,9 +28,8 @@ beside a cache are in `xla_cache`.
 """
 
 import dataclasses
-import functools
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,9 +37,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from scca_jax import target
 from scca_jax.backends import online_softmax, xla_cache
 from scca_jax.backends.heads import (
   combine,
+  finish_softmax,
   join_heads,
   safe_maximum,
   take_heads,
@@ -54,10 +57,28 @@ from scca_jax.patterns import (
 )
 
 # Blocks of a strip, in slots. Smaller ones leave out more of what the band
-# does not hold, larger ones multiply faster.
-_MIN_BLOCK, _MAX_BLOCK = 128, 256
-# The scores of one block of all strips aim at no more than this, in bytes.
-_SCORE_BYTES = 16 * 2**20
+# does not hold, larger ones multiply faster. And how many bytes of scores to
+# compute at once: few launches on a GPU, but what a CPU's cache holds.
+_MIN_BLOCK = 64
+_MAX_BLOCK, _SCORE_BYTES = 512, 128 * 2**20
+_CPU_MAX_BLOCK, _CPU_SCORE_BYTES = 256, 4 * 2**20
+# Lengths of the ranges that the blocks of a strip meet.
+_MAX_RUNS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """Neighbouring blocks of a strip that meet equally long ranges of it.
+
+  Attributes:
+    blocks: Where each block starts, in slots.
+    starts: Where the range starts that it meets.
+    length: Slots of a range.
+  """
+
+  blocks: tuple[int, ...]
+  starts: tuple[int, ...]
+  length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +88,9 @@ class _Band:
   Attributes:
     lo: Smallest `slot - query` that is seen, in slots; None has no bound.
     hi: Largest one.
+    num_slots: Length of a strip, a multiple of `block`.
     block: Length of a block, in slots.
-    num_blocks: Blocks of a strip.
+    score_bytes: Most bytes of scores to compute at once, if possible.
     scale: Factor of the scores.
     dtype: Dtype of the inputs, the output and the gradients.
     operands: Dtype that queries, keys and values are multiplied in.
@@ -76,69 +98,189 @@ class _Band:
 
   lo: int | None
   hi: int
+  num_slots: int
   block: int
-  num_blocks: int
+  score_bytes: int
   scale: float
   dtype: Any
   operands: Any
 
-  def key_blocks(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the first key block that query block `i` meets, and the end."""
-    first = jnp.zeros_like(i)
+  def query_runs(self) -> list[_Run]:
+    """Returns the blocks of queries, and the keys that each may see."""
+    return self._runs(self.lo, self.hi)
+
+  def key_runs(self) -> list[_Run]:
+    """Returns the blocks of keys, and the queries that may see each."""
+    return self._runs(-self.hi, None if self.lo is None else -self.lo)
+
+  def _runs(self, lo: int | None, hi: int | None) -> list[_Run]:
+    """Returns the blocks, and what lies from `lo` to `hi` beside each."""
+    ranges = [
+      (
+        0 if lo is None else max(0, block + lo),
+        self.num_slots
+        if hi is None
+        else min(block + self.block + hi, self.num_slots),
+      )
+      for block in range(0, self.num_slots, self.block)
+    ]
+    # Few lengths: each is a program of its own.
+    most = max(-(-(end - first) // self.block) for first, end in ranges)
+    step = self.block * -(-most // _MAX_RUNS)
+    lengths = [
+      min(max(1, -(-(end - first) // step)) * step, self.num_slots)
+      for first, end in ranges
+    ]
+    runs = []
+    for length, members in itertools.groupby(
+      range(len(ranges)), lambda i: lengths[i]
+    ):
+      of_run = list(members)
+      runs.append(
+        _Run(
+          tuple(i * self.block for i in of_run),
+          tuple(
+            max(0, min(ranges[i][0], self.num_slots - length)) for i in of_run
+          ),
+          length,
+        )
+      )
+    return runs
+
+  def together(self, length: int, num_strips: int) -> int:
+    """Returns how many strips to compute at once, a divisor of their number.
+
+    Args:
+      length: Slots that a block meets.
+      num_strips: Number of strips.
+    """
+    most = max(1, self.score_bytes // (4 * self.block * length))
+    return max(n for n in range(1, most + 1) if num_strips % n == 0)
+
+  def filled(self, num_strips: int) -> int:
+    """Returns a number of strips, at least the given one, that goes well."""
+    length = max(run.length for run in self.query_runs())
+    most = max(1, self.score_bytes // (4 * self.block * length))
+    num_groups = -(-num_strips // most)
+    if 2 * self.together(length, num_strips) > num_strips / num_groups:
+      return num_strips
+    return -(-num_strips // num_groups) * num_groups
+
+  def scores(self, query, key, query_ids, key_ids, distance) -> jax.Array:
+    """Returns the scores of strips, -inf where nothing is seen.
+
+    Args:
+      query: `[strips, queries, head_dim]`.
+      key: `[strips, keys, head_dim]`.
+      query_ids: `[strips, queries]`.
+      key_ids: `[strips, keys]`.
+      distance: From the first query to the first key, in slots.
+    """
+    slots = jnp.arange(key.shape[1])[None, :]
+    apart = distance + slots - jnp.arange(query.shape[1])[:, None]
+    seen = apart <= self.hi
     if self.lo is not None:
-      first = jnp.maximum(first, (i * self.block + self.lo) // self.block)
-    last = ((i + 1) * self.block - 1 + self.hi) // self.block
-    return first, jnp.minimum(last + 1, self.num_blocks)
-
-  def holds(self, i: jax.Array, j: jax.Array) -> jax.Array:
-    """Marks the pairs of two blocks that lie in the band, `[block, block]`."""
-    inside = jnp.arange(self.block)
-    distance = (j - i) * self.block + inside[None, :] - inside[:, None]
-    held = distance <= self.hi
-    return held if self.lo is None else held & (distance >= self.lo)
+      seen &= apart >= self.lo
+    seen = seen[None] & (
+      (query_ids[:, :, None] == key_ids[:, None, :])
+      & (key_ids != 0)[:, None, :]
+    )
+    scores = self.scale * product("xqd,xkd->xqk", query, key)
+    return jnp.where(seen, scores, -jnp.inf)
 
 
-def _to_blocks(x: jax.Array, num_blocks: int) -> jax.Array:
-  """Returns `[blocks, strips, block, ...]` of `[strips, slots, ...]`."""
-  blocks = x.reshape(x.shape[0], num_blocks, -1, *x.shape[2:])
-  return jnp.moveaxis(blocks, 1, 0)
+def _repeat(times: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+  """Returns what a function of a number and the carry makes of the carry."""
+  if times == 1:
+    return step(0, carry)
+  # Under `jax.checkpoint` a scan would be split into what does not depend on
+  # the arrays, and the rest: the masks of all steps would be stored.
+  return jax.lax.while_loop(
+    lambda state: state[0] < times,
+    lambda state: (state[0] + 1, step(*state)),
+    (jnp.int32(0), carry),
+  )[1]
 
 
-def _from_blocks(x: jax.Array) -> jax.Array:
-  """Returns `[strips, slots, ...]` of `[blocks, strips, block, ...]`."""
-  x = jnp.moveaxis(x, 0, 1)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])
+def _over_runs(
+  band: _Band,
+  runs: Sequence[_Run],
+  meet: Callable[..., Any],
+  results: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+  """Goes through the blocks of all strips, some strips at a time.
 
+  Each step waits for the one before, so that only its scores are in memory.
 
-def _scores(band: _Band, query, key, query_ids, key_ids, i, j) -> jax.Array:
-  """Returns the scores of two blocks, -inf where nothing is seen."""
-  seen = band.holds(i, j)[None] & (
-    (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids != 0)[:, None, :]
-  )
-  scores = band.scale * product("xqd,xkd->xqk", query, key)
-  return jnp.where(seen, scores, -jnp.inf)
+  Args:
+    band: What the strips have in common.
+    runs: The blocks.
+    meet: Takes the results so far, where a block starts, where the range starts
+      that it meets, the length of that, and functions that take slots from the
+      arrays of the strips at hand and that put them there. Returns the results.
+    results: The first ones, `[strips, slots, ...]`.
+  """
+  num_strips = len(results[0])
+
+  def over_strips(results: Any, block: Any, first: Any, length: int) -> Any:
+    together = band.together(length, num_strips)
+
+    def step(i: Any, results: Any) -> Any:
+      strip = i * together
+
+      def take(x: jax.Array, start: Any, length: int) -> jax.Array:
+        rest = x.shape[2:]
+        return jax.lax.dynamic_slice(
+          x, (strip, start, *[0] * len(rest)), (together, length, *rest)
+        )
+
+      def put(x: jax.Array, values: jax.Array, start: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice(
+          x, values.astype(x.dtype), (strip, start, *[0] * (x.ndim - 2))
+        )
+
+      return meet(results, block, first, length, take, put)
+
+    return _repeat(num_strips // together, step, results)
+
+  for run in runs:
+    # XLA slices without a copy where it knows the start.
+    first = run.starts[0] if len(set(run.starts)) == 1 else None
+
+    def step(i: Any, results: Any, run: _Run = run, first: Any = first) -> Any:
+      block = run.blocks[0]
+      if len(run.blocks) > 1:
+        block = jnp.array(run.blocks)[i]
+      start = jnp.array(run.starts)[i] if first is None else first
+      return over_strips(results, block, start, run.length)
+
+    results = _repeat(len(run.blocks), step, results)
+  return results
 
 
 def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
   """Returns what `_core` does, the output in float32."""
-  split = functools.partial(_to_blocks, num_blocks=band.num_blocks)
-  queries, keys, values = split(query), split(key), split(value)
-  ids_q, ids_k = split(query_ids), split(key_ids)
 
-  def of_query_block(_, i):
-    def meet(j, sums):
-      scores = _scores(band, queries[i], keys[j], ids_q[i], ids_k[j], i, j)
-      return online_softmax.accumulate(sums, scores, values[j], "xqk,xkd->xqd")
-
-    sums = jax.lax.fori_loop(
-      *band.key_blocks(i), meet, online_softmax.start(queries[i])
+  def meet(results, block, first, length, take, put):
+    scores = band.scores(
+      take(query, block, band.block),
+      take(key, first, length),
+      take(query_ids, block, band.block),
+      take(key_ids, first, length),
+      first - block,
     )
-    return None, online_softmax.finish(sums)
+    maximum = safe_maximum(jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - maximum[..., None])
+    output = product("xqk,xkd->xqd", weights, take(value, first, length))
+    total, log_sum = finish_softmax(maximum, jnp.sum(weights, axis=-1))
+    outputs, log_sums = results
+    return (
+      put(outputs, output / total[..., None], block),
+      put(log_sums, log_sum, block),
+    )
 
-  _, (output, log_sum) = jax.lax.scan(
-    of_query_block, None, jnp.arange(band.num_blocks)
-  )
-  return _from_blocks(output), _from_blocks(log_sum)
+  zeros = online_softmax.zeros_like(query)
+  return _over_runs(band, band.query_runs(), meet, (zeros, zeros[..., 0]))
 
 
 def _core_primal(
@@ -183,47 +325,46 @@ def _core_backward(band: _Band, saved, cotangents):
   # backward pass of a layer does.
   zero, d_output = jax.lax.optimization_barrier((jnp.float32(0), d_output))
   delta = online_softmax.delta(output, log_sum, d_output, d_log_sum)
-  split = functools.partial(_to_blocks, num_blocks=band.num_blocks)
-  queries, keys, values = split(query), split(key), split(value)
-  ids_q, ids_k = split(query_ids), split(key_ids)
-  d_outputs, deltas, log_sums = (
-    split(d_output),
-    split(delta),
-    split(safe_maximum(log_sum)),
-  )
 
-  def of_query_block(carry, i):
-    def meet(j, carry):
-      d_query, d_keys, d_values = carry
-      scores = _scores(band, queries[i], keys[j], ids_q[i], ids_k[j], i, j)
-      d_weights = product("xqd,xkd->xqk", d_outputs[i], values[j])
-      weights, d_scores = online_softmax.weights_and_gradient(
-        scores, log_sums[i], d_weights, deltas[i], band.scale
-      )
-      return (
-        d_query + product("xqk,xkd->xqd", d_scores, keys[j]),
-        d_keys.at[j].add(product("xqk,xqd->xkd", d_scores, queries[i])),
-        d_values.at[j].add(product("xqk,xqd->xkd", weights, d_outputs[i])),
-      )
+  log_sum = safe_maximum(log_sum)
 
-    d_query, d_keys, d_values = jax.lax.fori_loop(
-      *band.key_blocks(i),
-      meet,
-      (online_softmax.zeros_like(queries[i]), *carry),
+  def meet(gradients, block, first, length, take, put):
+    d_query, d_key, d_value = gradients
+
+    def rows(x: jax.Array) -> jax.Array:
+      return take(x, first, length)
+
+    def columns(x: jax.Array) -> jax.Array:
+      return take(x, block, band.block)
+
+    scores = band.scores(
+      rows(query),
+      columns(key),
+      rows(query_ids),
+      columns(key_ids),
+      block - first,
     )
-    return (d_keys, d_values), d_query.astype(band.dtype)
+    d_weights = product("xqd,xkd->xqk", rows(d_output), columns(value))
+    weights, d_scores = online_softmax.weights_and_gradient(
+      scores, rows(log_sum), d_weights, rows(delta), band.scale
+    )
+    d_rows = product("xqk,xkd->xqd", d_scores, columns(key))
+    d_columns = product("xqk,xqd->xkd", d_scores, rows(query))
+    d_values = product("xqk,xqd->xkd", weights, rows(d_output))
+    return (
+      put(d_query, rows(d_query) + d_rows, first),
+      put(d_key, d_columns, block),
+      put(d_value, d_values, block),
+    )
 
-  zeros = vary_like(jnp.broadcast_to(zero, keys.shape), keys)
-  (d_keys, d_values), d_queries = jax.lax.scan(
-    of_query_block, (zeros, zeros), jnp.arange(band.num_blocks)
+  zeros = vary_like(jnp.broadcast_to(zero, query.shape), query)
+  d_query, d_key, d_value = _over_runs(
+    band,
+    band.key_runs(),
+    meet,
+    (zeros, zeros.astype(band.dtype), zeros.astype(band.dtype)),
   )
-  return (
-    _from_blocks(d_queries),
-    _from_blocks(d_keys).astype(band.dtype),
-    _from_blocks(d_values).astype(band.dtype),
-    None,
-    None,
-  )
+  return d_query.astype(band.dtype), d_key, d_value, None, None
 
 
 _core.defvjp(_core_save, _core_backward)
@@ -374,15 +515,15 @@ def _sources_of(
   return sources
 
 
-def _block_size(num_strips: int, cut: _Cut) -> int:
+def _block_size(cut: _Cut, most: int, score_bytes: int) -> int:
   """Returns the length of a block, in slots."""
   # Powers of two, like most chunks: others would need padding, a copy of all.
-  block = math.isqrt(_SCORE_BYTES // (4 * num_strips))
-  block = 1 << max(block.bit_length() - 1, 0)
-  block = min(max(block, _MIN_BLOCK), _MAX_BLOCK)
+  block = most
+  while block > _MIN_BLOCK and 4 * block * cut.num_slots > score_bytes:
+    block //= 2
   if cut.lo is not None:
     # Much larger blocks than the window would compute what is masked.
-    block = min(block, max(_MIN_BLOCK // 4, 1 - cut.lo))
+    block = min(most, max(_MIN_BLOCK // 2, 1 - cut.lo))
   num_blocks = -(-cut.num_slots // block)
   return -(-cut.num_slots // num_blocks)
 
@@ -469,9 +610,22 @@ def _attend_cut(
     ),
     ids_of_keys(),
   )
-  block = _block_size(batch * len(order), cut)
-  num_blocks = -(-cut.num_slots // block)
-  missing = num_blocks * block - cut.num_slots
+  most, score_bytes = _MAX_BLOCK, _SCORE_BYTES
+  if target.current().platform == "cpu":
+    most, score_bytes = _CPU_MAX_BLOCK, _CPU_SCORE_BYTES
+  block = _block_size(cut, most, score_bytes)
+  band = _Band(
+    lo=cut.lo,
+    hi=cut.hi,
+    num_slots=-(-cut.num_slots // block) * block,
+    block=block,
+    score_bytes=score_bytes,
+    scale=settings.scale,
+    dtype=settings.dtype,
+    operands=settings.operands,
+  )
+  # Strips without keys, for a number with good divisors.
+  added = band.filled(batch * len(order)) - batch * len(order)
 
   def strips(x: jax.Array) -> jax.Array:
     """Cuts, leaves out the empty strips, and joins batch and strips."""
@@ -480,21 +634,13 @@ def _attend_cut(
       x = x.at[:, order].get(mode="promise_in_bounds", unique_indices=True)
     x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
     x = x.reshape(batch * len(order), *x.shape[2:])
-    return _pad_seq(x, missing)
+    x = jnp.pad(x, [(0, added), *[(0, 0)] * (x.ndim - 1)])
+    return _pad_seq(x, band.num_slots - cut.num_slots)
 
-  band = _Band(
-    cut.lo,
-    cut.hi,
-    block,
-    num_blocks,
-    settings.scale,
-    settings.dtype,
-    settings.operands,
-  )
   output, log_sum = _core(band, *map(strips, parts))
 
   def whole(x: jax.Array, empty: float) -> jax.Array:
-    x = x[:, : cut.num_slots]
+    x = x[: batch * len(order), : cut.num_slots]
     x = x.reshape(batch, len(order), *x.shape[1:])
     if not complete:
       full = jnp.full((batch, num_strips, *x.shape[2:]), empty, x.dtype)
