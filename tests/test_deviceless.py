@@ -90,7 +90,14 @@ def test_kernels_compile_for_their_gpus(gpu, implementation, pattern, settings):
 @needs_compiler
 @pytest.mark.parametrize(
   ("gpu", "implementation"),
-  [("v100-32gb", "xla"), ("a100-40gb", "triton"), ("h200", "mosaic")],
+  [
+    ("v100-32gb", "xla"),
+    ("a100-40gb", "triton"),
+    # Less shared memory than sm_80.
+    ("a10-24gb", "triton"),
+    ("rtx4090-24gb", "triton"),
+    ("h200", "mosaic"),
+  ],
 )
 def test_each_gpu_gets_its_kernels(gpu, implementation):
   text = _compile(gpu, patterns.scca_fixed(4, 256), dtype=F16).as_text()

@@ -401,3 +401,27 @@ def test_a_million_tokens_compile_within_a_v100(run_command, tmp_path):
   assert plan["fits"] and plan["peak_bytes"] <= 19.5 * 2**30
   # 64 segments of half a chunk for half the heads, keys and values.
   assert plan["host_bytes"] == 64 * 32 * 1024 * 16 * 128 * 2 * 2 == 16 * 2**30
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_160k_tokens_compile_within_a_card_of_24_gb(run_command, tmp_path):
+  pytest.importorskip("qwix")
+  output = tmp_path / "plan.json"
+  assert not run_command(
+    "plan_memory",
+    "--config=configs/llama2_7b_8k.py",
+    "--gpu=rtx4090-24gb",
+    "--config.lora.train_embeddings=False",
+    "--config.lora.train_norms=False",
+    "--config.training.dtype=bfloat16",
+    "--config.training.param_dtype=bfloat16",
+    "--config.training.quantize=nf4",
+    "--config.training.offload_optimizer=False",
+    "--config.training.seq_len=163840",
+    f"--output={output}",
+  )
+  plan = json.loads(output.read_text())
+  assert plan["fits"] and plan["peak_bytes"] <= 15.6 * 2**30
+  # The inputs of attention and MLP of each layer.
+  assert plan["host_bytes"] == 32 * 2 * 163840 * 4096 * 2
