@@ -145,6 +145,19 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
 
+def test_pipes_and_devices_are_not_replaced(tmp_path):
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  for write in (
+    lambda: atomic_file.write(pipe, b"x"),
+    lambda: atomic_file.check_writable(pipe),
+    lambda: atomic_file.replacing(pipe).__enter__(),
+  ):
+    with pytest.raises(OSError, match=r"pipe: it is a pipe or device"):
+      write()
+  assert pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path):
   file = tmp_path / "made" / "out.json"
   atomic_file.write_json(file, {"a": [1, 2.5]})
