@@ -34,10 +34,13 @@ from scca_jax.training import OptimizerConfig
 # The scaling with which the other factors, and then the patterns, are tried.
 ROPE = RopeConfig(kind="ntk", factor=8.0)
 RATE = 3e-3
+# The best of RECIPES tunes all parameters.
+FULL_RATE = 3e-4
 
 # Nothing tuned: the model as it is, and rope scaling by itself.
 UNTUNED = (
-  ArmConfig(name="untuned", tuning="none"),
+  ArmConfig(name="untuned", tuning="none", rope=RopeConfig(kind=None)),
+  ArmConfig(name="untuned-linear4", tuning="none", rope=RopeConfig()),
   ArmConfig(name="untuned-scaled", tuning="none", rope=ROPE),
 )
 # 4 million tokens each, half of what the patterns get.
@@ -72,12 +75,19 @@ RECIPES = tuple(
     "adapters-alone": {"train_norms": False},
     "embeddings": {"train_embeddings": True, "embedding_ratio": 0.1},
     "lora-plus": {"lora_b_ratio": 16.0, "learning_rates": (3e-4, 1e-3)},
-    "full": {"tuning": "full", "learning_rates": (1e-4, 3e-4)},
+    "full": {"tuning": "full", "learning_rates": (1e-4, FULL_RATE, 1e-3)},
   }.items()
 )
 # 8 million tokens each, at a third of the pairs.
 PATTERNS = tuple(
-  ArmConfig(name=name, pattern=pattern, rope=ROPE, **changes)
+  ArmConfig(
+    name=name,
+    pattern=pattern,
+    rope=ROPE,
+    tuning="full",
+    learning_rates=(FULL_RATE,),
+    **changes,
+  )
   for name, pattern, changes in (
     ("fixed", "scca_fixed", {}),
     ("s2", "s2(chunk_size=12288)", {}),
@@ -125,7 +135,12 @@ def get_config():
         ),
       ),
       arms=(
-        ArmConfig(name="dense", rope=ROPE),
+        ArmConfig(
+          name="dense",
+          rope=ROPE,
+          tuning="full",
+          learning_rates=(FULL_RATE,),
+        ),
         *UNTUNED,
         *PATTERNS,
         *ROPES,

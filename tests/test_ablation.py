@@ -300,6 +300,10 @@ def test_pairs_count_what_an_arm_trains_with(folder):
     ({"learning_rates": ()}, "no learning rates"),
     ({"arms": (TUNED, TUNED), "baseline": "near"}, "two arms have the name"),
     ({"looks": 0}, "looks must be at least 1, got 0"),
+    (
+      {"arms": (ArmConfig(name="dense", tuning="none"),)},
+      "the baseline dense is not tuned",
+    ),
   ],
 )
 def test_bad_settings_are_refused(folder, changes, message):

@@ -169,6 +169,11 @@ class AblationConfig:
         )
     check_rates(self.learning_rates, "the study")
     for arm in self.arms:
+      if arm.name == self.baseline and arm.tuning == "none":
+        raise ValueError(
+          f"the baseline {arm.name} is not tuned, so it sets no target: name an"
+          " arm that is."
+        )
       if not (arm.learning_rates or self.learning_rates):
         raise ValueError(f"arm {arm.name} has no learning rates: give one.")
     for name in (
