@@ -127,6 +127,20 @@ ODD_UNION = patterns.mix(
   ),
   patterns.local(2, 8),
 )
+# Heads whose parts overlap or are many blocks apart, beside heads without.
+WHOLE_UNION = patterns.mix(
+  patterns.scca_near(4, 40, 5, sinks=20),
+  patterns.sda(2, 2),
+  AttentionPattern(
+    (
+      HeadPattern(chunk_size=40, offset=13, shift=25, own_chunk=True),
+      HeadPattern(chunk_size=40, shift=90, window=30, own_chunk=True, sinks=50),
+      HeadPattern(window=18, sinks=7),
+      HeadPattern(chunk_size=70, shift=35, sinks=20),
+    )
+  ),
+  patterns.local(2, 40),
+)
 # Dense on pieces of the sequence.
 PIECES = patterns.mix(
   patterns.dense(4),
@@ -198,6 +212,7 @@ CASES = {
     ),
     40,
   ),
+  "whole union": Case(WHOLE_UNION, 200, 6),
   "odd union": Case(ODD_UNION, 50, 4),
   "odd union, local": Case(
     ruled(ODD_UNION, boundary="local"), 61, 4, segmented=True

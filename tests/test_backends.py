@@ -79,8 +79,8 @@ RUNS = {
     *("named, slot", "seven tokens", "many blocks"),
     *("odd union", "odd union, local"),
   ),
-  # Of disjoint parts, as on a mesh.
-  "triton": (*SHARED, "union", "near"),
+  # Some of the first are of disjoint parts, as on a mesh.
+  "triton": (*SHARED, "union", "near", "whole union"),
   "cudnn": tuple(name for name in CASES if name.startswith("pieces")),
   "8 shards": ("small chunks", "near", "near, sinks"),
   "2 shards": ("small chunks, local", "near, sinks, local"),

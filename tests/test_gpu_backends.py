@@ -231,10 +231,7 @@ def _check(attend, case):
     assert not np.any(np.asarray(found[name], np.float32)[empty]), name
 
 
-# Where parts are joined, float16 is rounded once more.
-@pytest.mark.parametrize(
-  "name", [name for name in CASES if name != "near, exact"]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_kernels_are_as_exact_as_dense_attention(implementation, name):
   _check(_attend(implementation), CASES[name])
 

@@ -53,6 +53,10 @@ def _load_reference() -> Attend:
   return reference.attention
 
 
+def _unserved_by_tiles(call: Call) -> str | None:
+  return blocks.unserved_unions(call.pattern, call.segment_ids is not None)
+
+
 # Best first.
 BACK_ENDS: dict[str, BackEnd] = {
   back_end.name: back_end
@@ -69,14 +73,12 @@ BACK_ENDS: dict[str, BackEnd] = {
       furthest=blocks.FAR // 2,
       max_dilation=blocks.MAX_DILATION,
       takes_deterministic=True,
-      unserved_unions=lambda call: blocks.unserved_unions(
-        call.pattern, call.segment_ids is not None
-      ),
+      unserved_unions=_unserved_by_tiles,
     ),
     BackEnd(
       name="triton",
       load=_load_triton,
-      pattern_fields=_HEAD_FIELDS,
+      pattern_fields=_HEAD_FIELDS | _UNION_FIELDS,
       dtypes=_HALF,
       head_dims=(16, 32, 64, 128, 256),
       runs_on=lambda device: device.compute_capability >= (8, 0),
@@ -85,6 +87,7 @@ BACK_ENDS: dict[str, BackEnd] = {
       max_dilation=blocks.MAX_DILATION,
       # Indices into an array have 32 bits.
       max_size=1 << 31,
+      unserved_unions=_unserved_by_tiles,
     ),
     BackEnd(
       name="cudnn",

@@ -2,9 +2,11 @@
 
 Forward and backward pass visit only blocks that hold a seen pair, and mask only
 those that straddle a border (`blocks`). All heads are one launch a pass, also
-those of different dilations: a program reads its tile from a table, and every
+those of different dilations: a program reads its tiles from a table, and every
 row of `head_dim` numbers where it lies, so that nothing is copied, padded or
-rolled. Triton takes gathered rows as well as neighbouring ones.
+rolled. Triton takes gathered rows as well as neighbouring ones. Heads that also
+see their own chunk or sinks are in the launch, their parts under one softmax
+(`blocks.unserved_unions` names exceptions).
 
 Memory beyond inputs, outputs and gradients: the log-sum-exp and `delta`, one
 float32 a query and head each. Where query heads of several dilations share a
@@ -139,6 +141,11 @@ class _Call:
     return self.num_heads // self.num_kv_heads
 
   @property
+  def has_unions(self) -> bool:
+    """Whether a head may see several intervals of keys."""
+    return any(rule.is_union for rule in self.rules)
+
+  @property
   def places(self) -> list[tuple[int, int]]:
     """Key head and dilation of each gradient of keys, in order."""
     return _find_places(self.rules, self.group_size)
@@ -205,7 +212,8 @@ def _make_table(
   places = _find_places(rules, group_size)
   of_dilation: dict[int, list[int]] = {}
   for head, rule in enumerate(rules):
-    # Forward, a program has one tile: heads need not have anything in common.
+    # Forward, a program has rows of one head: heads need not have anything in
+    # common.
     of_dilation.setdefault(rule.dilation if inverse else 0, []).append(head)
   groups: list[np.ndarray] = []
   costs = []
@@ -343,6 +351,12 @@ class _Tile:
     self.positions = self._positions(self.residue, self.start, sizes.rows)
     self.has_row = self.positions < call.seq_len
     self._bounds = self._find_bounds(inverse)
+    # Heads that are no unions get empty intervals: their dilation is no matter.
+    self._more_bounds = (
+      blocks.more_bounds(self.rule, self.positions, inverse)
+      if call.has_unions
+      else []
+    )
     self._row_ids: Any = None
     if call.has_segments:
       row_ids = self._ids_of(self.positions)
@@ -406,7 +420,7 @@ class _Tile:
       both None for all.
     """
     length = self._sizes.columns
-    if not masked:
+    if not masked and not self._call.has_unions:
       first_slot = self.start_2 + i * length
       return self._positions(self.residue_2, first_slot, length), None, None
     first_run, second_run = i < self.end_0, i < self.end_1
@@ -415,8 +429,13 @@ class _Tile:
       return jnp.where(first_run, a, jnp.where(second_run, b, c))
 
     residue = pick(self.residue_0, self.residue_1, self.residue_2)
-    first_slot = pick(self.start_0, self.start_1, self.start_2) + i * length
+    start = self.start_2
+    if self._call.has_unions:
+      start = jnp.where(i < self.end_2, start, self.start_3)
+    first_slot = pick(self.start_0, self.start_1, start) + i * length
     columns = self._positions(residue, first_slot, length)
+    if not masked:
+      return columns, None, None
     has_column = columns < self._call.seq_len
     first, last = self._bounds[0]
     if len(self._bounds) > 1:
@@ -427,9 +446,15 @@ class _Tile:
         jnp.where(falls_back, b, a) for a, b in zip(*self._bounds, strict=True)
       )
     slots = lax.iota(jnp.int32, length)[None, :]
-    seen = (slots >= (first - first_slot)[:, None]) & (
-      slots <= (last - first_slot)[:, None]
-    )
+
+    def between(first: Any, last: Any) -> jax.Array:
+      return (slots >= (first - first_slot)[:, None]) & (
+        slots <= (last - first_slot)[:, None]
+      )
+
+    seen = between(first, last)
+    for bounds in self._more_bounds:
+      seen |= between(*bounds)
     if self._row_ids is not None:
       seen &= self._row_ids[:, None] == self._ids_of(columns)[None, :]
     return columns, has_column, seen
@@ -548,15 +573,62 @@ def _weights(call: _Call, scores: jax.Array, maximum: jax.Array) -> jax.Array:
 # Kernels.
 
 
+def _reader(
+  call: _Call,
+  sizes: BlockSizes,
+  inverse: bool,
+  tables: Any,
+  table_size: tuple[int, int],
+) -> Callable[..., _Tile]:
+  """Returns what reads a tile of the program, the first by default."""
+  return functools.partial(
+    _Tile,
+    call,
+    sizes,
+    inverse,
+    tables,
+    pl.program_id(0),
+    pl.program_id(1),
+    table_size,
+  )
+
+
+def _over_tiles(
+  tables: Any,
+  table_size: tuple[int, int],
+  read: Callable[..., _Tile],
+  first: _Tile,
+  add: Callable[[_Tile, Any], Any],
+  carry: Any,
+) -> Any:
+  """Returns what `add` makes of the carry, tile after tile of a program.
+
+  Args:
+    tables: See `_tables`.
+    table_size: Numbers of programs and of a program's tiles.
+    read: See `_reader`.
+    first: The first tile; all have its rows.
+    add: Takes a tile and the carry.
+    carry: The first carry.
+  """
+  if table_size[1] == 1:
+    return add(first, carry)
+  return lax.fori_loop(
+    jnp.int32(0),
+    tables[1][pl.program_id(0)],
+    lambda i, carry: add(read(i), carry),
+    carry,
+  )
+
+
 def _forward_kernel(
   call: _Call, table_size: tuple[int, int], *refs: Any
 ) -> None:
   """Computes rows of the output and of the log-sum-exp."""
   *tables, q_ref, k_ref, v_ref, out_ref, lse_ref = refs
   sizes, factor = call.sizes.forward, _factor(call)
-  tile = _Tile(
-    call, sizes, False, tables, pl.program_id(0), pl.program_id(1), table_size
-  )
+  read = _reader(call, sizes, False, tables, table_size)
+  tile = read()
   query = tile.load(
     q_ref, tile.positions, tile.has_row, tile.head, call.num_heads
   )
@@ -578,8 +650,12 @@ def _forward_kernel(
     accumulator += _dot(weights.astype(value.dtype), value, 0)
     return accumulator, new_maximum, total
 
-  accumulator, maximum, total = tile.visit(
-    body,
+  accumulator, maximum, total = _over_tiles(
+    tables,
+    table_size,
+    read,
+    tile,
+    lambda tile, carry: tile.visit(body, carry),
     (
       jnp.zeros((sizes.rows, call.head_dim), jnp.float32),
       jnp.full((sizes.rows,), _LOWEST, jnp.float32),
@@ -602,10 +678,8 @@ def _queries_kernel(
     refs[:4],
     refs[4:10],
   )
-  sizes = call.sizes.queries
-  tile = _Tile(
-    call, sizes, False, tables, pl.program_id(0), pl.program_id(1), table_size
-  )
+  read = _reader(call, call.sizes.queries, False, tables, table_size)
+  tile = read()
   rows = tile.positions, tile.has_row
   query, d_output = (
     tile.load(ref, *rows, tile.head, call.num_heads) for ref in (q_ref, do_ref)
@@ -629,7 +703,7 @@ def _queries_kernel(
     mean_key = carry[1] + _dot(weights.astype(key.dtype), key, 0)
     return d_query, mean_key, carry[2] + jnp.sum(d_scores, axis=1)
 
-  zeros = jnp.zeros((sizes.rows, call.head_dim), jnp.float32)
+  zeros = jnp.zeros((call.sizes.queries.rows, call.head_dim), jnp.float32)
   carry: Any = (zeros,)
   if call.exact:
     d_lse_ref, d_query_ref, mended_ref = refs[10:]
@@ -637,7 +711,14 @@ def _queries_kernel(
     carry = zeros, zeros, -tile.load_numbers(d_lse_ref, *rows, 0.0)
   else:
     (d_query_ref,) = refs[10:]
-  d_query, *rest = tile.visit(body, carry)
+  d_query, *rest = _over_tiles(
+    tables,
+    table_size,
+    read,
+    tile,
+    lambda tile, carry: tile.visit(body, carry),
+    carry,
+  )
   if call.exact:
     mean_key, error = rest
     # Without keys there is nothing to mend.
@@ -654,12 +735,7 @@ def _keys_kernel(call: _Call, table_size: tuple[int, int], *refs: Any) -> None:
   *tables, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dk_ref, dv_ref = (
     refs
   )
-  sizes = call.sizes.keys
-  program, batch = pl.program_id(0), pl.program_id(1)
-  read = functools.partial(
-    _Tile, call, sizes, True, tables, program, batch, table_size
-  )
-  # All tiles of a program have the same rows.
+  read = _reader(call, call.sizes.keys, True, tables, table_size)
   first = read()
   key, value = (
     first.load(
@@ -688,18 +764,10 @@ def _keys_kernel(call: _Call, table_size: tuple[int, int], *refs: Any) -> None:
 
     return tile.visit(body, carry)
 
-  zeros = jnp.zeros((sizes.rows, call.head_dim), jnp.float32)
-  carry = zeros, zeros
-  if table_size[1] == 1:
-    carry = add(first, carry)
-  else:
-    carry = lax.fori_loop(
-      jnp.int32(0),
-      tables[1][program],
-      lambda i, carry: add(read(i), carry),
-      carry,
-    )
-  d_key, d_value = carry
+  zeros = jnp.zeros((call.sizes.keys.rows, call.head_dim), jnp.float32)
+  d_key, d_value = _over_tiles(
+    tables, table_size, read, first, add, (zeros, zeros)
+  )
   num_places = len(call.places)
   for ref, rows in ((dk_ref, d_key * call.scale), (dv_ref, d_value)):
     first.store(ref, rows.astype(call.dtype), first.kv_place, num_places)
