@@ -1,20 +1,20 @@
 """Block-sparse attention for Hopper GPUs (Pallas, Mosaic GPU).
 
-Forward and backward pass visit only blocks that hold a seen pair, and mask only
-those that straddle a border (`blocks`). Keys and values are read where they
-lie: heads of one dilation `r` are one launch, over the view `[n / r, r]` of the
+Forward and backward pass visit only blocks that contain a seen pair, and mask
+only those that straddle a border (`blocks`). Keys and values are read in place:
+heads of one dilation `r` are one launch, over the view `[n / r, r]` of the
 sequence, and launches of several dilations write into one output. Heads that
-also see their own chunk or sinks are in the launch of dilation 1, their parts
-under one softmax (`blocks.unserved_unions` names exceptions). The kernels
-are in `mosaic_forward`, `mosaic_backward` and `mosaic_backward_single`. The
-last is the faster backward pass, for bfloat16 and heads of 128; the one before
-gives the same bits in every run.
+also see their own chunk or sinks are in the launch of dilation 1, with all
+their parts under one softmax (`blocks.unserved_unions` names exceptions). The
+kernels are in `mosaic_forward`, `mosaic_backward` and `mosaic_backward_single`.
+The last is the faster backward pass, for bfloat16 and heads of 128;
+`mosaic_backward` gives the same bits in every run.
 
 Memory beyond inputs, outputs and gradients: the log-sum-exp and, in the
-backward pass, `delta`, one float32 a query and head each; the faster backward
-pass also sums up the gradient of the query in float32. A sequence whose length
-is not divisible by `8 r` is copied once to be padded. What `mosaic` saves for
-the backward pass are its inputs, its output and the log-sum-exp.
+backward pass, `delta`, each one float32 per query and head; the faster backward
+pass also sums the gradient of the query in float32. A sequence whose length is
+not divisible by `8 r` is copied once to be padded. For the backward pass
+`mosaic` saves its inputs, its output and the log-sum-exp.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Sizes:
   queries_exact: BlockSizes
 
 
-# What was best on an H200. Thread blocks have a fixed number of warps.
+# The best on an H200. Thread blocks have a fixed number of warps.
 _DEFAULTS = {
   64: Sizes(
     forward=BlockSizes(128, 128, 4),
@@ -70,7 +70,7 @@ _DEFAULTS = {
 }
 
 
-# Sizes of the kernel that visits each block once; others do not fit.
+# The only sizes that fit for the kernel that visits each block once.
 _VISITS_ONCE = BlockSizes(128, 64, 2)
 
 
@@ -83,7 +83,7 @@ def default_sizes(head_dim: int, dtype: Any, kind: str) -> Sizes:
 def candidates(head_dim: int, dtype: Any) -> dict[str, list[BlockSizes]]:
   """Returns the sizes worth trying for each kernel that the dtype needs.
 
-  Those that take too much memory of a multiprocessor fail to compile.
+  Sizes that take too much of a multiprocessor's memory fail to compile.
   """
   queries = "queries_exact" if dtype == jnp.float16 else "queries"
   stages = (2, 3, 4) if head_dim == 64 else (2, 3)
@@ -99,7 +99,7 @@ def candidates(head_dim: int, dtype: Any) -> dict[str, list[BlockSizes]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-  """What is fixed in a call.
+  """The static settings of a call.
 
   Attributes:
     pattern: Which keys each query head sees.
@@ -116,7 +116,7 @@ class _Settings:
   deterministic: bool
 
   def visits_once(self, query: jax.Array) -> bool:
-    """Whether the backward pass takes one kernel, not two."""
+    """Whether the backward pass is a single kernel instead of two."""
     return (
       not self.deterministic
       # For float16, see `_backward_pass`.
@@ -128,7 +128,7 @@ class _Settings:
 
   @property
   def num_launches(self) -> int:
-    """How many dilations the pattern has."""
+    """Number of dilations in the pattern."""
     return len({head.dilation for head in self.pattern.heads})
 
   def launches(
@@ -166,9 +166,9 @@ class _Settings:
 def _merging_batches(
   function: Callable[..., Any], has_refs: bool
 ) -> Callable[..., Any]:
-  """Returns a function of `[batch, ...]` whose vmap is a longer batch."""
-  # Before jax 0.11 mutable arrays cannot stand inside: what launches fill
-  # together, or in place, then has no vmap.
+  """Returns a function of `[batch, ...]`; its vmap is a longer batch."""
+  # jax < 0.11 allows no mutable arrays inside, so launches that fill arrays
+  # together or in place cannot be vmapped there.
   if jax.__version_info__ < (0, 11) and has_refs:
     return function
   function = jax.custom_batching.custom_vmap(function)
@@ -192,9 +192,9 @@ def _merging_batches(
 def _assemble(
   parts: list[jax.Array], heads_of: list[tuple[int, ...]], num_heads: int
 ) -> jax.Array:
-  """Returns `[batch, seq, num_heads, ...]` of parts that hold some heads each.
+  """Returns `[batch, seq, num_heads, ...]` from parts with some heads each.
 
-  Where a head is in several parts, they add up.
+  If a head is in several parts, they are summed.
   """
   if sorted(sum(heads_of, ())) == list(range(num_heads)):
     return heads.join_heads(parts, heads_of)
@@ -213,7 +213,7 @@ def _forward_pass(
   value: jax.Array,
   segment_ids: jax.Array | None,
 ) -> tuple[Any, list[jax.Array]]:
-  """Returns the output, and the log-sum-exp of each launch as it has it."""
+  """Returns the output, and the log-sum-exp of each launch in its layout."""
   output: Any = None
   log_sums = []
   for launch in settings.launches(query, key, segment_ids):
@@ -256,13 +256,13 @@ def _backward_pass(
   )
   delta = delta - d_log_sum
   if any(launch.dilation > 1 for launch in launches):
-    # XLA would sum up and transpose in one kernel, which takes six times as
-    # long (H100, four residues of 32,768 tokens).
+    # XLA would sum and transpose in one kernel, which takes six times as long
+    # (H100, four residues of 32,768 tokens).
     delta = jax.lax.optimization_barrier(delta)
   kv_heads = [launch.kv_heads for launch in launches]
-  # Whether each key head belongs to one launch: they then share an output.
+  # If each key head belongs to a single launch, the launches share an output.
   alone = sorted(sum(kv_heads, ())) == list(range(key.shape[2]))
-  # Among float16 scores can be large; bfloat16 is as coarse as the error.
+  # With float16 scores can be large; bfloat16 is as coarse as the error.
   exact = query.dtype == jnp.float16
   query_sizes = sizes.queries_exact if exact else sizes.queries
   visits_once = settings.visits_once(query)
@@ -382,8 +382,8 @@ def _attend_and_save(
   run = _merging_batches(
     functools.partial(_forward_pass, settings), settings.num_launches > 1
   )
-  # The barrier: where what is saved of a layer goes straight into the stack of
-  # all layers, XLA would run the kernel once for that and once for the layer.
+  # Without the barrier, if saved results go straight into the stack of all
+  # layers, XLA would run the kernel once for that and once for the layer.
   output, log_sums = ad_checkpoint.checkpoint_name(
     jax.lax.optimization_barrier(run(query, key, value, segment_ids)),
     SAVED,
@@ -432,7 +432,7 @@ def attention(
     query_offset: 0.
     scale: Factor of the scores.
     deterministic: Whether gradients must be bit-equal from run to run.
-    sizes: Kernel tile sizes; None takes `default_sizes`.
+    sizes: Kernel tile sizes; None uses `default_sizes`.
   """
   device = target.current()
   del query_offset  # 0.

@@ -1,21 +1,21 @@
 """The backward kernel for Hopper GPUs that visits each block once.
 
-(Pallas, Mosaic GPU.) It takes five products a block where the two kernels of
-`mosaic_backward` take seven, and is built like the best known one, of
+(Pallas, Mosaic GPU.) It takes five products per block where the two kernels of
+`mosaic_backward` take seven, and is built like the best known kernel, that of
 FlashAttention-3 (Shah et al., arXiv 2407.08608). Tiles are blocks of keys, and
 each of two warpgroups has half of the keys. Scores and the gradients of the
-weights are computed transposed, so that what follows from them is an operand in
-registers for the gradients of values and keys. For the gradient of the queries
-it also goes through shared memory, where each warpgroup takes half of the
-columns of the product; the warpgroup that loads adds it to memory, in float32.
-The order in which tiles add to a block of queries varies from run to run, and
-so do the last bits of the gradient.
+weights are computed transposed, so that their results are operands in registers
+for the gradients of values and keys. For the gradient of the queries they also
+go through shared memory, where each warpgroup takes half of the columns of the
+product; the warpgroup that loads adds it to memory, in float32. The order in
+which tiles add to a block of queries varies from run to run, and so do the last
+bits of the gradient.
 
-The scores of a block are started before the one before it is done, so that
+The scores of a block are started before the previous block is done, so that
 there is a product to compute while the gradient of the queries is stored.
 """
 
-# The types of Pallas know neither scalars as indices nor its own exports.
+# Pallas's types include neither scalars as indices nor its own exports.
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
 
 import functools
@@ -48,13 +48,14 @@ from scca_jax.backends.mosaic_launch import (
 )
 
 HEAD_DIM = 128
-# Groups of tiles a multiprocessor that are dealt out by cost. More would
+# Groups of tiles per multiprocessor that are dealt out by cost. More would
 # balance better, but tiles in order keep the gradients that they add to in the
 # cache: with 6 the kernel takes a fifth longer (H100, scca_fixed at 8,192).
 NUM_SORTED = 1
-# Registers of a thread: two warpgroups that compute need all there are.
+# Registers per thread: two warpgroups that compute need all there are.
 _COMPUTING_REGISTERS, _LOADING_REGISTERS = 240, 24
-# Blocks of queries in flight; of their output gradients `BlockSizes.stages`.
+# Blocks of queries in flight; of output gradients there are
+# `BlockSizes.stages`.
 _QUERY_STAGES = 3
 
 
@@ -71,10 +72,10 @@ def _fence() -> None:
 
 
 def _zero() -> Any:
-  """Returns 0, unknown to the compiler.
+  """Returns a 0 that the compiler does not know.
 
-  An address that depends on it is computed where it is used, in few
-  instructions; otherwise those of a whole loop fill the registers.
+  Addresses that depend on it are computed where they are used, in few
+  instructions; otherwise the addresses of a whole loop fill the registers.
   """
 
   @plgpu.inline_mgpu(
@@ -110,17 +111,17 @@ def backward(
     launch: The launch, with a head_dim of `HEAD_DIM`.
     sizes: Tile sizes; rows are keys.
     inputs: As in `mosaic_forward.forward`.
-    tables: Likewise, of the inverse direction.
+    tables: Likewise, for the inverse direction.
     ids: Likewise.
     d_output: Like the query.
     lse: Log-sum-exp in powers of 2, `Launch.rows_shape`; `NO_WEIGHT` where
       there is no key or no row.
-    delta: `sum(output * d_output)` less the gradient of the log-sum-exp, 0
+    delta: `sum(output * d_output)` minus the gradient of the log-sum-exp, 0
       where `lse` is `NO_WEIGHT`.
     into: Gradients of key and value to fill for the key heads of the launch, or
       None.
-    alone: Whether no other launch adds to these key heads: the gradients then
-      have all key heads, else only those of the launch.
+    alone: Whether no other launch adds to these key heads. The gradients then
+      have all key heads, otherwise only those of the launch.
 
   Returns:
     The gradient of the query, `[batch, padded_len, heads of the launch,
@@ -156,7 +157,7 @@ def backward(
     delta_ref,
     *rest,
   ):
-    # What is filled comes after what is new.
+    # Arrays to fill come after new ones.
     if into is None:
       dk_ref, dv_ref, dq_ref, *rest = rest
     else:
@@ -217,7 +218,8 @@ def backward(
 
         @pl.when(is_first)
         def _():
-          # The last block waits for this, and these keys for the last block.
+          # The last block waits for this, and these keys wait for the last
+          # block.
           store_all(pending, places)
 
           @pl.when(group >= 1)
@@ -267,7 +269,7 @@ def backward(
             do_ref.at[batch, slots, head], do_smem.at[slot], do_full.at[slot]
           )
 
-          # Those of the block that has just made room.
+          # The gradients of the block that has just made room.
           @pl.when(pending >= stages)
           def _():
             store(places[:3])
@@ -300,7 +302,7 @@ def backward(
         )
 
       def start_scores(s_acc, step):
-        """Starts the scores of a block, less their log-sum-exp."""
+        """Starts the scores of a block, minus their log-sum-exp."""
         slot = rem(step, _QUERY_STAGES)
         k = k_smem.at[_zero(), wg]
         lse = load(lse_smem.at[slot], columns_layout())
@@ -349,7 +351,7 @@ def backward(
             return (p * dp).astype(dtype)
 
           def multiply(dq_acc, dk_acc, ds):
-            """Sums up the gradients of keys and queries; stores the latter."""
+            """Sums the gradients of keys and queries; stores the latter."""
             for w in range(2):
               plgpu.wgmma(
                 dq_acc,
@@ -372,8 +374,8 @@ def backward(
               functools.partial(weigh, dv_acc=dv_acc),
               plgpu.ACC(shape, jnp.float32),
             )
-            # This one of the two buffers is free: before the other warpgroup
-            # filled the other it had multiplied with this.
+            # This buffer is free: the other warpgroup multiplied with it before
+            # it filled the other one.
             ds_smem[ds_slot, wg] = ds
             _fence()
             plgpu.barrier_arrive(ds_full)
@@ -387,7 +389,8 @@ def backward(
             def _():
               plgpu.barrier_wait(q_full.at[rem(step + 1, _QUERY_STAGES)])
 
-            # Those of the next block; after the last they are not used.
+            # The scores of the next block; after the last block they are not
+            # used.
             start_scores(s_acc, step + 1)
             _fence()
             plgpu.barrier_arrive(dq_full)
@@ -467,7 +470,7 @@ def backward(
     [launch.output_type(num_kv_heads)] * 2 if into is None else [],
     [d_query, *([] if into is None else into)],
     [
-      # The first axis is there for an index that the compiler does not know.
+      # The first axis is for an index that the compiler does not know.
       plgpu.SMEM((1, 2, 2, rows, half), dtype, transforms=transforms),
       plgpu.SMEM((1, 2, rows, dim), dtype, transforms=transforms),
       plgpu.SMEM((_QUERY_STAGES, columns, dim), dtype, transforms=transforms),
@@ -491,7 +494,7 @@ def backward(
     ids,
     *inputs,
     d_output,
-    # What products begin with, and so add to.
+    # Initial values of the products, which they add to.
     lse * (-1 / factor),
     -delta,
     auto_barriers=False,

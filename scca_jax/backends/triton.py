@@ -1,20 +1,20 @@
 """Block-sparse attention for NVIDIA GPUs from Ampere on (Pallas, Triton).
 
-Forward and backward pass visit only blocks that hold a seen pair, and mask only
-those that straddle a border (`blocks`). All heads are one launch a pass, also
-those of different dilations: a program reads its tiles from a table, and every
-row of `head_dim` numbers where it lies, so that nothing is copied, padded or
-rolled. Triton takes gathered rows as well as neighbouring ones. Heads that also
-see their own chunk or sinks are in the launch, their parts under one softmax
-(`blocks.unserved_unions` names exceptions).
+Forward and backward pass visit only blocks that contain a seen pair, and mask
+only those that straddle a border (`blocks`). All heads are one launch a pass,
+also those of different dilations: a program reads its tiles from a table, and
+every row of `head_dim` numbers where it lies, so that nothing is copied, padded
+or rolled. Triton takes gathered rows as well as neighbouring ones. Heads that
+also see their own chunk or sinks are in the launch, their parts under one
+softmax (`blocks.unserved_unions` names exceptions).
 
-Memory beyond inputs, outputs and gradients: the log-sum-exp and `delta`, one
-float32 a query and head each. Where query heads of several dilations share a
-key head, each dilation has a gradient of that head before they are summed up.
+Memory beyond inputs, outputs and gradients: the log-sum-exp and `delta`, each
+one float32 per query and head. If query heads of several dilations share a key
+head, each dilation has a gradient of that head before they are summed.
 
-jax deprecates the interface since 0.11, so it is used in this module alone.
-The parts are: tile sizes, tables of tiles, what the kernels share, the kernels,
-the call.
+jax deprecates the interface since 0.11, so it is used only in this module. The
+parts: tile sizes, tables of tiles, code shared by the kernels, the kernels, the
+call.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from scca_jax.backends.contract import SAVED
 from scca_jax.patterns import AttentionPattern
 
 _LOG2E = math.log2(math.e)
-# The first maximum of a row, in powers of 2: below every score.
+# The initial maximum of a row, in powers of 2: below every score.
 _LOWEST = -1e30
 # A log-sum-exp, in powers of 2, that makes every weight 0.
 _NO_WEIGHT = 1e30
@@ -74,7 +74,7 @@ _DEFAULTS = {
     queries=BlockSizes(32, 32, 2, 8),
   ),
 }
-# A test then has many blocks.
+# So that tests have many blocks.
 _INTERPRETED = Sizes(*[BlockSizes(16, 16, 1, 1)] * 3)
 
 
@@ -82,7 +82,7 @@ def default_sizes(head_dim: int, dtype: Any, kind: str = "") -> Sizes:
   """Returns the sizes tuned for a GPU, or safe ones if it is unknown."""
   sizes = _DEFAULTS[head_dim]
   if dtype == jnp.float16 and head_dim == 128:
-    # Its query gradients take a product more, see `_Call.exact`.
+    # Its query gradients take one more product, see `_Call.exact`.
     queries = dataclasses.replace(sizes.queries, warps=8)
     sizes = dataclasses.replace(sizes, queries=queries)
   tuned = block_sizes.tuned_sizes("triton", kind, dtype, head_dim)
@@ -90,9 +90,9 @@ def default_sizes(head_dim: int, dtype: Any, kind: str = "") -> Sizes:
 
 
 def candidates(head_dim: int, dtype: Any) -> dict[str, list[BlockSizes]]:
-  """Returns the sizes worth trying for each kernel, whatever the dtype.
+  """Returns the sizes worth trying for each kernel, for any dtype.
 
-  Those that take too much memory of a multiprocessor fail to compile.
+  Sizes that take too much of a multiprocessor's memory fail to compile.
   """
   del dtype
   sizes = [
@@ -107,7 +107,7 @@ def candidates(head_dim: int, dtype: Any) -> dict[str, list[BlockSizes]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """What is fixed in a call.
+  """The static settings of a call.
 
   Attributes:
     batch: Sequences.
@@ -152,9 +152,9 @@ class _Call:
 
   @property
   def exact(self) -> bool:
-    """Whether the error of `delta` is mended.
+    """Whether to correct the error of `delta`.
 
-    It comes from the output's rounding. Scores can be large among float16;
+    It comes from rounding the output. With float16 scores can be large;
     bfloat16 is as coarse as the error.
     """
     return self.dtype == jnp.float16
@@ -166,7 +166,7 @@ class _Call:
 
   @property
   def numbers(self) -> jax.ShapeDtypeStruct:
-    """Returns the type of an output of one float32 a query and head."""
+    """Returns the type of an output with one float32 per query and head."""
     length = self.batch * self.seq_len * self.num_heads
     return jax.ShapeDtypeStruct((length,), jnp.float32)
 
@@ -194,8 +194,8 @@ def _make_table(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the tiles of each program for one sequence.
 
-  Programs go by falling cost: the device starts them in order, and so ends
-  with the shortest.
+  Programs are sorted by falling cost: the device starts them in order, and so
+  ends with the shortest.
 
   Args:
     rules: Rules of the query heads.
@@ -248,7 +248,7 @@ def _tables(
   inverse: bool,
   segment_ids: jax.Array | None,
 ) -> tuple[tuple[int, int], list[jax.Array]]:
-  """Returns the table's size and what each kernel has first.
+  """Returns the table's size and the first arguments of each kernel.
 
   Args:
     call: The call.
@@ -288,7 +288,7 @@ def _tables(
   ]
 
 
-# What the kernels share.
+# Shared by the kernels.
 
 
 class _Tile:
@@ -296,8 +296,8 @@ class _Tile:
 
   Attributes:
     rule: Rule of its head.
-    positions: Positions of its rows, int32 `[rows]`; those not in the sequence
-      follow the others.
+    positions: Positions of its rows, int32 `[rows]`; positions outside the
+      sequence come last.
     has_row: Whether they are in the sequence, `[rows]`.
   """
 
@@ -336,7 +336,8 @@ class _Tile:
       if name != "batch"
     }
     self.batch = batch
-    # What is the same for all heads is a number: the compiler drops much.
+    # Fields that are the same for all heads are constants, so that the compiler
+    # can drop code.
     shared = zip(*(rule.numbers() for rule in call.rules), strict=True)
     self.rule = Rule(
       **{
@@ -384,7 +385,7 @@ class _Tile:
   def _find_bounds(self, inverse: bool) -> list[tuple[Any, Any]]:
     """Returns the first and the last slot that each row sees.
 
-    The second pair, if there is one, is for blocks of queries that fall back.
+    The second pair, if any, is for blocks of queries that fall back.
     """
     rule, rows = self.rule, self.positions
     bounds = blocks.query_bounds if inverse else blocks.key_bounds
@@ -415,9 +416,9 @@ class _Tile:
       masked: Whether it may need a mask.
 
     Returns:
-      The positions, `[columns]`, those not in the sequence last; whether they
-      are in the sequence, `[columns]`, and the seen pairs, `[rows, columns]`,
-      both None for all.
+      The positions, `[columns]`, with those outside the sequence last; whether
+      they are in the sequence, `[columns]`, and the seen pairs,
+      `[rows, columns]`, both None if all are.
     """
     length = self._sizes.columns
     if not masked and not self._call.has_unions:
@@ -460,11 +461,11 @@ class _Tile:
     return columns, has_column, seen
 
   def visit(self, body: Callable[..., Any], carry: Any) -> Any:
-    """Returns what `body` makes of the carry, block after block.
+    """Returns the carry after applying `body` to block after block.
 
     Args:
       body: Takes a block's columns, see `block`, and the carry.
-      carry: The first carry.
+      carry: The initial carry.
     """
 
     def step(masked: bool) -> Callable[..., Any]:
@@ -486,13 +487,13 @@ class _Tile:
   def load(
     self, ref: Any, positions: Any, inside: Any, head: Any, num_heads: int
   ) -> jax.Array:
-    """Returns `[positions, head_dim]`, 0 where the sequence has ended.
+    """Returns `[positions, head_dim]`, 0 beyond the end of the sequence.
 
     Args:
       ref: Array `[batch * seq * heads, head_dim]`.
-      positions: In the sequence.
+      positions: Positions.
       inside: Whether they are in the sequence, or None if all are.
-      head: Which head of the array.
+      head: The head of the array.
       num_heads: Heads of the array.
     """
     ref = ref.at[self._place(positions, head, num_heads)]
@@ -506,14 +507,14 @@ class _Tile:
     plgpu.store(ref.at[place], rows, mask=self.has_row[:, None])
 
   def numbers_at(self, positions: Any) -> Any:
-    """Returns where `[batch, heads, seq]`, flat, has the head's numbers."""
+    """Returns the head's places in a flat `[batch, heads, seq]`."""
     num_heads, seq_len = self._call.num_heads, self._call.seq_len
     return (self.batch * num_heads + self.head) * seq_len + positions
 
   def load_numbers(
     self, ref: Any, positions: Any, inside: Any, other: float
   ) -> jax.Array:
-    """Returns `[positions]`, and `other` where the sequence has ended."""
+    """Returns `[positions]`, with `other` beyond the end of the sequence."""
     ref = ref.at[self.numbers_at(positions)]
     if inside is None:
       return plgpu.load(ref)
@@ -522,7 +523,7 @@ class _Tile:
 
 def _dot(a: jax.Array, b: jax.Array, b_dim: int) -> jax.Array:
   """Returns the float32 product over `a`'s last and `b`'s dimension `b_dim`."""
-  # Float32 is only interpreted, and then exact.
+  # Float32 is only used when interpreted, and then exact.
   exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
   return lax.dot_general(
     a,
@@ -540,7 +541,7 @@ def _scores(call: _Call, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _factor(call: _Call) -> float:
-  """Returns a positive factor: the largest score stays the largest."""
+  """Returns a positive factor, so that the largest score stays largest."""
   return call.scale * _LOG2E if call.scale > 0 else 1.0
 
 
@@ -555,8 +556,8 @@ def _weights(call: _Call, scores: jax.Array, maximum: jax.Array) -> jax.Array:
   factor = _factor(call)
   if call.interpret:
     return jnp.exp2(scores * factor - maximum)
-  # Two instructions. The compiler would make six of it: it fuses no product
-  # with a sum, and takes care of results too small for a normal number.
+  # Two instructions. The compiler would need six: it does not fuse a product
+  # with a sum, and handles results too small for a normal number.
   bits = np.float32(factor).view(np.uint32)
   (weights,) = plgpu.elementwise_inline_asm(
     "{ .reg .f32 x;"
@@ -707,7 +708,7 @@ def _queries_kernel(
   carry: Any = (zeros,)
   if call.exact:
     d_lse_ref, d_query_ref, mended_ref = refs[10:]
-    # The gradients of a row's scores add up to that of its log-sum-exp.
+    # The gradients of a row's scores sum to the gradient of its log-sum-exp.
     carry = zeros, zeros, -tile.load_numbers(d_lse_ref, *rows, 0.0)
   else:
     (d_query_ref,) = refs[10:]
@@ -721,7 +722,7 @@ def _queries_kernel(
   )
   if call.exact:
     mean_key, error = rest
-    # Without keys there is nothing to mend.
+    # Without keys there is nothing to correct.
     error = jnp.where(lse == _NO_WEIGHT, 0.0, error)
     d_query -= error[:, None] * mean_key
     index = tile.numbers_at(tile.positions)
@@ -785,14 +786,14 @@ def _launch(
 
   Args:
     call: The call.
-    kernel: It gets `call`, the table's size, operands and outputs.
+    kernel: Gets `call`, the table's size, operands and outputs.
     sizes: Tile sizes.
     tables: See `_tables`.
     out_types: Shapes and dtypes of its outputs.
-    *operands: Its inputs after the tables; those `[..., head_dim]` are viewed
-      as matrices, the others as vectors.
+    *operands: Its inputs after the tables; arrays `[..., head_dim]` are viewed
+      as matrices, others as vectors.
   """
-  # Known, see above. Jax warns when it compiles what is traced here.
+  # Known, see above. jax warns when it compiles the traced kernel.
   warnings.filterwarnings(
     "ignore", "The Pallas Triton backend is deprecated", DeprecationWarning
   )
@@ -894,7 +895,7 @@ def _attend_backward(
   d_lse = jnp.where(empty, 0.0, d_lse)
   delta = jnp.where(empty, 0.0, delta - d_lse)
   lse = jnp.where(empty, _NO_WEIGHT, lse * _LOG2E)
-  # The numbers of a head become neighbours: the kernels read them in a loop.
+  # A head's numbers become neighbours, because the kernels read them in a loop.
   d_lse, delta, lse = (jnp.swapaxes(x, 1, 2) for x in (d_lse, delta, lse))
   inputs = query, key, value, d_output, lse
 
@@ -956,9 +957,9 @@ def attention(
     segment_ids: Integers `[batch, seq]`, or None.
     query_offset: 0.
     scale: Factor of the scores.
-    sizes: Kernel tile sizes; None takes `default_sizes`.
-    interpret: Whether to interpret the kernels, on any device: float32 and any
-      `head_dim` are then served as well.
+    sizes: Kernel tile sizes; None uses `default_sizes`.
+    interpret: Whether to interpret the kernels, on any device; float32 and any
+      `head_dim` are then served too.
   """
   del query_offset  # 0.
   batch, seq_len, num_heads, head_dim = query.shape

@@ -1,15 +1,15 @@
 """Block-sparse attention in plain XLA, for every device.
 
-Time grows with the pairs that are seen, forward and backward, and memory with
+Time grows with the number of seen pairs, forward and backward, and memory with
 the sequence. Every pattern is cut into *strips*, which all look the same:
 
-* keys and values are rolled by the shift of their head, so that a slot lies
-  beside the queries that may see it;
+* keys and values are rolled by the shift of their head, so that a slot is next
+  to the queries that may see it;
 * the sequence is cut into chunks, and a chunk into the residues of the dilation
   (a strided window is a reshape), so that neighbours in a strip are `dilation`
   tokens apart;
-* in a strip, query `a` sees slot `j` if `lo <= j - a <= hi`, the slot holds a
-  key, and both are of one segment. True positions are in order, `k <= p`, if
+* in a strip, query `a` sees slot `j` if `lo <= j - a <= hi`, the slot has a
+  key, and both are in one segment. True positions are in order, `k <= p`, if
   and only if `j - a <= shift // dilation`.
 
 Strips in which no query can see a key are left out. The others go, those of one
@@ -23,8 +23,8 @@ A union head is split into disjoint parts (`patterns.union_parts`), which are
 attended one by one and combined by their log-sum-exp.
 
 The parts of this module: attention within strips (`_core`), from patterns to
-strips (`_Cut`, `_by_position`), unions, and the back end (`attention`). Queries
-beside a cache are in `xla_cache`.
+strips (`_Cut`, `_by_position`), unions, and the back end (`attention`).
+Decoding with a cache is in `xla_cache`.
 """
 
 import dataclasses
@@ -56,9 +56,9 @@ from scca_jax.patterns import (
   union_parts,
 )
 
-# Blocks of a strip, in slots. Smaller ones leave out more of what the band
-# does not hold, larger ones multiply faster. And how many bytes of scores to
-# compute at once: few launches on a GPU, but what a CPU's cache holds.
+# Blocks of a strip, in slots. Smaller ones skip more pairs outside the band,
+# larger ones multiply faster. And how many bytes of scores to compute at once:
+# few launches on a GPU, but what a CPU's cache holds.
 _MIN_BLOCK = 64
 _MAX_BLOCK, _SCORE_BYTES = 512, 128 * 2**20
 _CPU_MAX_BLOCK, _CPU_SCORE_BYTES = 256, 4 * 2**20
@@ -83,11 +83,11 @@ class _Run:
 
 @dataclasses.dataclass(frozen=True)
 class _Band:
-  """What the strips of one call of the core have in common.
+  """The settings that all strips in one call of the core share.
 
   Attributes:
-    lo: Smallest `slot - query` that is seen, in slots; None has no bound.
-    hi: Largest one.
+    lo: Smallest `slot - query` that is seen, in slots; None means no bound.
+    hi: The largest one.
     num_slots: Length of a strip, a multiple of `block`.
     block: Length of a block, in slots.
     score_bytes: Most bytes of scores to compute at once, if possible.
@@ -259,7 +259,7 @@ def _over_runs(
 
 
 def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
-  """Returns what `_core` does, the output in float32."""
+  """Returns the results of `_core`, with a float32 output."""
 
   def meet(results, block, first, length, take, put):
     scores = band.scores(
@@ -299,7 +299,7 @@ def _core_primal(
     key: Like `query`.
     value: Like `query`.
     query_ids: Segments of the queries, int32 `[strips, slots]`.
-    key_ids: Segments of the keys; 0 where the slot holds none.
+    key_ids: Segments of the keys; 0 where the slot has no key.
 
   Returns:
     The output, like `query`, and its log-sum-exp, float32 `[strips, slots]`.
@@ -321,8 +321,8 @@ def _core_save(band: _Band, query, key, value, query_ids, key_ids):
 def _core_backward(band: _Band, saved, cotangents):
   query, key, value, query_ids, key_ids, output, log_sum = saved
   d_output, d_log_sum = cotangents
-  # Sums that start from a constant would be allocated before all else that the
-  # backward pass of a layer does.
+  # Sums that start from a constant would be allocated before everything else in
+  # a layer's backward pass.
   zero, d_output = jax.lax.optimization_barrier((jnp.float32(0), d_output))
   delta = online_softmax.delta(output, log_sum, d_output, d_log_sum)
 
@@ -379,8 +379,8 @@ class _Cut:
 
   Attributes:
     chunk_size: Tokens.
-    pad: Tokens put before the first, so that a chunk begins there.
-    num_chunks: Chunks, the padding included.
+    pad: Tokens put before the first, so that a chunk starts there.
+    num_chunks: Chunks, including the padding.
     dilation: Tokens between neighbours in a strip.
     lo: See `_Band`.
     hi: See `_Band`.
@@ -425,7 +425,7 @@ class _Cut:
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-  """What holds for all strips of a call.
+  """Settings of all strips in a call.
 
   Attributes:
     scale: Factor of the scores.
@@ -443,7 +443,7 @@ class _Settings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Arrays:
-  """The arrays of one call; queries and keys have segment ids of their own."""
+  """The arrays of one call; queries and keys have separate segment ids."""
 
   query: jax.Array
   key: jax.Array
@@ -497,7 +497,7 @@ def _sources_of(
     if pattern.select is not None and (
       num_chunks == 1 or chunk_size % dilation == 0
     ):
-      # One strip a chunk has all the queries that the head serves.
+      # One strip per chunk has all the queries that the head serves.
       residues = [(pattern.select + pad) % dilation]
     lo, hi = None, min(shift // dilation, -(-length // dilation) - 1)
     if window is not None:
@@ -517,12 +517,13 @@ def _sources_of(
 
 def _block_size(cut: _Cut, most: int, score_bytes: int) -> int:
   """Returns the length of a block, in slots."""
-  # Powers of two, like most chunks: others would need padding, a copy of all.
+  # Powers of two, like most chunks: other sizes would need padding, a copy of
+  # everything.
   block = most
   while block > _MIN_BLOCK and 4 * block * cut.num_slots > score_bytes:
     block //= 2
   if cut.lo is not None:
-    # Much larger blocks than the window would compute what is masked.
+    # Blocks much larger than the window would compute masked pairs.
     block = min(most, max(_MIN_BLOCK // 2, 1 - cut.lo))
   num_blocks = -(-cut.num_slots // block)
   return -(-cut.num_slots // num_blocks)
@@ -549,7 +550,7 @@ def _shifted(
     places.append(of_shift)
     part = take_heads(x, [heads[i] for i in of_shift])
     if shift:
-      # What the roll takes round the end is no key there.
+      # Keys that the roll takes round the end do not count there.
       part = jnp.roll(part, min(shift, num_slots), axis=1)
       held = (np.arange(num_slots) >= shift).reshape(1, -1, *[1] * (x.ndim - 2))
       part = jnp.where(held, part, jnp.zeros((), x.dtype))
@@ -586,7 +587,7 @@ def _attend_cut(
   complete = len(order) == num_strips
   heads = [source.head for source in sources]
   kv_heads = [h // (num_heads // arrays.key.shape[2]) for h in heads]
-  # Slots behind the sequence belong to its last chunk too.
+  # Slots after the sequence belong to its last chunk too.
   behind = cut.num_chunks * cut.chunk_size - cut.pad - seq_len
 
   def keys(x: jax.Array, of_source: Sequence[int]) -> jax.Array:
@@ -596,7 +597,7 @@ def _attend_cut(
     ids = keys(arrays.key_ids[:, :, None], [0] * len(sources))
     if not settings.before_chunk:
       return ids
-    # The slots of a chunk that hold keys before it come first.
+    # The slots of a chunk with keys from before it come first.
     places = (np.arange(ids.shape[1]) + cut.pad) % cut.chunk_size
     before = places[:, None] < [source.shift for source in sources]
     return jnp.where(before, ids, 0)
@@ -702,7 +703,7 @@ def _unchunked_start(
 ) -> Any:
   """Returns `result` with the queries before an unchunked head's shift served.
 
-  They see no key after themselves, so the start of the sequence is enough.
+  They see no later keys, so the start of the sequence is enough.
   """
   seq_len = arrays.query.shape[1]
   falls_back = np.stack(
@@ -740,7 +741,7 @@ def _by_slot(
       jnp.roll(arrays.query_ids, -head.offset, axis=1),
       jnp.roll(arrays.key_ids, moved, axis=1),
     )
-    # Among the slots nothing is shifted; `select` speaks of positions.
+    # Among the slots nothing is shifted; `select` refers to positions.
     plain = dataclasses.replace(head, shift=0, offset=0, select=None)
     result = _by_position(rolled, [plain] * len(indices), "drop", settings)
     parts.append([jnp.roll(x, head.offset, axis=1) for x in result])
@@ -802,7 +803,7 @@ def attend_part(
 
   Returns:
     The output `[batch, seq, heads of the part, head_dim]` and the log-sum-exp,
-    both float32: they are combined with those of other parts.
+    both float32, to be combined with other parts.
   """
   num_heads = query.shape[2]
   if len(part.heads) < num_heads:
