@@ -19,6 +19,7 @@ two.
 `--tune` searches for the best kernel sizes instead.
 """
 
+import math
 import os
 import pathlib
 import platform
@@ -29,6 +30,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from experiments.shared import cli
@@ -174,7 +176,7 @@ def _case(name: str, seq_len: int, dtype: str) -> Case:
     num_layers=1,
     seq_len=seq_len,
   )
-  return Case(
+  case = Case(
     name=name,
     pattern=pattern,
     seq_len=seq_len,
@@ -183,6 +185,15 @@ def _case(name: str, seq_len: int, dtype: str) -> Case:
     num_kv_heads=num_kv_heads,
     head_dim=_HEAD_DIM.value,
   )
+  # Inputs and their gradients.
+  needed = 2 * sum(map(math.prod, case.shapes)) * jnp.dtype(dtype).itemsize
+  there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if needed > there:
+    raise ValueError(
+      f"{seq_len:,} tokens take at least {needed >> 30:,} GiB, but this machine"
+      f" has {there >> 30}: take fewer tokens, heads or sequences."
+    )
+  return case
 
 
 def _cases(dtype: str) -> list[Case]:
@@ -246,6 +257,12 @@ def main() -> None:
   if memory_lens is None:
     memory_lens = () if clock.on_gpu() else (8192, 16384)
   cases = [case for dtype in _DTYPES.value for case in _cases(dtype)]
+  memory_cases = [
+    _case(name, seq_len, dtype)
+    for seq_len in memory_lens
+    for name in dict.fromkeys(case.name for case in cases)
+    for dtype in _DTYPES.value
+  ]
   implementations = _IMPLEMENTATIONS.value or [dispatch.available()[0]]
   for name in implementations:
     dispatch.check_implementation(name)
@@ -295,15 +312,10 @@ def main() -> None:
     if uses_torch:
       attention_peers.release()
   print("outputs and gradients agree with the reference")
-  for seq_len in memory_lens:
-    for case in (
-      _case(name, seq_len, dtype)
-      for name in dict.fromkeys(case.name for case in cases)
-      for dtype in _DTYPES.value
-    ):
-      for name in implementations:
-        rows.append(attention_timing.measure_memory(case, name))
-        _print_row(rows[-1])
+  for case in memory_cases:
+    for name in implementations:
+      rows.append(attention_timing.measure_memory(case, name))
+      _print_row(rows[-1])
   if _PLOT.value is not None:
     _draw(rows, title, _PLOT.value)
   if _OUTPUT.value is not None:

@@ -1106,7 +1106,7 @@ def _with_limit(name: str, content: bytes, context_len: int) -> bytes:
     for key in outer:
       place = place.get(key) or {}
     limit = place.get(last)
-  except (AttributeError, ValueError) as error:
+  except (AttributeError, ValueError, RecursionError) as error:
     raise ValueError(
       f"{name} is not valid ({error}): copy it again."
     ) from error

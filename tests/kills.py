@@ -116,7 +116,17 @@ def _end(folder: pathlib.Path) -> dict:
 
 
 def _differences(found: dict, expected: dict) -> str:
-  return ", ".join(name for name in expected if found[name] != expected[name])
+  """Returns what differs, with the names of files."""
+  texts = []
+  for name in expected:
+    if found[name] == expected[name]:
+      continue
+    texts.append(name)
+    if name in ("files", "checkpoints"):
+      more = sorted(set(found[name]) - set(expected[name]))
+      less = sorted(set(expected[name]) - set(found[name]))
+      texts.append(f"{more} too many, {less} missing")
+  return ", ".join(texts)
 
 
 def _killed(
@@ -163,6 +173,7 @@ def main() -> int:
   parser.add_argument("--count", type=int, default=200)
   parser.add_argument("--pairs", type=int, default=20)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--only", type=int, help="Only the case of this number.")
   flags = parser.parse_args()
   folder = pathlib.Path(tempfile.mkdtemp(prefix="kills-"))
   prepare(folder)
@@ -177,7 +188,8 @@ def main() -> int:
   last = int((copy / "operations").read_text())
   print(f"an undisturbed run has {last} operations on files", flush=True)
   bad = 0
-  for number in range(flags.count + flags.pairs):
+  numbers = range(flags.count + flags.pairs)
+  for number in numbers if flags.only is None else [flags.only]:
     rng = random.Random(f"{flags.seed}/{number}")
     shutil.rmtree(copy)
     shutil.copytree(whole, copy)

@@ -174,6 +174,8 @@ def test_tuning_writes_the_fastest_sizes(run_command, monkeypatch, tmp_path):
   [
     ("--seq_lens=many", "many"),
     ("--seq_lens=0", "seq_lens"),
+    ("--seq_lens=1000000000", "GiB, but this machine has"),
+    ("--memory_lens=1000000000", "GiB, but this machine has"),
     ("--patterns=flow", "scca_flow"),
     ("--patterns=s2,local(chunk=8)", "chunk_size"),
     ("--implementations=cuda", "cuda"),

@@ -129,6 +129,18 @@ def test_files_beside_do_not_keep_the_old_limit(run_command, tmp_path, adapted):
   assert limits.truncation["max_length"] == length
 
 
+def test_a_file_beside_that_is_nested_too_deeply_is_named(
+  run_command, tmp_path, adapted, capsys
+):
+  base, out = tmp_path / "base", tmp_path / "hf"
+  shutil.copytree(assets.MODEL, base)
+  (base / "tokenizer.json").write_text("[" * 5000 + "]" * 5000)
+  args = (f"--model={base}", f"--adapter={adapted[1]}", f"--output_dir={out}")
+  assert run_command("export", *args) == 2
+  assert "tokenizer.json is not valid" in capsys.readouterr().err
+  assert not out.exists()
+
+
 def test_a_model_without_adapter_keeps_every_bit(run_command, tmp_path):
   assert run_command("export", f"--output_dir={tmp_path / 'hf'}") == 0
   wanted = load_file(assets.MODEL / "model.safetensors")
