@@ -30,21 +30,35 @@ def _prefix(path: pathlib.Path) -> str:
   return f".{path.name[:_NAME_LETTERS]}."
 
 
+def _remove_if_dead(partial: pathlib.Path) -> None:
+  with contextlib.suppress(OSError):
+    try:
+      lock = os.open(partial / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+      partial.rmdir()
+      return
+    try:
+      if file_lock.try_lock(lock):
+        shutil.rmtree(partial)
+    finally:
+      os.close(lock)
+
+
 def _remove_dead(path: pathlib.Path) -> None:
   """Removes what killed processes left behind while writing `path`."""
   pattern = glob.escape(_prefix(path)) + "*" + glob.escape(_PARTIAL)
   for partial in path.parent.glob(pattern):
-    with contextlib.suppress(OSError):
-      try:
-        lock = os.open(partial / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
-      except FileNotFoundError:
-        partial.rmdir()
-        continue
-      try:
-        if file_lock.try_lock(lock):
-          shutil.rmtree(partial)
-      finally:
-        os.close(lock)
+    _remove_if_dead(partial)
+
+
+def remove_dead(folder: str | os.PathLike[str]) -> None:
+  """Removes what killed processes left behind while writing below a folder.
+
+  A file that was complete when its process was killed is not written again, so
+  that nobody else would remove what is left beside it.
+  """
+  for partial in sorted(pathlib.Path(folder).rglob(f".*{_PARTIAL}")):
+    _remove_if_dead(partial)
 
 
 def _new_workplace(path: pathlib.Path) -> tuple[pathlib.Path, int]:

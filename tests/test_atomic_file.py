@@ -98,12 +98,14 @@ def test_partial_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
     assert sorted(tmp_path.iterdir()) == partial
     process.kill()
   # Leftovers of other files are left alone.
-  (tmp_path / ".other.x.partial").mkdir()
+  (tmp_path / "below" / ".other.x.partial").mkdir(parents=True)
   atomic_file.write(tmp_path / "file", b"mine")
   with atomic_file.new_folder(tmp_path / "folder"):
     pass
-  names = sorted(p.name for p in tmp_path.iterdir())
-  assert names == [".other.x.partial", "file", "folder"]
+  names = sorted(p.name for p in tmp_path.rglob("*"))
+  assert names == [".other.x.partial", "below", "file", "folder"]
+  atomic_file.remove_dead(tmp_path)
+  assert not list((tmp_path / "below").iterdir())
 
 
 def test_nobody_else_can_put_a_link_where_a_file_is_written(tmp_path):

@@ -76,6 +76,7 @@ def output_dir(path: str, settings: dict[str, Any]) -> Iterator[pathlib.Path]:
         stack.enter_context(file_lock.only_process(folder))
         _check_settings(folder, settings)
         read_metrics(folder)
+        atomic_file.remove_dead(folder)
     yield folder
 
 
