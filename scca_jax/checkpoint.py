@@ -58,6 +58,10 @@ class Checkpointer:
         cleanup_tmp_directories=True,
       ),
     )
+    # A process may have been killed between saving the last checkpoint and
+    # removing the oldest.
+    for step in sorted(self._manager.all_steps())[: -keep if keep else 0]:
+      self._manager.delete(step)
 
   def latest_step(self) -> int | None:
     """Returns the step of the newest complete checkpoint, or None."""

@@ -107,6 +107,19 @@ def test_keep_must_be_a_number_of_checkpoints(tmp_path):
     _open(tmp_path, keep=0)
 
 
+def test_old_checkpoints_that_a_killed_run_left_are_removed(tmp_path):
+  saved = _open(tmp_path, keep=None)
+  for step in (1, 2, 3, 4):
+    saved.save(step, _state(step), {})
+  saved.close()
+  again = _open(tmp_path, keep=2)
+  assert again.latest_step() == 4
+  names = sorted(x.name for x in (tmp_path / "checkpoints").iterdir())
+  assert names == ["3", "4"]
+  state, _ = again.restore(3, _state(0))
+  assert _equal(state, _state(3))
+
+
 def test_arrays_keep_their_dtype(tmp_path):
   saved = _open(tmp_path)
   state = _state(3)
