@@ -218,6 +218,7 @@ def test_a_shipped_config_is_found_in_any_folder(config, tmp_path, monkeypatch):
     ("x = 1", "no function get_config"),
     ("def get_config(): return 3", "must return a ConfigDict"),
     ("def get_config(): return 1 / 0", "division by zero"),
+    ("raise KeyboardInterrupt", "KeyboardInterrupt"),
   ],
 )
 def test_a_config_file_that_fails_is_named(config, tmp_path, text, said):

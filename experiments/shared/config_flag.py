@@ -284,7 +284,7 @@ class ConfigFlag(Generic[Run]):
     try:
       settings = runpy.run_path(str(path))["get_config"]()
     # A config file may fail in any way, but must not end the command.
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
       text = str(error) or type(error).__name__
       if isinstance(error, FileNotFoundError):
         text = f"it does not exist; {self._shipped(path.stem)}"
