@@ -44,7 +44,7 @@ from experiments.timing import (
   tune,
 )
 from experiments.timing.attention_timing import DENSE, PARTS, PEERS, Case
-from scca_jax import atomic_file, dispatch, patterns
+from scca_jax import atomic_file, dispatch, memory, patterns
 from scca_jax.backends import block_sizes
 
 _SEQ_LENS = shared_flags.define_lengths(
@@ -187,7 +187,7 @@ def _case(name: str, seq_len: int, dtype: str) -> Case:
   )
   # Inputs and their gradients.
   needed = 2 * sum(map(math.prod, case.shapes)) * jnp.dtype(dtype).itemsize
-  there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  there = memory.of_this_machine()
   if needed > there:
     raise ValueError(
       f"{seq_len:,} tokens take at least {needed >> 30:,} GiB, but this machine"

@@ -8,7 +8,6 @@ perplexity. The embedded model was made this way (scca_jax/assets/README.md):
 """
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
@@ -83,7 +82,7 @@ def _model_config(
 def _check_memory(num_params: int) -> None:
   """Refuses more parameters than fit into a CPU's memory."""
   needed = num_params * 4 * 4  # Weights, gradients and two moments in float32.
-  there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  there = memory.of_this_machine()
   if jax.default_backend() == "cpu" and needed > there:
     raise ValueError(
       f"{num_params:,} parameters take at least {needed >> 30:,} GiB in"

@@ -109,8 +109,8 @@ def _failure(path: pathlib.Path, error: OSError) -> OSError:
   return OSError(error.errno, f"cannot write {path}: {error.strerror}")
 
 
-def _refuse_others(path: pathlib.Path) -> None:
-  """Refuses what a file must not replace: root could replace /dev/null."""
+def _check_replaceable(path: pathlib.Path) -> None:
+  """Refuses folders, and what root would replace by renaming: /dev/null."""
   if path.is_dir():
     raise IsADirectoryError(f"cannot write {path}: it is a folder")
   if path.exists() and not (path.is_file() or path.is_symlink()):
@@ -127,7 +127,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     OSError: It cannot; the message names it.
   """
   path = pathlib.Path(path)
-  _refuse_others(path)
+  _check_replaceable(path)
   parents = path.absolute().parents
   nearest = next(folder for folder in parents if folder.exists())
   if not nearest.is_dir():
@@ -151,7 +151,7 @@ class AtomicFile:
   def __init__(self, path: str | os.PathLike[str]):
     """Starts the file; missing folders are created."""
     self.path = pathlib.Path(path)
-    _refuse_others(self.path)
+    _check_replaceable(self.path)
     self._resources = contextlib.ExitStack()
     try:
       folder = self._resources.enter_context(_workplace(self.path))
@@ -210,7 +210,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     OSError: It cannot be written; the message names `path`.
   """
   path = pathlib.Path(path)
-  _refuse_others(path)
+  _check_replaceable(path)
   try:
     with _workplace(path) as folder:
       temporary = folder / path.name

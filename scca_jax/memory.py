@@ -14,6 +14,7 @@ evaluation and of generation, and the search for the largest size that fits.
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,11 @@ from scca_jax.training import OptimizerConfig, StepConfig
 # Share of the card that jax takes by default.
 DEFAULT_FRACTION = 0.75
 TASKS = ("train", "evaluate", "generate")
+
+
+def of_this_machine() -> int:
+  """Returns the main memory of this machine, in bytes."""
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
