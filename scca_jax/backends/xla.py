@@ -60,7 +60,7 @@ from scca_jax.patterns import (
 # larger ones multiply faster. And how many bytes of scores to compute at once:
 # few launches on a GPU, but what a CPU's cache holds.
 _MIN_BLOCK = 64
-_MAX_BLOCK, _SCORE_BYTES = 512, 128 * 2**20
+_MAX_BLOCK, _SCORE_BYTES = 512, 64 * 2**20
 _CPU_MAX_BLOCK, _CPU_SCORE_BYTES = 256, 4 * 2**20
 # Lengths of the ranges that the blocks of a strip meet.
 _MAX_RUNS = 8
