@@ -36,6 +36,9 @@ ROPE = RopeConfig(kind="ntk", factor=8.0)
 RATE = 3e-3
 # The best of RECIPES tunes all parameters.
 FULL_RATE = 3e-4
+# Tried for dense attention and the best three patterns.
+FULL_RATES = (1e-4, FULL_RATE, 1e-3)
+SWEPT = ("pose", "s2-dense-eighth", "s2")
 
 # Nothing tuned: the model as it is, and rope scaling by itself.
 UNTUNED = (
@@ -85,7 +88,7 @@ PATTERNS = tuple(
     pattern=pattern,
     rope=ROPE,
     tuning="full",
-    learning_rates=(FULL_RATE,),
+    learning_rates=FULL_RATES if name in SWEPT else (FULL_RATE,),
     **changes,
   )
   for name, pattern, changes in (
@@ -107,6 +110,22 @@ PATTERNS = tuple(
     ("dense-same-seconds", "dense", {"steps_fraction": 0.5}),
     # Each token sees 8k, the length of pretraining.
     ("dense-8k", "local(chunk_size=8192)", {}),
+  )
+)
+# The best that adapters can do, for those who cannot tune all parameters.
+LORA = tuple(
+  ArmConfig(
+    name=f"{name}-lora",
+    pattern=pattern,
+    rope=ROPE,
+    train_embeddings=True,
+    embedding_ratio=0.1,
+    dense_fraction=dense_fraction,
+    learning_rates=(RATE,),
+  )
+  for name, pattern, dense_fraction in (
+    ("dense", "dense", 0.0),
+    ("s2-dense-eighth", "s2", 0.125),
   )
 )
 
@@ -139,10 +158,11 @@ def get_config():
           name="dense",
           rope=ROPE,
           tuning="full",
-          learning_rates=(FULL_RATE,),
+          learning_rates=FULL_RATES,
         ),
         *UNTUNED,
         *PATTERNS,
+        *LORA,
         *ROPES,
         *RECIPES,
       ),

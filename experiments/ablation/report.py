@@ -26,15 +26,19 @@ _BY_DISTANCE = "answer_loss_by_distance"
 class Found:
   """The results of an arm.
 
-  Attributes: arm: The arm. learning_rate: The chosen learning rate. seeds: Its
-  seeds. test: `[seeds, windows, blocks]` losses by context length. short:
-  `[seeds, windows]` losses of the last quarter of the study's length, given
-  only the pretrained length before it; None if that is all there is.
-  validation: Mean loss of the last quarter on held-out text by learning rate.
-  seconds: Training seconds of a run; None if they were not measured. looks:
-  Steps, seconds and validation losses `[seeds, looks]` during training. ¶
-  scores: Task scores of each seed. ¶ about: Facts about the first run: device,
-  pairs at once.
+  Attributes:
+    arm: The arm.
+    learning_rate: The chosen learning rate.
+    seeds: Its seeds.
+    test: `[seeds, windows, blocks]` losses by context length.
+    short: `[seeds, windows]` losses of the last quarter of the study's length,
+      given only the pretrained length before it; None if that is all there is.
+    validation: Mean loss of the last quarter on held-out text by learning rate.
+    seconds: Training seconds of a run; None if they were not measured.
+    looks: Steps, seconds and validation losses `[seeds, looks]` during
+      training.
+    scores: Task scores of each seed.
+    about: Facts about the first run: device, pairs at once.
   """
 
   arm: ArmConfig
