@@ -75,13 +75,21 @@ ROPES = {
   "yarn4": RopeConfig(kind="yarn", factor=4.0),
 }
 FULL = (3e-4, 1e-3, 3e-3)
+# With YaRN every arm chose the lowest of the study's rates.
+YARN_RATES = (5e-4, 1e-3, 2e-3)
 
 
 def _recipes(suffix: str, rope: RopeConfig) -> list[ArmConfig]:
   """Returns arms that differ in more than the pattern, at a rope scaling."""
+  rates = YARN_RATES if rope.kind == "yarn" else ()
   # Short windows with skipped positions: a quarter and a third of the pairs.
   found = [
-    ArmConfig(name=f"pose{window}{suffix}", rope=rope, skip_window=window)
+    ArmConfig(
+      name=f"pose{window}{suffix}",
+      rope=rope,
+      skip_window=window,
+      learning_rates=rates,
+    )
     for window in (256, 341)
   ]
   # Dense steps at the end, and dense layers.
@@ -93,15 +101,22 @@ def _recipes(suffix: str, rope: RopeConfig) -> list[ArmConfig]:
         pattern=pattern,
         rope=rope,
         dense_fraction=0.25,
+        learning_rates=rates,
       ),
       ArmConfig(
         name=f"{name}-dense-layer{suffix}",
         pattern=f"layers({pattern}, dense=(2,))",
         rope=rope,
+        learning_rates=rates,
       ),
     ]
   # What is trained.
-  fixed = ArmConfig(name=f"fixed-{suffix}", pattern="scca_fixed", rope=rope)
+  fixed = ArmConfig(
+    name=f"fixed-{suffix}",
+    pattern="scca_fixed",
+    rope=rope,
+    learning_rates=rates,
+  )
   changed = functools.partial(dataclasses.replace, fixed)
   return found + [
     changed(
@@ -143,8 +158,14 @@ def arms() -> tuple[ArmConfig, ...]:
   # Rope scaling.
   for kind, rope in ROPES.items():
     for name in ("dense", "s2", "fixed", "longmixed", "near-sinks"):
-      pattern = PAPER_SIZES.get(name, name)
-      found.append(ArmConfig(name=f"{name}-{kind}", pattern=pattern, rope=rope))
+      found.append(
+        ArmConfig(
+          name=f"{name}-{kind}",
+          pattern=PAPER_SIZES.get(name, name),
+          rope=rope,
+          learning_rates=YARN_RATES if rope.kind == "yarn" else (),
+        )
+      )
   # Dense attention for fewer tokens: a third of the steps, and as many as fit
   # into the seconds of `fixed` on a CPU.
   for name, share in (("third-of-steps", 1 / 3), ("same-seconds", 0.8)):
