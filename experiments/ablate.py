@@ -8,24 +8,29 @@ kept: the same command resumes from there.
     scca ablate --config=configs/ablation_tiny.py \
       --output_dir=runs/ablation --quick
 
+With --mesh=data=4, four arms are trained side by side, one on each device.
+
 It writes results.json, table.md, windows.npz, loss_by_position.png,
 quality_by_pairs.png, quality_by_seconds.png and retrieval_by_length.png.
 """
 
+import concurrent.futures
 import dataclasses
 import pathlib
+import queue
 import time
 from typing import Any
 
+import jax
 from absl import flags
 
 from experiments.ablation import report, study
-from experiments.ablation.settings import AblationConfig
+from experiments.ablation.settings import AblationConfig, ArmConfig
 from experiments.ablation.store import Store
 from experiments.shared import cli, loop
 from experiments.shared.config import to_json
 from experiments.shared.config_flag import ConfigFlag
-from scca_jax import atomic_file, dispatch
+from scca_jax import atomic_file, dispatch, sharding
 
 _CONFIG = ConfigFlag(AblationConfig, "ablation_tiny")
 _OUTPUT_DIR = flags.DEFINE_string(
@@ -46,6 +51,12 @@ _SHARED = flags.DEFINE_boolean(
   "shared_device",
   False,
   "Other programs use the device too, so leave seconds out of the report.",
+)
+_MESH = flags.DEFINE_string(
+  "mesh",
+  "",
+  "Devices, such as data=4, on which arms are trained side by side, one arm on"
+  " each; by default one.",
 )
 _TIME_LIMIT = flags.DEFINE_float(
   "time_limit",
@@ -88,6 +99,7 @@ def main() -> None:
   """
   begin = time.perf_counter()
   settings = _read_settings()
+  devices = _devices()
   dispatch.check_implementation(settings.run.training.implementation)
   study.check(settings)
   if _DRY_RUN.value:
@@ -99,13 +111,30 @@ def main() -> None:
     name: x for name, x in saved.items() if name not in ("arms", "quick")
   }
   with loop.output_dir(_OUTPUT_DIR.value, fixed) as folder:
-    _run(settings, fixed, folder, begin)
+    _run(settings, fixed, folder, devices, begin)
+
+
+def _devices() -> list[Any]:
+  """Returns the devices of the mesh; None stands for the default one.
+
+  Raises:
+    ValueError: There are too few, or an arm would be divided among several.
+  """
+  config = sharding.MeshConfig.parse(_MESH.value)
+  if config.num_devices > config.data:
+    raise ValueError(
+      f"an arm is trained on one device, so --mesh has only data, got"
+      f" {_MESH.value!r}: give data=N for N arms side by side."
+    )
+  mesh = sharding.make_mesh(config)
+  return [None] if mesh is None else list(mesh.devices.flat)
 
 
 def _run(
   settings: AblationConfig,
   fixed: dict[str, Any],
   folder: pathlib.Path,
+  devices: list[Any],
   begin: float,
 ) -> None:
   """Runs the arms and writes the report, all in the folder of the study."""
@@ -116,16 +145,32 @@ def _run(
   store = Store(folder)
   runner = study.Runner(settings, store, texts, timed=not _SHARED.value)
   by_name = {arm.name: arm for arm in settings.arms}
-  done = []
-  # The baseline comes first, because everything is compared with it.
-  for name in dict.fromkeys((settings.baseline, *(_ARMS.value or by_name))):
-    arm = by_name[name]
+  free = queue.SimpleQueue()
+  for device in devices:
+    free.put(device)
+
+  def run(arm: ArmConfig) -> bool:
     limit = _TIME_LIMIT.value
     if limit is not None and time.perf_counter() - begin > limit:
       print(f"{arm.name}: not started, the time is up", flush=True)
-      continue
-    runner.run(arm)
-    done.append(arm)
+      return False
+    device = free.get()
+    try:
+      with jax.default_device(device):
+        runner.run(arm)
+    finally:
+      free.put(device)
+    return True
+
+  # The baseline comes first, because everything is compared with it.
+  names = dict.fromkeys((settings.baseline, *(_ARMS.value or by_name)))
+  arms = [by_name[name] for name in names]
+  if len(devices) == 1:  # In this thread, so that Ctrl-C stops it at once.
+    ran = list(map(run, arms))
+  else:
+    with concurrent.futures.ThreadPoolExecutor(len(devices)) as pool:
+      ran = list(pool.map(run, arms))
+  done = [arm for arm, is_done in zip(arms, ran, strict=True) if is_done]
   settings = dataclasses.replace(
     settings,
     arms=tuple(done),

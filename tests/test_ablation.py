@@ -235,6 +235,39 @@ def test_a_killed_study_resumes_to_the_same_results(
   assert all(f"| {name} |" in table for name in whole["arms"])
 
 
+def test_arms_on_devices_of_their_own_end_as_on_one(
+  folder, tmp_path, run_command, monkeypatch, capsys
+):
+  arms = [dataclasses.replace(TUNED, name=f"near{i}") for i in range(2)]
+  settings = _study(folder, *arms, seeds=(0,), learning_rates=(1e-3,))
+  config = _config_file(tmp_path / "config.py", settings)
+  train, used = pairs.train, []
+
+  def watched(*args):
+    found = train(*args)
+    used.append(
+      {d for x in jax.tree.leaves(found[0].params) for d in x.devices()}
+    )
+    return found
+
+  monkeypatch.setattr(pairs, "train", watched)
+  found = []
+  for mesh in ("", "data=3"):
+    path = tmp_path / f"runs{mesh}"
+    args = (f"--config={config}", f"--output_dir={path}", f"--mesh={mesh}")
+    assert run_command("ablate", *args) == 0
+    found.append(json.loads((path / "results.json").read_text()))
+  assert _without_times(found[0]) == _without_times(found[1])
+  assert used[:3] == [{jax.devices()[0]}] * 3
+  assert {d for some in used[3:] for d in some} == set(jax.devices()[:3])
+
+  args = (f"--config={config}", f"--output_dir={tmp_path / 'c'}")
+  for mesh, message in (("fsdp=2", "data=N"), ("data=9", "takes 9 devices")):
+    assert run_command("ablate", *args, f"--mesh={mesh}") == 2
+    assert message in capsys.readouterr().err
+  assert not (tmp_path / "c").exists()
+
+
 def test_an_arm_is_not_changed_under_its_name(folder, tmp_path, run_command):
   settings = _study(folder, seeds=(0,), learning_rates=(1e-3,))
   config = _config_file(tmp_path / "config.py", settings)

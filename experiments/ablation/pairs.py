@@ -72,7 +72,10 @@ def _load(
   adapter: lora.LoraConfig | None,
   dtypes: tuple[str, str],
   seed: int,
+  device: Any,
 ) -> Llama:
+  """Returns a model on a device, which must be the default one."""
+  del device  # Part of the key: each device needs arrays of its own.
   dtype, param_dtype = map(jnp.dtype, dtypes)
   return convert.load_model(
     resolve.model_path(model),
@@ -93,7 +96,9 @@ def _new_model(
   dtypes = run.training.dtype, run.training.param_dtype
   # Only new adapters depend on the seed.
   seed = 0 if adapter is None else seed
-  model = nnx.merge(*nnx.split(_load(run.model, adapter, dtypes, seed)))
+  device = jax.config.jax_default_device
+  loaded = _load(run.model, adapter, dtypes, seed, device)
+  model = nnx.merge(*nnx.split(loaded))
   model.config = resolved.target
   return model
 
