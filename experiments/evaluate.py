@@ -202,8 +202,8 @@ def _check_flags() -> None:
   for flag in (_GENERATE, _HEAT_MAP):
     if flag.value and not _TASKS.value:
       raise ValueError(f"--{flag.name} needs --tasks=….")
-  if _GENERATE.value and _MESH.value:
-    raise ValueError("--generate runs on one device: leave out --mesh.")
+  if _GENERATE.value:
+    shared_flags.check_whole_sequences(_MESH)
   shared_flags.check_trained(_PATTERN, _ADAPTER)
   if _BATCH_TOKENS.value < 1:
     raise ValueError(

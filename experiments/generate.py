@@ -15,7 +15,7 @@ import pathlib
 import jax.numpy as jnp
 from absl import flags, logging
 
-from experiments.shared import cli, resolve
+from experiments.shared import cli, loop, resolve
 from experiments.shared import flags as shared_flags
 from scca_jax import (
   atomic_file,
@@ -24,7 +24,9 @@ from scca_jax import (
   dispatch,
   documents,
   generation,
+  sharding,
   tokenizer,
+  training,
 )
 from scca_jax.llama import Execution
 
@@ -82,6 +84,12 @@ _DECODE_PATTERN = flags.DEFINE_string(
   None,
   "Attention of new tokens, in the same form; by default dense.",
 )
+_MESH = flags.DEFINE_string(
+  "mesh",
+  "",
+  "Devices that share the work, such as data=2,tensor=2: data divides the"
+  " prompts, tensor the heads, fsdp prompts and weights; by default one.",
+)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "Prompts and continuations, a .jsonl."
 )
@@ -100,6 +108,7 @@ def _check_flags() -> None:
   documents.check_text("--prompt", _PROMPT.value or "")
   shared_flags.check_exist(_MODEL, _ADAPTER, _TOKENIZER, _PROMPTS)
   shared_flags.check_rope(_ROPE_SCALING, _ROPE_FACTOR, _ADAPTER)
+  shared_flags.check_whole_sequences(_MESH)
   shared_flags.check_output(_OUTPUT, ".jsonl")
 
 
@@ -177,13 +186,28 @@ def main() -> None:
     prompts = _ask(chat.load(_TOKENIZER.value or source), vocabulary, texts)
   else:
     prompts = vocabulary.encode_prompts(texts)
+  mesh_config = sharding.MeshConfig.parse(_MESH.value)
+  mesh = sharding.make_mesh(mesh_config)
+  training.check_mesh(
+    mesh_config,
+    training.StepConfig(),
+    convert.load_config(source),
+    # Prompts that cannot be divided go to every device.
+    batch_size=mesh_config.data * mesh_config.fsdp,
+    seq_len=1,
+  )
   dtype = jnp.dtype(_DTYPE.value)
-  model = resolve.load_model(
-    source,
-    _ADAPTER.value,
-    config=resolve.with_factor(source, _ROPE_SCALING.value, _ROPE_FACTOR.value),
-    dtype=dtype,
-    param_dtype=dtype,
+  model = loop.load(
+    lambda: resolve.load_model(
+      source,
+      _ADAPTER.value,
+      config=resolve.with_factor(
+        source, _ROPE_SCALING.value, _ROPE_FACTOR.value
+      ),
+      dtype=dtype,
+      param_dtype=dtype,
+    ),
+    mesh,
   )
   for name, value in convert.unapplied_generation(source).items():
     logging.warning(
@@ -217,7 +241,7 @@ def main() -> None:
     sampling=sampling,
     prefill_patterns=prefill_layers,
     decode_patterns=decode_layers,
-    execution=Execution(implementation=_IMPLEMENTATION.value),
+    execution=Execution(implementation=_IMPLEMENTATION.value, mesh=mesh),
   ):
     for answer, token in zip(answers, tokens, strict=True):
       if token != generation.FINISHED:

@@ -168,7 +168,7 @@ class _Decoder:
     execution: Execution,
   ):
     self._config = model.config
-    self._cache = model.init_cache(batch, capacity)
+    self._cache = model.init_cache(batch, capacity, execution.mesh)
     self._graphdef, self._state = nnx.split(model)
     self._sampling = sampling
     self._execution = execution
@@ -242,7 +242,7 @@ def stream(
     decode_patterns: Attention patterns for new tokens; None is dense. Both as
       in `Llama.hidden_states`, with position causality.
     eos_ids: Tokens that end a sequence; None uses the model's.
-    execution: As in `Llama.hidden_states`, on one device.
+    execution: As in `Llama.cached_hidden_states`.
     prompt_len: Padded length of the prompts, in tokens; None uses what the
       longest needs. Calls with the same length share a compiled program.
 

@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from scca_jax import rope, sharding
 from scca_jax.backends.contract import SAVED
@@ -915,8 +915,16 @@ class Llama(nnx.Module):
     x, sent = _scan_layers(run_layer, x, of_layers, len(cycle), received)
     return self.norm(x), sent
 
-  def init_cache(self, batch: int, capacity: int) -> Cache:
-    """Returns an empty cache for sequences of up to `capacity` tokens."""
+  def init_cache(
+    self, batch: int, capacity: int, mesh: Mesh | None = None
+  ) -> Cache:
+    """Returns an empty cache for sequences of up to `capacity` tokens.
+
+    Args:
+      batch: Sequences.
+      capacity: Tokens of each.
+      mesh: Devices that it is divided over, by sequences and heads.
+    """
     config = self.config
     shape = (
       config.num_layers,
@@ -925,7 +933,18 @@ class Llama(nnx.Module):
       config.num_kv_heads,
       config.head_dim,
     )
-    return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+    device = None
+    if mesh is not None:
+      device = NamedSharding(
+        mesh,
+        sharding.activation_spec(
+          mesh, shape, None, "batch", None, "kv_heads", None
+        ),
+      )
+    return Cache(
+      jnp.zeros(shape, self.dtype, device=device),
+      jnp.zeros(shape, self.dtype, device=device),
+    )
 
   def cached_hidden_states(
     self,
@@ -943,7 +962,7 @@ class Llama(nnx.Module):
       tokens: Integers, `[batch, seq]`.
       cache: From `init_cache` or from an earlier call.
       patterns: As in `hidden_states`, with position causality.
-      execution: As in `hidden_states`, on one device.
+      execution: As in `hidden_states`; its mesh does not divide sequences.
       starts: Position of the first token of each sequence, integers `[batch]`;
         later entries of the cache are overwritten. None starts new sequences,
         at the cost of the pattern; calls with `starts` read the whole cache.
@@ -956,12 +975,14 @@ class Llama(nnx.Module):
     Raises:
       ValueError: Shapes or the number of patterns do not fit, or a pattern is
         causal by slot.
-      NotImplementedError: The execution has a mesh.
+      NotImplementedError: The mesh divides sequences.
     """
     check_tokens(tokens, None, self.config.vocab_size)
-    if execution.mesh is not None:
-      raise NotImplementedError("a cache is on one device: leave out the mesh.")
-    config = self.config
+    config, mesh = self.config, execution.mesh
+    if mesh is not None and mesh.shape[sharding.SEQUENCE] > 1:
+      raise NotImplementedError(
+        "a cache holds whole sequences: leave sequence out of the mesh."
+      )
     cycle = _period(patterns, config)
     for pattern in cycle:
       for member in members(pattern):
@@ -997,16 +1018,17 @@ class Llama(nnx.Module):
       del received
       x, cache = carry
       state, layer = jax.tree.map(lambda leaf: leaf[i], of_cycle)
-      x, of_layer = nnx.merge(graphdef, state)(
+      x, of_layer = nnx.merge(graphdef, sharding.gathered(state, mesh))(
         x, cycle[i], call, None, _LayerCache(cache, layer)
       )
       assert isinstance(of_layer, _LayerCache)
+      x = sharding.constrain(x, mesh, "batch", None, None)
       return (x, of_layer.cache), None
 
     # The cache is carried, not scanned over, so that it is updated in place.
     (x, cache), _ = _scan_layers(
       run_layer,
-      (self.embed_tokens(tokens), cache),
+      (self.embed_tokens(tokens, mesh), cache),
       (state, jnp.arange(config.num_layers)),
       len(cycle),
     )

@@ -342,7 +342,7 @@ def test_a_model_is_interpolated_to_the_longest_length(
     (["--generate"], "--generate needs --tasks"),
     (["--heat_map=a.png"], "--heat_map needs --tasks"),
     (["--tasks=vt", "--heat_map=a.jpg"], "--heat_map must be a .png file"),
-    (["--tasks=vt", "--generate", "--mesh=data=2"], "runs on one device"),
+    (["--tasks=vt", "--generate", "--mesh=sequence=2"], "whole sequences"),
     (["--mesh=rows=2"], "cannot read 'rows=2' of the mesh"),
     (["--mesh=sequence=3"], "mesh.sequence=3 cannot cut 16 tokens"),
     (["--mesh=tensor=2"], "mesh.tensor=2 does not divide 1 key/value heads"),

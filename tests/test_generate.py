@@ -58,6 +58,17 @@ def test_a_file_of_prompts_is_answered(run_command, capsys, tmp_path, expected):
   assert expected in capsys.readouterr().out
 
 
+def test_a_mesh_changes_no_text(run_command, capsys, expected):
+  status = run_command(
+    "generate",
+    f"--prompt={PROMPT}",
+    "--max_new_tokens=12",
+    "--mesh=fsdp=2,tensor=2",
+  )
+  assert status == 0
+  assert capsys.readouterr().out == expected + "\n"
+
+
 def test_a_question_is_asked_by_the_template_and_answered(
   run_command, capsys, tmp_path, expected
 ):
@@ -117,6 +128,9 @@ def test_the_training_pattern_can_be_asked_for(run_command, capsys, tmp_path):
     (("--prompt=a", "--decode_pattern=training"), "--adapter"),
     (("--prompt=a", "--output=a.txt"), ".jsonl"),
     (("--prompt=a", "--implementation=fast"), "fast"),
+    (("--prompt=a", "--mesh=sequence=2"), "whole sequences"),
+    (("--prompt=a", "--mesh=tensor=8"), "does not divide 4 key/value heads"),
+    (("--prompt=a", "--mesh=data=9"), "takes 9 devices"),
   ],
 )
 def test_bad_flags_end_in_one_line(run_command, capsys, args, said):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scca_jax import generation, patterns
+from scca_jax import generation, patterns, sharding
 from scca_jax.generation import FINISHED, Sampling
-from scca_jax.llama import Llama
+from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
+from scca_jax.sharding import MeshConfig
 
 CONFIG = LlamaConfig(
   vocab_size=37,
@@ -90,6 +91,42 @@ def test_rope_scaling_holds_in_the_cache(kind):
   dense = patterns.dense(4)
   found = generation.generate(model, PROMPTS, max_new_tokens=NEW)
   assert found == [_without_cache(model, p, dense) for p in PROMPTS]
+
+
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    MeshConfig(data=2, tensor=2),
+    MeshConfig(fsdp=2),
+    MeshConfig(data=3),  # Of which four prompts cannot make equal shares.
+  ],
+  ids=sharding.shown,
+)
+def test_a_mesh_changes_no_token(mesh):
+  prompts, model = [*PROMPTS, PROMPTS[0]], _model()
+  graphdef, state = nnx.split(model)
+  devices = sharding.make_mesh(mesh)
+  placed = nnx.merge(graphdef, sharding.place(state, devices))
+  found = generation.generate(
+    placed,
+    prompts,
+    max_new_tokens=NEW,
+    prefill_patterns=FIXED,
+    decode_patterns=FIXED,
+    execution=Execution(mesh=devices),
+  )
+  wanted = [_without_cache(model, p, FIXED) for p in PROMPTS]
+  assert found == [*wanted, wanted[0]]
+
+
+def test_a_cache_is_divided_over_the_mesh():
+  mesh = sharding.make_mesh(MeshConfig(data=2, tensor=2, sequence=2))
+  cache = _model().init_cache(4, 8, mesh)
+  assert cache.key.sharding.shard_shape(cache.key.shape) == (4, 2, 8, 1, 8)
+  with pytest.raises(NotImplementedError, match="leave sequence out"):
+    _model().cached_hidden_states(
+      jnp.zeros((4, 2), int), cache, execution=Execution(mesh=mesh)
+    )
 
 
 def test_prompts_go_alone_as_together():

@@ -13,6 +13,7 @@ from absl import flags
 
 from experiments.shared.config import DTYPES
 from scca_jax import adapters, atomic_file, hub, patterns
+from scca_jax.sharding import MeshConfig
 
 Holder = flags.FlagHolder[Any]
 
@@ -260,6 +261,19 @@ def check_output(flag: Holder, suffix: str) -> None:
   if path.suffix != suffix or path.is_dir():
     raise ValueError(f"--{flag.name} must be a {suffix} file, got {path}.")
   atomic_file.check_writable(path)
+
+
+def check_whole_sequences(flag: Holder) -> None:
+  """Checks that a mesh suits generation, which needs whole sequences.
+
+  Raises:
+    ValueError: It cannot be read, or divides sequences.
+  """
+  if MeshConfig.parse(flag.value).sequence > 1:
+    raise ValueError(
+      f"generation needs whole sequences, got --{flag.name}={flag.value}: use"
+      " data, fsdp or tensor."
+    )
 
 
 def check_trained(pattern: Holder, adapter: Holder) -> None:

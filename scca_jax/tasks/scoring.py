@@ -271,7 +271,7 @@ def generated_credits(
     samples: From the task's `samples`.
     batch_size: Samples per batch.
     patterns: Pattern for prompts and new tokens; None is dense.
-    execution: See `generation.stream`; on one device.
+    execution: See `generation.stream`.
 
   Raises:
     ValueError: See `generation.stream`.
