@@ -278,6 +278,23 @@ def test_an_arm_is_not_changed_under_its_name(folder, tmp_path, run_command):
   assert run_command("ablate", *args) == 2
 
 
+def test_an_arm_from_before_a_setting_existed_is_the_same_arm(
+  folder, tmp_path, monkeypatch
+):
+  settings = _study(folder, TUNED, seeds=(0,), learning_rates=(1e-2,))
+  store = Store(tmp_path)
+  about = dataclasses.asdict(TUNED)
+  del about["rank"], about["learning_rates"]
+  losses = {"validation": np.zeros((4, 16)), "test_64": np.zeros((4, 16))}
+  store.write_trained("near", (1e-2, 0), (), losses, {"arm": about})
+  store.write_scores("near", (1e-2, 0), losses, {"tasks": {}})
+  monkeypatch.setattr(pairs, "train", None)
+  texts = study.Texts.open(settings, tmp_path)
+  study.Runner(settings, store, texts).run(TUNED)
+  with pytest.raises(ValueError, match="other settings"):
+    study.Runner(settings, store, texts).run(dataclasses.replace(TUNED, rank=3))
+
+
 def test_the_rate_is_chosen_on_validation_text_alone(folder, tmp_path):
   settings = _study(folder, seeds=(0,))
   store, arm = Store(tmp_path), settings.arms[0]

@@ -183,7 +183,8 @@ class Runner:
       found = store.trained(arm.name, pair)
       if found is None:
         missing.append(pair)
-      elif found["arm"] != _about(arm):
+      # Files from before a setting existed have its default.
+      elif _about(ArmConfig(name=arm.name)) | found["arm"] != _about(arm):
         raise ValueError(
           f"arm {arm.name} was trained with other settings: rename it, or"
           f" remove {store.folder / 'runs' / arm.name}."
