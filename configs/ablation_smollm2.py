@@ -43,7 +43,9 @@ SWEPT = ("pose", "s2-dense-eighth", "s2")
 # Nothing tuned: the model as it is, and rope scaling by itself.
 UNTUNED = (
   ArmConfig(name="untuned", tuning="none", rope=RopeConfig(kind=None)),
-  ArmConfig(name="untuned-linear4", tuning="none", rope=RopeConfig()),
+  ArmConfig(
+    name="untuned-linear4", tuning="none", rope=RopeConfig(kind="linear")
+  ),
   ArmConfig(name="untuned-scaled", tuning="none", rope=ROPE),
 )
 # 4 million tokens each, half of what the patterns get.
@@ -110,6 +112,11 @@ PATTERNS = tuple(
     ("dense-same-seconds", "dense", {"steps_fraction": 0.5}),
     # Each token sees 8k, the length of pretraining.
     ("dense-8k", "local(chunk_size=8192)", {}),
+    (
+      "dense-8k-dense-ninth",
+      "local(chunk_size=8192)",
+      {"dense_fraction": 1 / 9},
+    ),
   )
 )
 # The best that adapters can do, for those who cannot tune all parameters.

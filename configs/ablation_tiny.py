@@ -142,7 +142,7 @@ def _recipes(suffix: str, rope: RopeConfig) -> list[ArmConfig]:
 
 def arms() -> tuple[ArmConfig, ...]:
   """Returns the arms."""
-  linear = RopeConfig(factor=4.0)
+  linear = RopeConfig(kind="linear", factor=4.0)
   patterns = PAPER_SIZES | EQUAL_PAIRS | LEAKS
   found = [ArmConfig(name="dense", pattern="dense", rope=linear)]
   # Nothing tuned: as pretrained, and with rope scaling by itself.

@@ -35,12 +35,13 @@ class RopeConfig:
   """How the positions are adapted to the longer context.
 
   Attributes:
-    kind: "linear" (Position Interpolation), "dynamic", "ntk", "yarn" or
+    kind: "yarn", "linear" (Position Interpolation), "dynamic", "ntk" or
       "llama3"; None keeps the model's RoPE.
     factor: Factor of the scaling; None means target length / pretrained length.
+      "ntk" needs about twice that.
   """
 
-  kind: str | None = "linear"
+  kind: str | None = "yarn"
   factor: float | None = None
 
 
@@ -245,6 +246,9 @@ class EvaluationConfig:
 class FinetuneConfig:
   """A run of `scca finetune`.
 
+  Rope scaling, pattern and learning rate are what two studies found best for
+  adapters (experiments/results/ablation_tiny, ablation_smollm2).
+
   Attributes:
     model: Hugging Face folder, .gguf file, or a name on Hugging Face such as
       "HuggingFaceTB/SmolLM2-135M"; None uses the embedded model.
@@ -265,9 +269,9 @@ class FinetuneConfig:
   rope: RopeConfig = RopeConfig()
   tuning: str = "lora"
   lora: LoraConfig = LoraConfig()
-  pattern: str = "scca_fixed"
+  pattern: str = "s2"
   data: DataConfig = DataConfig()
-  optimizer: OptimizerConfig = OptimizerConfig()
+  optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
   training: TrainingConfig = TrainingConfig()
   mesh: MeshConfig = MeshConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
