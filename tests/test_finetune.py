@@ -677,6 +677,16 @@ def test_a_dry_run_tells_what_it_would_do_and_writes_nothing(
   assert re.search(r"compiles to 0\.\d\d GiB", printed)
 
 
+def test_a_dry_run_refuses_a_length_beyond_all_memory(
+  run_command, capsys, base
+):
+  sizes = ("seq_len=1000000000", "batch_size=1000")
+  args = [f"--config.training.{size}" for size in sizes]
+  assert run_command("finetune", "--dry_run", f"--model={base}", *args) == 2
+  said = "1,000,000,000,000 tokens of width 16 take 59,604 GiB"
+  assert said in capsys.readouterr().err
+
+
 def test_a_run_with_other_settings_is_not_mixed_in(
   run_command, capsys, finished, arguments
 ):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scca_jax import patterns
-from scca_jax.patterns import AttentionPattern, HeadPattern
+from scca_jax.patterns import AttentionPattern, HeadPattern, relation
 
 
 def _drawn(*rows):
@@ -387,6 +387,16 @@ def test_a_schedule_asks_for_each_layer():
   assert patterns.schedule(lambda layer: patterns.local(2, layer + 1), 2)[
     1
   ] == (patterns.local(2, 2))
+
+
+def test_pairs_are_counted_some_queries_at_a_time(monkeypatch):
+  monkeypatch.setattr(relation, "_BLOCK", 5)
+  for pattern in (
+    patterns.s2(4, 8),
+    patterns.scca_near(4, 8, 4, sinks=3),
+    patterns.sda(4, 3),
+  ):
+    assert pattern.num_pairs(32) == pattern.visible(32).sum(), pattern
 
 
 def test_pairs_of_long_sequences_are_counted_without_a_mask():

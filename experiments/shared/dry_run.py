@@ -38,8 +38,9 @@ def show(
     adapter: The adapter to train; None trains every parameter.
 
   Raises:
-    ValueError: The token file is damaged.
+    ValueError: The token file is damaged, or a batch too large to plan for.
   """
+  _check_length(run, resolved)
   print("settings")
   for name, value in flat(to_json(run)).items():
     print(f"  config.{name} = {value!r}")
@@ -62,6 +63,22 @@ def show(
   _show_tokens(run, text)
   print(f"memory\n  {_memory(run, resolved, model, trainable)}")
   print("nothing was trained or written.")
+
+
+def _check_length(
+  run: FinetuneConfig | PretrainConfig, resolved: resolve.Resolved
+) -> None:
+  """Refuses lengths of which this machine could not even hold one layer."""
+  train, width = run.training, resolved.target.hidden_size
+  tokens = train.batch_size // train.num_micro_batches * train.seq_len
+  needed = tokens * width * jnp.dtype(train.dtype).itemsize
+  there = memory.of_this_machine()
+  if needed > there:
+    raise ValueError(
+      f"{tokens:,} tokens of width {width:,} take {needed >> 30:,} GiB, and"
+      f" this machine has {there >> 30}, too little to plan for them: use a"
+      " shorter seq_len or a smaller batch_size."
+    )
 
 
 def _size(tree: Any) -> int:

@@ -47,6 +47,8 @@ BOUNDARIES: tuple[Boundary, ...] = get_args(Boundary)
 CAUSALITIES: tuple[Causality, ...] = get_args(Causality)
 # Positions and shifts are added as int32.
 _MAX_INT = 2**30
+# Queries whose keys are counted at once.
+_BLOCK = 1 << 18
 # How many runs of equal heads a `repr` shows.
 _MAX_RUNS = 6
 
@@ -280,22 +282,28 @@ class HeadPattern:
     *,
     boundary: Boundary = "drop",
     causality: Causality = "position",
+    at: range | None = None,
   ) -> np.ndarray:
-    """Returns how many keys each query sees, int64 `[seq]`, by arithmetic.
+    """Returns how many keys each query sees, by arithmetic.
 
     Args:
       seq_len: Length of the sequence, in tokens.
       boundary: See `AttentionPattern`.
       causality: See `AttentionPattern`.
+      at: Positions of the queries; None means all.
+
+    Returns:
+      int64 `[queries]`.
     """
-    queries = np.arange(seq_len, dtype=np.int64)
+    at = range(seq_len) if at is None else at
+    queries = np.arange(at.start, at.stop, dtype=np.int64)
     if causality == "slot":
       # The keys' slots are a permutation of all slots, like the queries'.
       places = (queries - self.offset) % max(seq_len, 1)
       shift, offset, lowest, highest = 0, 0, 0, places
     else:
       places, offset = queries, self.offset
-      shift = np.full(seq_len, self.shift)
+      shift = np.full(len(queries), self.shift)
       if boundary == "local":
         shift[self.falls_back(queries)] = 0
       # In slots: keys from 0 to the query itself.
@@ -444,14 +452,16 @@ class AttentionPattern:
 
   def num_pairs(self, seq_len: int) -> int:
     """Returns the number of pairs that all heads see; builds no mask."""
+    how: Any = {"boundary": self.boundary, "causality": self.causality}
     return sum(
       len(indices)
       * int(
         head.num_keys(
-          seq_len, boundary=self.boundary, causality=self.causality
+          seq_len, **how, at=range(first, min(first + _BLOCK, seq_len))
         ).sum()
       )
       for head, indices in self.head_groups().items()
+      for first in range(0, seq_len, _BLOCK)
     )
 
   def interleaved(self, num_kv_heads: int) -> "AttentionPattern":
