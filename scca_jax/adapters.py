@@ -104,14 +104,19 @@ def _pattern_to_json(pattern: AttentionPattern | Mixture) -> dict[str, Any]:
   }
 
 
-def _pattern_from_json(content: dict[str, Any]) -> AttentionPattern | Mixture:
+def _pattern_from_json(content: Any) -> AttentionPattern | Mixture:
+  if not isinstance(content, dict):
+    raise TypeError(f"the pattern {reprlib.repr(content)} is not an object.")
   if "mixture" in content:
     members = [_pattern_from_json(member) for member in content["mixture"]]
     return Mixture(tuple(members))  # pyright: ignore[reportArgumentType]
   heads: dict[int, HeadPattern] = {}
   for group in content["head_groups"]:
+    if not isinstance(group, dict):
+      raise TypeError(f"the head group {reprlib.repr(group)} is not an object.")
     fields = {name: value for name, value in group.items() if name != "heads"}
-    heads |= dict.fromkeys(group["heads"], HeadPattern(**fields))
+    indices = [json_file.integer("head", i, 0) for i in group["heads"]]
+    heads |= dict.fromkeys(indices, HeadPattern(**fields))
   return AttentionPattern(
     tuple(heads[i] for i in range(len(heads))),
     content["boundary"],

@@ -348,6 +348,12 @@ def test_patterns_are_kept_as_a_string_and_as_heads(folder, tmp_path, pattern):
     ({"pattern": "locl"}, "scca_config.json is damaged.*did you mean 'local'"),
     ({"pattern": 3}, "scca_config.json is damaged.*must be a string, got 3"),
     ({"patterns": []}, "scca_config.json is damaged"),
+    ({"patterns": [3]}, "damaged: the pattern 3 is not an object"),
+    ({"patterns": [{"head_groups": ["x"]}]}, "group 'x' is not an object"),
+    (
+      {"patterns": [{"head_groups": [{"heads": [[0]]}]}]},
+      r"head must be an integer of at least 0, got \[0\]",
+    ),
     ({"pattern_of_layer": [0, 0, 9]}, "scca_config.json is damaged"),
     ({"num_kv_heads": None}, "scca_config.json lacks 'num_kv_heads'"),
   ],
