@@ -60,6 +60,8 @@ _SENTENCE = re.compile(r"(?s).{1,1000}(?!\S)|.{1,1000}")
 _PASSAGE_CHARACTERS = 8192
 # Larger than any vocabulary.
 _MAX_BYTES = 256 << 20
+# Ids below it are taken whatever the size of a tokenizer.json.
+_SMALL_ID = 1 << 20
 # Texts of at least this length are worth cutting into lines.
 _LONG_CHARACTERS = 4096
 
@@ -725,6 +727,13 @@ def _hugging_face(
   vocabulary = processor.get_vocab(with_added_tokens=True)
   if not vocabulary:
     raise ValueError(f"{path} has an empty vocabulary.")
+  # The library goes through all ids up to the largest.
+  largest = max(vocabulary.values())
+  if largest >= max(len(content), _SMALL_ID):
+    raise ValueError(
+      f"{path} has the id {largest:,}, but only {len(vocabulary):,} entries:"
+      " copy it again."
+    )
   # Saved settings may truncate or pad texts, which we never want.
   processor.no_truncation()
   processor.no_padding()
@@ -740,7 +749,7 @@ def _hugging_face(
   return HuggingFaceTokenizer(
     name=path.name,
     fingerprint=fingerprint.hexdigest(),
-    vocab_size=max(vocabulary.values()) + 1,
+    vocab_size=largest + 1,
     bos_id=bos_id,
     eos_id=eos_id,
     adds_bos=bos_id is not None and with_special[:1] == [bos_id],

@@ -193,6 +193,15 @@ def test_special_ids_are_read_from_the_files_beside(tmp_path):
     tokenizer.load(folder)
 
 
+def test_an_id_far_beyond_the_vocabulary_is_refused(tmp_path):
+  words = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+  content = json.loads(words.to_str())
+  content["model"]["vocab"]["b"] = 10**8
+  (tmp_path / "gap.json").write_text(json.dumps(content))
+  with pytest.raises(ValueError, match="id 100,000,000, but only 2 entries"):
+    tokenizer.load(tmp_path / "gap.json")
+
+
 def test_a_tokenizer_without_special_tokens_says_so(tmp_path):
   words = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 7}, []))
   (tmp_path / "plain.json").write_text(words.to_str())
