@@ -11,8 +11,8 @@ import json
 import math
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -24,6 +24,8 @@ _PARTIAL = ".partial"
 _LOCK = ".lock"
 # File systems take names of 255 bytes.
 _NAME_LETTERS = 50
+# The hidden folders of this process, from before each is made until it is gone.
+_workplaces: set[pathlib.Path] = set()
 
 
 def _prefix(path: pathlib.Path) -> str:
@@ -61,21 +63,44 @@ def remove_dead(folder: str | os.PathLike[str]) -> None:
     _remove_if_dead(partial)
 
 
+def _remove(workplace: pathlib.Path) -> None:
+  shutil.rmtree(workplace, ignore_errors=True)
+  _workplaces.discard(workplace)
+
+
+def remove_own() -> None:
+  """Removes what this process has begun to write and not finished.
+
+  A signal may interrupt the process while it makes or removes such files.
+  """
+  for workplace in list(_workplaces):
+    _remove(workplace)
+
+
 def _new_workplace(path: pathlib.Path) -> tuple[pathlib.Path, int]:
   """Returns a new hidden folder next to `path`, and its lock."""
   while True:
-    name = tempfile.mkdtemp(_PARTIAL, _prefix(path), path.parent)
-    folder = pathlib.Path(name)
-    # Until the folder is locked, another process may take it for a dead one's.
-    with contextlib.suppress(FileNotFoundError):
-      lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-      try:
-        if file_lock.try_lock(lock) and (folder / _LOCK).exists():
-          return folder, lock
-      except BaseException:
+    name = f"{_prefix(path)}{secrets.token_hex(8)}{_PARTIAL}"
+    folder = path.absolute().parent / name
+    _workplaces.add(folder)
+    try:
+      folder.mkdir(0o700)
+      # Until the folder is locked, another process may take it for a dead
+      # one's.
+      with contextlib.suppress(FileNotFoundError):
+        lock = os.open(
+          folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600
+        )
+        try:
+          if file_lock.try_lock(lock) and (folder / _LOCK).exists():
+            return folder, lock
+        except BaseException:
+          os.close(lock)
+          raise
         os.close(lock)
-        raise
-      os.close(lock)
+    except BaseException:
+      _remove(folder)
+      raise
 
 
 @contextlib.contextmanager
@@ -91,7 +116,7 @@ def _workplace(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield folder
   finally:
     os.close(lock)  # NFS cannot remove open files.
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
 
 
 def _put(temporary: pathlib.Path, path: pathlib.Path) -> None:
@@ -247,6 +272,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """
   path = pathlib.Path(path)
   was_there = path.is_dir()
+  content = path
   try:
     with _workplace(path / path.name if was_there else path) as folder:
       content = folder / path.name
@@ -258,9 +284,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
       else:
         _put(content, path)
   except OSError as error:
-    if error.filename is None:
+    if error.filename is not None:
+      raise _failure(path, error) from error
+    if not error.strerror:
       raise
-    raise _failure(path, error) from error
+    # A file in the folder, under the name that it would have got.
+    text = error.strerror.replace(str(content), str(path))
+    raise OSError(error.errno, text) from error
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:

@@ -191,3 +191,25 @@ def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
   monkeypatch.setattr(os, "access", lambda *args: False)
   with pytest.raises(PermissionError, match=f"to write to {tmp_path}"):
     atomic_file.check_writable(tmp_path / "new" / "file")
+
+
+def test_what_a_signal_left_is_removed(tmp_path, monkeypatch):
+  def interrupted(*args, **settings):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(shutil, "rmtree", interrupted)
+    atomic_file.write(tmp_path / "file", b"x")
+  assert len(os.listdir(tmp_path)) == 2
+  atomic_file.remove_own()
+  assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_file_in_a_new_folder_is_named_as_it_would_have_been(tmp_path):
+  path = tmp_path / "folder"
+  with (
+    pytest.raises(OSError, match=f"cannot write {path}/a/b: "),
+    atomic_file.new_folder(path) as folder,
+  ):
+    (folder / "a").touch()
+    atomic_file.write(folder / "a" / "b", b"x")

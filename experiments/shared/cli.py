@@ -28,7 +28,7 @@ import jax
 from absl import app, flags, logging
 
 from experiments.shared import config_flag
-from scca_jax import __version__
+from scca_jax import __version__, atomic_file
 
 _TRACEBACK = flags.DEFINE_boolean(
   "traceback", False, "Show the Python traceback of an error in the input."
@@ -40,7 +40,10 @@ _MAX_LETTERS = 480
 
 
 def _one_line(error: BaseException) -> str:
-  text = " ".join(str(error).split()) or type(error).__name__
+  text = str(error)
+  if isinstance(error, OSError) and error.filename is None:
+    text = error.strerror or text  # Without its number.
+  text = " ".join(text.split()) or type(error).__name__
   # A name may be of any length, and the remedy is at the end.
   if len(text) > _MAX_LETTERS:
     text = f"{text[:300]} ... {text[-150:]}"
@@ -162,7 +165,8 @@ def cache_folder(name: str) -> pathlib.Path | None:
 @functools.cache
 def _quieten_orbax() -> None:
   """Silences Orbax's log; the command reports its errors."""
-  logging.get_absl_handler().addFilter(
+  # Whichever handlers the logger has.
+  logging.get_absl_logger().addFilter(
     lambda record: "orbax" not in pathlib.PurePath(record.pathname).parts
   )
   # When several writes fail at once, Orbax raises one error; asyncio, which
@@ -239,6 +243,7 @@ def run(
         main(*argv[1:])
     except _Stopped as stopped:
       (number,) = stopped.args
+      atomic_file.remove_own()
       print(
         f"\nStopped by {signal.Signals(number).name}: no file is half-written;"
         " the same command starts again, or resumes.",
