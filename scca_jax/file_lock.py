@@ -73,7 +73,8 @@ def only_process(folder: str | os.PathLike[str]) -> Iterator[None]:
   Raises:
     ValueError: Another process has claimed it; the message names host and
       process.
-    OSError: The folder cannot be made or written to; the message names it.
+    OSError: The folder cannot be made or written to, or was removed during the
+      block; the message names it.
   """
   folder = pathlib.Path(folder)
   is_new = not folder.exists()
@@ -84,11 +85,26 @@ def only_process(folder: str | os.PathLike[str]) -> Iterator[None]:
     raise OSError(
       error.errno, f"cannot write to {folder}: {error.strerror}"
     ) from error
+
+  def is_ours() -> bool:
+    try:
+      found = os.lstat(folder / _LOCK)
+    except OSError:
+      return False
+    return os.path.samestat(os.fstat(descriptor), found)
+
   try:
     yield
+    if not is_ours():
+      # Later files may have made it again.
+      raise OSError(
+        f"{folder} was removed during the run, with what was in it: remove the"
+        " rest of its folder and start the same command again."
+      )
   finally:
-    with contextlib.suppress(OSError):  # Someone may have removed the folder.
-      (folder / _LOCK).unlink()
-      if is_new:
-        folder.rmdir()
+    if is_ours():
+      with contextlib.suppress(OSError):  # It need not be empty.
+        (folder / _LOCK).unlink()
+        if is_new:
+          folder.rmdir()
     os.close(descriptor)

@@ -1,5 +1,6 @@
 """One process per folder, and no lock left by a process that is gone."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,3 +81,15 @@ def test_lock_does_not_follow_links(tmp_path):
   ):
     pass
   assert other.read_text() == "kept"
+
+
+def test_folder_that_is_removed_meanwhile_is_named(tmp_path):
+  run = tmp_path / "run"
+  with (
+    pytest.raises(OSError, match="run was removed during the run"),
+    file_lock.only_process(run),
+  ):
+    shutil.rmtree(run)
+    run.mkdir()
+    (run / ".lock").write_text("another's")
+  assert (run / ".lock").exists()

@@ -24,7 +24,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import jax
 import numpy as np
@@ -199,7 +199,7 @@ class Metrics:
     """
     if self._board is None:
       return
-    with (self._folder / "metrics.jsonl").open("a", encoding="utf8") as file:
+    with _open_to_append(self._folder / "metrics.jsonl") as file:
       for line in lines:
         file.write(json.dumps(atomic_file.without_nan(line)) + "\n")
       file.flush()
@@ -228,6 +228,18 @@ class Metrics:
       self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
+
+
+def _open_to_append(path: pathlib.Path) -> TextIO:
+  """Opens a file that must exist; without it, the lines before are lost."""
+  try:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f"{path} was removed during the run: remove the rest of its folder and"
+      " start the same command again."
+    ) from error
+  return open(descriptor, "w", encoding="utf8")
 
 
 def _open_wandb(folder: pathlib.Path, project: str, settings: Any) -> Any:
