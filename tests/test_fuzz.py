@@ -1,6 +1,7 @@
-"""A few cases of `tests.fuzz` and `tests.kills`; many more run by hand."""
+"""A few cases of the drivers that damage, kill and fill; more run by hand."""
 
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -9,9 +10,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _run(*args):
+_UNSHARE = ("unshare", "-rm")  # Mounts of its own.
+
+
+def _run(*args, within=()):
   return subprocess.run(
-    [sys.executable, "-m", *args],
+    [*within, sys.executable, "-m", *args],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -22,6 +26,14 @@ def _run(*args):
 @pytest.mark.slow
 def test_killed_runs_end_as_if_undisturbed_and_two_do_not_mix():
   done = _run("tests.kills", "--count=10", "--pairs=3")
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_commands_without_a_disk_end_in_one_line_and_start_again():
+  if shutil.which("unshare") is None or subprocess.call([*_UNSHARE, "true"]):
+    pytest.skip("no mounts for users here")
+  done = _run("tests.disks", "--count=40", within=_UNSHARE)
   assert done.returncode == 0, done.stdout + done.stderr
 
 
