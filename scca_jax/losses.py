@@ -19,6 +19,62 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return normalizer - picked
 
 
+def _chunk_losses(
+  to_logits: Callable[..., jax.Array],
+  hidden: jax.Array,
+  targets: jax.Array,
+  head: tuple[jax.Array, ...],
+) -> jax.Array:
+  """Returns the losses of a chunk; its forward pass computes the gradient.
+
+  The loss of a token depends only on its own hidden state, so the gradient of
+  each can be computed while its logits are there, and multiplied by what the
+  backward pass brings. The logits are computed again only for the gradient of
+  the output head, if that is trained; otherwise the compiler drops it.
+
+  Args:
+    to_logits: Maps hidden states and `head` to logits.
+    hidden: `[batch, n, hidden]`.
+    targets: `[batch, n]`.
+    head: The output head.
+  """
+  return cross_entropy(to_logits(hidden, *head), targets)
+
+
+_chunk_losses = jax.custom_vjp(_chunk_losses, nondiff_argnums=(0,))
+
+
+def _gradient_of_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Returns the gradient of each target's loss, in the dtype of the logits."""
+  # Elementwise, unlike the gradient of `take_along_axis`, so that it is one
+  # pass over the logits.
+  probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+  is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=jnp.float32)
+  return (probabilities - is_target).astype(logits.dtype)
+
+
+def _save(to_logits, hidden, targets, head):
+  logits, pull = jax.vjp(lambda x: to_logits(x, *head), hidden)
+  (d_hidden,) = pull(_gradient_of_logits(logits, targets))
+  saved = (d_hidden, hidden, targets, head)
+  return cross_entropy(logits, targets), saved
+
+
+def _backward(to_logits, saved, d_losses):
+  d_hidden, hidden, targets, head = saved
+  logits, pull = jax.vjp(lambda *head: to_logits(hidden, *head), *head)
+  d_logits = _gradient_of_logits(logits, targets).astype(jnp.float32)
+  d_head = pull((d_logits * d_losses[..., None]).astype(logits.dtype))
+  return (
+    (d_hidden * d_losses[..., None]).astype(d_hidden.dtype),
+    None,
+    d_head,
+  )
+
+
+_chunk_losses.defvjp(_save, _backward)
+
+
 def token_losses(
   to_logits: Callable[[jax.Array], jax.Array],
   hidden: jax.Array,
@@ -28,7 +84,8 @@ def token_losses(
   """Returns `cross_entropy(to_logits(hidden), targets)`, chunk by chunk.
 
   The logits of a chunk, float32 `[batch, chunk_len, vocab]`, live only while
-  its losses are computed; the backward pass recomputes them.
+  its losses and their gradient are computed; if the output head is trained, the
+  backward pass recomputes them.
 
   Args:
     to_logits: Maps hidden states `[batch, n, hidden]` to logits
@@ -50,10 +107,11 @@ def token_losses(
   num_chunks, rest = divmod(seq_len, chunk_len)
   whole = num_chunks * chunk_len
 
-  @jax.checkpoint
   def losses_of(chunk):
     chunk_hidden, chunk_targets = chunk
-    return cross_entropy(to_logits(chunk_hidden), chunk_targets)
+    # What the function closes over, so that it gets its gradient.
+    with_head, head = jax.closure_convert(to_logits, chunk_hidden)
+    return _chunk_losses(with_head, chunk_hidden, chunk_targets, tuple(head))
 
   parts = []
   if num_chunks:

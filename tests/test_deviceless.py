@@ -14,6 +14,7 @@ from experiments.results.llama2_7b import products
 from scca_jax import (
   attention,
   deviceless,
+  losses,
   patterns,
   quantize,
   sharding,
@@ -221,6 +222,37 @@ def test_no_product_runs_forward_twice(mlp_chunk, quantised):
   assert operations("projections") == 2 * forward
   if mlp_chunk is None:
     assert operations("layer") == 3 * forward - down
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+  ("trains_head", "num_products"),
+  # Logits and the gradient of their input; for the gradient of the head, the
+  # logits again.
+  [(False, 2), (True, 4)],
+)
+def test_a_frozen_head_is_multiplied_once_each_way(trains_head, num_products):
+  head = jax.ShapeDtypeStruct((256, 512), BF16)
+  hidden = jax.ShapeDtypeStruct((1, 512, 256), BF16)
+  targets = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+
+  def loss(hidden, head, targets):
+    return jnp.sum(
+      losses.token_losses(lambda h: h @ head, hidden, targets, 128)
+    )
+
+  compiled = deviceless.compile_for(
+    "h100-80gb",
+    jax.value_and_grad(loss, (0, 1) if trains_head else 0),
+    hidden,
+    head,
+    targets,
+    compiler_options=training.compiler_options(),
+  )
+  found = products.products(compiled.as_text())
+  assert sum(math.prod(key) * times for key, times in found.items()) == (
+    num_products * 512 * 256 * 512
+  )
 
 
 @needs_compiler
