@@ -1,9 +1,11 @@
 """The model's linear layer, with or without an adapter."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from scca_jax import quantize
@@ -58,22 +60,62 @@ class Linear(nnx.Module):
       self.lora_b = LoraParam(jnp.zeros((lora.rank, num_outputs), jnp.float32))
 
   def __call__(
-    self, x: jax.Array, dropout_rng: jax.Array | None = None
+    self,
+    x: jax.Array,
+    dropout_rng: jax.Array | None = None,
+    down: jax.Array | None = None,
   ) -> jax.Array:
     """Returns `x W + scaling (dropout(x) A) B` in the compute dtype.
 
     Args:
       x: `[..., in]`.
       dropout_rng: Randomness of the dropout; None drops nothing.
+      down: `dropout(x) A`, `[..., rank]`, if it is known.
     """
     x = x.astype(self.dtype)
     y = x @ quantize.dequantize(self.kernel[...], self.dtype)
     if self.lora_a is None or self.lora_b is None:
       return y
-    if self.dropout > 0 and dropout_rng is not None:
-      kept = jax.random.bernoulli(dropout_rng, 1 - self.dropout, x.shape)
-      x = jnp.where(kept, x / (1 - self.dropout), 0)
-    down = x @ self.lora_a[...].astype(self.dtype)
+    if down is None:
+      if self.drops(dropout_rng):
+        assert dropout_rng is not None
+        kept = jax.random.bernoulli(dropout_rng, 1 - self.dropout, x.shape)
+        x = jnp.where(kept, x / (1 - self.dropout), 0)
+      down = x @ self.lora_a[...].astype(self.dtype)
     # Scale the small matrix: scaling the product would be one more pass over
     # memory, forward and backward.
     return y + down @ (self.scaling * self.lora_b[...]).astype(self.dtype)
+
+  def drops(self, dropout_rng: jax.Array | None) -> bool:
+    """Returns whether a call with this randomness has dropout."""
+    return self.dropout > 0 and dropout_rng is not None
+
+
+def apply_to_one(
+  maps: Sequence[Linear],
+  x: jax.Array,
+  dropout_rngs: Sequence[jax.Array | None],
+) -> list[jax.Array]:
+  """Returns the results of several maps of one input.
+
+  `x A` of all their adapters is one product. So the gradient of `x` has one
+  term from adapters; a term for each would be two passes over memory more.
+
+  Args:
+    maps: The maps.
+    x: `[..., in]`.
+    dropout_rngs: Randomness of each map's dropout; None drops nothing.
+  """
+  pairs = list(zip(maps, dropout_rngs, strict=True))
+  downs: list[jax.Array | None] = [None] * len(pairs)
+  first = {i: m.lora_a for i, m in enumerate(maps) if m.lora_a is not None}
+  if len(first) > 1 and not any(m.drops(rng) for m, rng in pairs):
+    dtype = maps[0].dtype
+    joined = jnp.concatenate(
+      [a[...].astype(dtype) for a in first.values()], axis=1
+    )
+    ends = np.cumsum([a.shape[1] for a in first.values()])[:-1]
+    parts = jnp.split(x.astype(dtype) @ joined, ends, axis=-1)
+    for i, part in zip(first, parts, strict=True):
+      downs[i] = part
+  return [m(x, rng, down) for (m, rng), down in zip(pairs, downs, strict=True)]

@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from scca_jax import rope, sharding
 from scca_jax.backends.contract import SAVED
 from scca_jax.dispatch import attention, segment_attention
-from scca_jax.linear import Linear
+from scca_jax.linear import Linear, apply_to_one
 from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.parallel import Messages, Segment, no_messages
@@ -216,9 +216,14 @@ class SelfAttention(nnx.Module):
     """Returns what it adds to the residual stream, and what it sends."""
     batch, seq_len, _ = x.shape
     heads = (batch, seq_len, -1, self.head_dim)
-    query = self.q_proj(x, dropout_rngs["q_proj"]).reshape(heads)
-    key = self.k_proj(x, dropout_rngs["k_proj"]).reshape(heads)
-    value = self.v_proj(x, dropout_rngs["v_proj"]).reshape(heads)
+    query, key, value = (
+      projected.reshape(heads)
+      for projected in apply_to_one(
+        (self.q_proj, self.k_proj, self.v_proj),
+        x,
+        [dropout_rngs[name] for name in ("q_proj", "k_proj", "v_proj")],
+      )
+    )
     query = rope.apply(query, *call.rotation)
     key = rope.apply(key, *call.rotation)
     query, key, value = call.execution.save_projected((query, key, value))
@@ -277,9 +282,13 @@ class MLP(nnx.Module):
     """
 
     def of_chunk(x, dropout_rngs):
-      gate = self.gate_proj(x, dropout_rngs["gate_proj"])
-      up = self.up_proj(x, dropout_rngs["up_proj"])
-      gate, up = execution.save_projected((gate, up))
+      gate, up = execution.save_projected(
+        apply_to_one(
+          (self.gate_proj, self.up_proj),
+          x,
+          [dropout_rngs[name] for name in ("gate_proj", "up_proj")],
+        )
+      )
       return self.down_proj(jax.nn.silu(gate) * up, dropout_rngs["down_proj"])
 
     chunk_len = execution.mlp_chunk

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scca_jax.linear import Linear
+from scca_jax.linear import Linear, apply_to_one
 from scca_jax.lora import LoraConfig, LoraParam
 
 
@@ -77,3 +77,37 @@ def test_dropout_is_on_the_adapters_input_only():
   dropped = np.isclose(added, 0, atol=1e-4)
   np.testing.assert_allclose(added[~dropped], 1 / (1 - rate), rtol=1e-4)
   np.testing.assert_allclose(dropped.mean(), rate, atol=0.06)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_maps_of_one_input_are_those_of_each_by_itself(dropout):
+  adapted = LoraConfig(rank=2, dropout=dropout)
+  maps = [
+    _linear(adapted),
+    _linear(None, num_outputs=3),
+    _linear(LoraConfig(rank=3, dropout=dropout), num_outputs=4),
+  ]
+  for i, linear in enumerate(maps):
+    if linear.lora_b is not None:
+      linear.lora_b[...] = _random(*linear.lora_b.shape, seed=i)
+  rngs = list(jax.random.split(jax.random.key(0), 3))
+  graphdef, state = nnx.split(maps)
+
+  def alone(maps, x):
+    return [m(x, rng) for m, rng in zip(maps, rngs, strict=True)]
+
+  def together(maps, x):
+    return apply_to_one(maps, x, rngs)
+
+  def of(function):
+    def total(state, x):
+      results = function(nnx.merge(graphdef, state), x)
+      return sum(jnp.sum(jnp.sin(y)) for y in results), results
+
+    return jax.value_and_grad(total, (0, 1), has_aux=True)
+
+  x = _random(2, 5, 6, seed=9)
+  found = jax.tree.leaves(of(together)(state, x))
+  wanted = jax.tree.leaves(of(alone)(state, x))
+  for a, b in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
