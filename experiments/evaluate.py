@@ -145,7 +145,8 @@ _SEGMENT_LEN = flags.DEFINE_integer(
   "segment_len",
   None,
   "Tokens of a window that go through the layers at a time, for longer windows"
-  " and a --pattern with limited reach. Tasks are not computed in segments.",
+  " and a --pattern with limited reach. Of the tasks, only the prompts of"
+  " --generate are computed in segments.",
   lower_bound=1,
 )
 _BATCH_TOKENS = flags.DEFINE_integer(

@@ -24,6 +24,7 @@ from scca_jax import (
   dispatch,
   documents,
   generation,
+  segments,
   sharding,
   tokenizer,
   training,
@@ -90,6 +91,15 @@ _MESH = flags.DEFINE_string(
   "Devices that share the work, such as data=2,tensor=2: data divides the"
   " prompts, tensor the heads, fsdp prompts and weights; by default one.",
 )
+_SEGMENT_LEN = flags.DEFINE_integer(
+  "segment_len",
+  None,
+  "Tokens of the prompts that go through the layers at a time, so that memory"
+  " grows with their length only by the keys and values. Best together with a"
+  " --prefill_pattern of limited reach, in whole chunks: layers with other"
+  " patterns read all keys and values for each segment.",
+  lower_bound=1,
+)
 _OUTPUT = flags.DEFINE_string(
   "output", None, "Prompts and continuations, a .jsonl."
 )
@@ -109,6 +119,10 @@ def _check_flags() -> None:
   shared_flags.check_exist(_MODEL, _ADAPTER, _TOKENIZER, _PROMPTS)
   shared_flags.check_rope(_ROPE_SCALING, _ROPE_FACTOR, _ADAPTER)
   shared_flags.check_whole_sequences(_MESH)
+  if _SEGMENT_LEN.value is not None:
+    segments.check_devices(
+      _SEGMENT_LEN.value, sharding.MeshConfig.parse(_MESH.value).num_devices
+    )
   shared_flags.check_output(_OUTPUT, ".jsonl")
 
 
@@ -241,7 +255,11 @@ def main() -> None:
     sampling=sampling,
     prefill_patterns=prefill_layers,
     decode_patterns=decode_layers,
-    execution=Execution(implementation=_IMPLEMENTATION.value, mesh=mesh),
+    execution=Execution(
+      implementation=_IMPLEMENTATION.value,
+      mesh=mesh,
+      segment_len=_SEGMENT_LEN.value,
+    ),
   ):
     for answer, token in zip(answers, tokens, strict=True):
       if token != generation.FINISHED:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from scca_jax import rope, token_file
+from scca_jax import rope, segments, token_file
 from scca_jax.llama import (
   DEFAULT_EXECUTION,
   Cache,
@@ -125,10 +125,16 @@ def next_tokens(
   static, is ignored.
   """
   model = nnx.merge(graphdef, state)
-  hidden, cache = model.cached_hidden_states(
-    tokens, cache, patterns, execution, starts=starts, inv_freq=inv_freq
-  )
-  hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+  length = execution.segment_len
+  if starts is None and length is not None and length < tokens.shape[1]:
+    hidden, cache = segments.read_prompts(
+      model, tokens, cache, last, patterns, execution, inv_freq=inv_freq
+    )
+  else:
+    hidden, cache = model.cached_hidden_states(
+      tokens, cache, patterns, execution, starts=starts, inv_freq=inv_freq
+    )
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
   logits = model.logits(hidden)
   drawn = _draw(logits, sampling, draw)
   is_finite = jnp.isfinite(logits).all(-1)
@@ -242,7 +248,8 @@ def stream(
     decode_patterns: Attention patterns for new tokens; None is dense. Both as
       in `Llama.hidden_states`, with position causality.
     eos_ids: Tokens that end a sequence; None uses the model's.
-    execution: As in `Llama.cached_hidden_states`.
+    execution: As in `Llama.cached_hidden_states`. With `segment_len` the
+      prompts go through the layers that many tokens at a time.
     prompt_len: Padded length of the prompts, in tokens; None uses what the
       longest needs. Calls with the same length share a compiled program.
 

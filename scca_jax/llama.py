@@ -11,7 +11,7 @@ In order:
     _project            the product with the output head, and its gradient
     Llama               the model: training and evaluation (`hidden_states`),
                         of one segment (`segment_hidden_states`), decoding
-                        (`cached_hidden_states`), logits
+                        (`cached_hidden_states`, `prompt_segment`), logits
 """
 
 import dataclasses
@@ -33,7 +33,12 @@ from scca_jax.dispatch import attention, segment_attention
 from scca_jax.linear import Linear, apply_to_one
 from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import LoraConfig
-from scca_jax.parallel import Messages, Segment, no_messages
+from scca_jax.parallel import (
+  Messages,
+  Segment,
+  no_messages,
+  refuses_segments,
+)
 from scca_jax.patterns import AttentionPattern, Mixture, dense, members
 
 # The attention pattern of one layer.
@@ -78,9 +83,9 @@ class Execution:
     mesh: From `sharding.make_mesh`, if parameters and tokens are spread over
       several devices; None means one device.
     deterministic: Whether attention has bit-equal gradients from run to run.
-    segment_len: Tokens of a sequence that training and perplexity compute at a
-      time, one segment after another (`segments`); None computes the whole
-      sequence at once, as all other calls do.
+    segment_len: Tokens of a sequence that training, perplexity and the prompts
+      of `generation` compute at a time, one segment after another (`segments`);
+      None computes the whole sequence at once, as all other calls do.
     offload_segments: Whether the keys and values that later segments see are
       kept in the host's memory until the backward pass.
   """
@@ -227,20 +232,23 @@ class SelfAttention(nnx.Module):
     query = rope.apply(query, *call.rotation)
     key = rope.apply(key, *call.rotation)
     query, key, value = call.execution.save_projected((query, key, value))
+    cached = isinstance(before, _LayerCache)
     after = None
-    if isinstance(before, Messages):
+    messages = before.messages if isinstance(before, _LayerCache) else before
+    if messages is not None:
       assert call.segment is not None
-      output, after = segment_attention(
+      output, messages = segment_attention(
         query,
         key,
         value,
         pattern,
         call.segment,
-        before,
+        messages,
         implementation=call.execution.implementation,
         deterministic=call.execution.deterministic,
       )
-    elif before is None or call.starts is None:
+      after = messages
+    elif not cached or call.starts is None:
       output = attention(
         query,
         key,
@@ -253,7 +261,9 @@ class SelfAttention(nnx.Module):
       )
     if isinstance(before, _LayerCache):
       after = before.write(key, value, call.starts)
-      if call.starts is not None:
+      if messages is not None:
+        after = dataclasses.replace(after, messages=messages)
+      elif call.starts is not None:
         output = after.attend(query, pattern, call)
     output = output.reshape(batch, seq_len, -1)
     return self.o_proj(output, dropout_rngs["o_proj"]), after
@@ -347,10 +357,18 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class _LayerCache:
-  """One layer of a cache that is carried through the layers."""
+  """One layer of a cache that is carried through the layers.
+
+  Attributes:
+    cache: The cache of all layers.
+    layer: Which one it is.
+    messages: In a prompt that is computed in segments, what earlier segments
+      sent; None if the layer's pattern needs the whole cache.
+  """
 
   cache: Cache
   layer: Any
+  messages: Messages | None = None
 
   def write(
     self, key: jax.Array, value: jax.Array, starts: jax.Array | None
@@ -781,11 +799,11 @@ class Llama(nnx.Module):
     execution: Execution,
     *,
     segment: Segment,
-    received: tuple[Messages, ...],
+    received: tuple[Messages | None, ...],
     positions: jax.Array,
     seq_len: int,
     rngs: nnx.Rngs | None = None,
-  ) -> tuple[jax.Array, tuple[Messages, ...]]:
+  ) -> tuple[jax.Array, tuple[Messages | None, ...]]:
     """Returns the hidden states of a segment, and what later ones need.
 
     `segments.map_hidden_states` calls it for one segment after another.
@@ -805,16 +823,21 @@ class Llama(nnx.Module):
       NotImplementedError: A pattern needs more from earlier segments than is
         kept.
     """
+    if None in received:
+      raise NotImplementedError(
+        "a pattern needs more from earlier segments than is kept."
+      )
     rotation = (positions, *self._frequencies(seq_len))
     call = _Call(rotation, execution, segment=segment)
     return self._run_layers(tokens, patterns, call, rngs, received)
 
   def first_messages(
     self, patterns: Patterns, segment: Segment, batch: int
-  ) -> tuple[Messages, ...]:
+  ) -> tuple[Messages | None, ...]:
     """Returns what the layers of the first segment receive: zeros.
 
-    For each layer of the cycle of patterns, they are arrays `[cycles, ...]`.
+    For each layer of the cycle of patterns, they are arrays `[cycles, ...]`, or
+    None for a pattern that `refuses_segments`.
 
     Args:
       patterns: As in `hidden_states`.
@@ -825,7 +848,9 @@ class Llama(nnx.Module):
     cycle = _period(patterns, config)
     num_cycles = config.num_layers // len(cycle)
 
-    def of_layer(pattern: LayerPattern) -> Messages:
+    def of_layer(pattern: LayerPattern) -> Messages | None:
+      if any(refuses_segments(m, segment.length) for m in members(pattern)):
+        return None
       messages = no_messages(
         members(pattern),
         segment,
@@ -853,7 +878,7 @@ class Llama(nnx.Module):
     patterns: Patterns,
     call: _Call,
     rngs: nnx.Rngs | None,
-    received: tuple[Messages, ...] | None = None,
+    received: tuple[Messages | None, ...] | None = None,
   ) -> tuple[jax.Array, Any]:
     """Returns the hidden states, and what the layers send (if they receive)."""
     config, execution = self.config, call.execution
@@ -986,6 +1011,60 @@ class Llama(nnx.Module):
         causal by slot.
       NotImplementedError: The mesh divides sequences.
     """
+    hidden, cache, _ = self._run_cached(
+      tokens, cache, patterns, execution, starts, inv_freq
+    )
+    return hidden, cache
+
+  def prompt_segment(
+    self,
+    tokens: jax.Array,
+    cache: Cache,
+    patterns: Patterns,
+    execution: Execution,
+    *,
+    segment: Segment,
+    received: tuple[Messages | None, ...],
+    inv_freq: jax.Array | np.ndarray | None = None,
+  ) -> tuple[jax.Array, Cache, tuple[Messages | None, ...]]:
+    """Returns the hidden states of a segment of new sequences.
+
+    `segments.read_prompts` calls it for one segment after another. Layers that
+    receive messages attend by those, the others over the whole cache.
+
+    Args:
+      tokens: Integers of the segment, `[batch, length]`.
+      cache: With all segments before.
+      patterns: As in `cached_hidden_states`.
+      execution: As in `hidden_states`, without a mesh.
+      segment: Which segment this is.
+      received: What earlier segments sent; `first_messages` for the first.
+      inv_freq: As in `cached_hidden_states`.
+
+    Returns:
+      `[batch, length, hidden]`, the cache with the segment in it, and what the
+      segment sends.
+
+    Raises:
+      ValueError: As in `cached_hidden_states`.
+    """
+    starts = jnp.full(tokens.shape[:1], segment.index * segment.length)
+    return self._run_cached(
+      tokens, cache, patterns, execution, starts, inv_freq, segment, received
+    )
+
+  def _run_cached(
+    self,
+    tokens: jax.Array,
+    cache: Cache,
+    patterns: Patterns,
+    execution: Execution,
+    starts: jax.Array | None,
+    inv_freq: jax.Array | np.ndarray | None,
+    segment: Segment | None = None,
+    received: tuple[Messages | None, ...] | None = None,
+  ) -> tuple[jax.Array, Cache, Any]:
+    """Returns the hidden states, the cache, and what the layers send."""
     check_tokens(tokens, None, self.config.vocab_size)
     config, mesh = self.config, execution.mesh
     if mesh is not None and mesh.shape[sharding.SEQUENCE] > 1:
@@ -1020,28 +1099,28 @@ class Llama(nnx.Module):
       default if inv_freq is None else inv_freq,
       attention_scaling,
     )
-    call = _Call(rotation, execution, starts=starts)
+    call = _Call(rotation, execution, starts=starts, segment=segment)
     graphdef, state = nnx.split(self.layers)
 
     def run_layer(carry, of_cycle, i, received):
-      del received
       x, cache = carry
       state, layer = jax.tree.map(lambda leaf: leaf[i], of_cycle)
       x, of_layer = nnx.merge(graphdef, sharding.gathered(state, mesh))(
-        x, cycle[i], call, None, _LayerCache(cache, layer)
+        x, cycle[i], call, None, _LayerCache(cache, layer, received)
       )
       assert isinstance(of_layer, _LayerCache)
       x = sharding.constrain(x, mesh, "batch", None, None)
-      return (x, of_layer.cache), None
+      return (x, of_layer.cache), of_layer.messages
 
     # The cache is carried, not scanned over, so that it is updated in place.
-    (x, cache), _ = _scan_layers(
+    (x, cache), sent = _scan_layers(
       run_layer,
       (self.embed_tokens(tokens, mesh), cache),
       (state, jnp.arange(config.num_layers)),
       len(cycle),
+      received,
     )
-    return self.norm(x), cache
+    return self.norm(x), cache, sent
 
   def _dropout_rngs(self, rngs: nnx.Rngs | None) -> jax.Array | None:
     """Returns the randomness of each layer, `[layers]`, or None."""

@@ -9,6 +9,9 @@ The gradients are exact. Of each segment, only what it receives is kept. The
 backward pass, from the last segment to the first, recomputes each from that and
 hands the gradients of those keys and values to the segments they came from.
 Here that is reverse mode through a loop over `jax.checkpoint`.
+
+Prompts are read into a cache the same way (`read_prompts`). As the cache has
+all earlier keys, patterns of any reach work there.
 """
 
 from collections.abc import Callable
@@ -20,14 +23,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from scca_jax import llama, parallel, patterns
-from scca_jax.llama import Execution, Llama, Patterns
+from scca_jax.llama import Cache, Execution, Llama, Patterns
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.parallel import Messages, Segment
 
 # Name under which `jax.checkpoint` moves what is kept into the host's memory.
 _RECEIVED = "scca_received"
 
-Received = tuple[Messages, ...]
+# Of the layers of a cycle; None for a layer that receives nothing.
+Received = tuple[Messages | None, ...]
 
 
 def check(
@@ -54,11 +58,7 @@ def check(
   """
   if segment_len is None or seq_len <= segment_len:
     return
-  if num_devices > 1:
-    raise ValueError(
-      f"segment_len={segment_len} needs a single device, not {num_devices}:"
-      " leave out the mesh, or segment_len."
-    )
+  check_devices(segment_len, num_devices)
   for layer in dict.fromkeys(llama.by_layer(layers, config)):
     for member in patterns.members(layer):
       reason = parallel.refuses_segments(member, segment_len, packed=packed)
@@ -70,10 +70,30 @@ def check(
         )
 
 
+def check_devices(segment_len: int, num_devices: int) -> None:
+  """Checks that the devices can compute segments.
+
+  Args:
+    segment_len: Tokens per segment.
+    num_devices: Devices of a mesh.
+
+  Raises:
+    ValueError: There are several.
+  """
+  if num_devices > 1:
+    raise ValueError(
+      f"segment_len={segment_len} needs a single device, not {num_devices}:"
+      " leave out the mesh, or segment_len."
+    )
+
+
 def _map(function: Callable[..., Any], *trees: Received) -> Received:
   """Returns `function(distance, *leaves)` of every leaf; None is `first`."""
 
-  def of_layer(*messages: Messages) -> Messages:
+  def of_layer(*of_trees: Messages | None) -> Messages | None:
+    messages = [m for m in of_trees if m is not None]
+    if not messages:
+      return None
     calls = zip(*(m.by_distance for m in messages), strict=True)
     firsts = [m.first for m in messages]
     return Messages(
@@ -85,17 +105,19 @@ def _map(function: Callable[..., Any], *trees: Received) -> Received:
 
 
 def scan(
-  run: Callable[[jax.Array, Received], tuple[Any, Received]],
+  run: Callable[[Any, jax.Array, Received], tuple[Any, Any, Received]],
+  carry: Any,
   nothing: Received,
   count: int,
   *,
   offload: bool = False,
-) -> Any:
-  """Returns the results of all segments, stacked.
+) -> tuple[Any, Any]:
+  """Returns the last carry, and the results of all segments, stacked.
 
   Args:
-    run: Maps the index of a segment and what it receives to its result and what
-      it sends.
+    run: Maps the carry, the index of a segment and what it receives to the new
+      carry, its result and what it sends.
+    carry: The first carry.
     nothing: What the first segment receives.
     count: Number of segments.
     offload: Whether what each segment receives, which the backward pass needs,
@@ -110,7 +132,9 @@ def scan(
       return x.astype(jnp.float32)
     return jnp.zeros((distance, *x.shape), x.dtype)
 
-  def turn(on_the_way: Received, index: jax.Array) -> tuple[Received, Any]:
+  def turn(state: tuple[Any, Received], index: jax.Array) -> tuple[Any, Any]:
+    carry, on_the_way = state
+
     def arriving(distance, x, like):
       if distance is None:
         return x.astype(like.dtype)
@@ -123,13 +147,14 @@ def scan(
 
     # Only `run` is recomputed, and only its arguments are kept; messages in
     # transit may be much more.
-    result, sent = checked(index, _map(arriving, on_the_way, nothing))
-    return _map(sending, on_the_way, sent), result
+    received = _map(arriving, on_the_way, nothing)
+    carry, result, sent = checked(carry, index, received)
+    return (carry, _map(sending, on_the_way, sent)), result
 
-  def named(index, received):
+  def named(carry, index, received):
     if offload:
       received = checkpoint_name(received, _RECEIVED)
-    return run(index, received)
+    return run(carry, index, received)
 
   policy = None
   if offload:
@@ -140,7 +165,10 @@ def scan(
       offload_dst="pinned_host",
     )
   checked = jax.checkpoint(named, policy=policy, prevent_cse=False)
-  return jax.lax.scan(turn, _map(empty, nothing), jnp.arange(count))[1]
+  (carry, _), results = jax.lax.scan(
+    turn, (carry, _map(empty, nothing)), jnp.arange(count)
+  )
+  return carry, results
 
 
 def map_hidden_states(
@@ -217,7 +245,7 @@ def map_hidden_states(
   )
   rng = None if rngs is None else rngs.dropout()
 
-  def run(index: jax.Array, received: Received) -> tuple[jax.Array, Received]:
+  def run(carry: None, index: jax.Array, received: Received) -> tuple:
     def part(x):
       return jax.lax.dynamic_slice_in_dim(x, index * length, length, axis=1)
 
@@ -234,13 +262,79 @@ def map_hidden_states(
       seq_len=seq_len,
       rngs=of_segment,
     )
-    return function(hidden, *map(part, arrays)), sent
+    return carry, function(hidden, *map(part, arrays)), sent
 
-  results = scan(
+  _, results = scan(
     run,
+    None,
     model.first_messages(layers, Segment(0, None, count, length), batch),
     count,
     offload=execution.offload_segments,
   )
   joined = jnp.moveaxis(results, 0, 1)
   return joined.reshape(batch, count * length, *joined.shape[3:])[:, :seq_len]
+
+
+def read_prompts(
+  model: Llama,
+  tokens: jax.Array,
+  cache: Cache,
+  last: jax.Array,
+  layers: Patterns,
+  execution: Execution,
+  *,
+  inv_freq: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+  """Returns the hidden states of the prompts' last tokens, and the cache.
+
+  The prompts go through the layers `execution.segment_len` tokens at a time.
+  Layers whose pattern `parallel.refuses_segments` read the whole cache for each
+  segment; the others take the time of their pattern.
+
+  Args:
+    model: The model.
+    tokens: Integers `[batch, seq]`, padded after the end of a prompt.
+    cache: Empty, for at least as many tokens.
+    last: Position of each prompt's last token, `[batch]`.
+    layers: The patterns; see `Llama.cached_hidden_states`.
+    execution: See `Llama.cached_hidden_states`; without a mesh.
+    inv_freq: See `Llama.cached_hidden_states`.
+
+  Returns:
+    `[batch, hidden]` and the cache with the prompts in it.
+
+  Raises:
+    ValueError: There is a mesh, or as in `Llama.cached_hidden_states`.
+  """
+  batch, seq_len = tokens.shape
+  length = execution.segment_len or seq_len
+  check_devices(length, 1 if execution.mesh is None else execution.mesh.size)
+  count = -(-seq_len // length)
+  # What the padding of the last segment writes beyond the cache is dropped.
+  tokens = jnp.pad(tokens, ((0, 0), (0, count * length - seq_len)))
+
+  def run(carry, index: jax.Array, received: Received) -> tuple:
+    cache, found = carry
+    hidden, cache, sent = model.prompt_segment(
+      jax.lax.dynamic_slice_in_dim(tokens, index * length, length, axis=1),
+      cache,
+      layers,
+      execution,
+      segment=Segment(index, None, count, length),
+      received=received,
+      inv_freq=inv_freq,
+    )
+    of_last = jnp.take_along_axis(
+      hidden, (last % length)[:, None, None], axis=1
+    )[:, 0]
+    found = jnp.where((last // length == index)[:, None], of_last, found)
+    return (cache, found), None, sent
+
+  hidden_size = model.config.hidden_size
+  (cache, found), _ = scan(
+    run,
+    (cache, jnp.zeros((batch, hidden_size), model.dtype)),
+    model.first_messages(layers, Segment(0, None, count, length), batch),
+    count,
+  )
+  return found, cache

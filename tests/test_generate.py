@@ -58,12 +58,12 @@ def test_a_file_of_prompts_is_answered(run_command, capsys, tmp_path, expected):
   assert expected in capsys.readouterr().out
 
 
-def test_a_mesh_changes_no_text(run_command, capsys, expected):
+@pytest.mark.parametrize("flag", ["mesh=fsdp=2,tensor=2", "segment_len=16"])
+def test_meshes_and_segments_change_no_text(
+  run_command, capsys, expected, flag
+):
   status = run_command(
-    "generate",
-    f"--prompt={PROMPT}",
-    "--max_new_tokens=12",
-    "--mesh=fsdp=2,tensor=2",
+    "generate", f"--prompt={PROMPT}", "--max_new_tokens=12", f"--{flag}"
   )
   assert status == 0
   assert capsys.readouterr().out == expected + "\n"
@@ -131,6 +131,7 @@ def test_the_training_pattern_can_be_asked_for(run_command, capsys, tmp_path):
     (("--prompt=a", "--mesh=sequence=2"), "whole sequences"),
     (("--prompt=a", "--mesh=tensor=8"), "does not divide 4 key/value heads"),
     (("--prompt=a", "--mesh=data=9"), "takes 9 devices"),
+    (("--prompt=a", "--mesh=data=2", "--segment_len=8"), "a single device"),
   ],
 )
 def test_bad_flags_end_in_one_line(run_command, capsys, args, said):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from scca_jax import generation, patterns, sharding
+from scca_jax import generation, patterns, segments, sharding
 from scca_jax.generation import FINISHED, Sampling
 from scca_jax.llama import Execution, Llama
 from scca_jax.llama_config import LlamaConfig
@@ -79,6 +80,127 @@ def test_the_cache_changes_no_token(pattern):
     decode_patterns=pattern,
   )
   assert found == [_without_cache(model, p, pattern) for p in PROMPTS]
+
+
+# The longest prompt, 23 tokens, takes several segments and ends within one; the
+# others end in the first. Some layers receive messages from one segment before
+# or several, or sinks; some, with unlimited reach or chunks that do not fit the
+# segment, read the cache.
+@pytest.mark.parametrize(
+  ("pattern", "length"),
+  [
+    (patterns.dense(4), 8),
+    (FIXED, 5),
+    (patterns.scca_near(4, 8, 5, sinks=3), 8),
+    (
+      (
+        patterns.mixture(patterns.dilated(4, 4, 2), FIXED),
+        SDA,
+        patterns.sliding(4, 7),
+        patterns.dense(4),
+      ),
+      8,
+    ),
+  ],
+  ids=["dense", "ragged", "sinks", "schedule"],
+)
+def test_a_prompt_in_segments_has_the_logits_of_one_piece(pattern, length):
+  model = _model()
+  tokens = np.zeros((len(PROMPTS), 24), np.int32)
+  for row, prompt in zip(tokens, PROMPTS, strict=True):
+    row[: len(prompt)] = prompt
+  last = jnp.asarray([len(prompt) - 1 for prompt in PROMPTS])
+  graphdef, state = nnx.split(model)
+
+  @jax.jit
+  def read(state, cache):
+    return segments.read_prompts(
+      nnx.merge(graphdef, state),
+      tokens,
+      cache,
+      last,
+      pattern,
+      Execution(segment_len=length),
+    )
+
+  hidden, cache = read(state, model.init_cache(3, 24))
+  for i, prompt in enumerate(PROMPTS):
+    wanted = _all_logits(
+      state, jnp.asarray(tokens[i : i + 1]), graphdef, pattern
+    )[0, len(prompt) - 1]
+    np.testing.assert_allclose(
+      model.logits(hidden[i]), wanted, rtol=2e-5, atol=2e-5
+    )
+  _, whole = model.cached_hidden_states(
+    jnp.asarray(tokens), model.init_cache(3, 24), pattern
+  )
+  for i, prompt in enumerate(PROMPTS):
+    for found, wanted in ((cache.key, whole.key), (cache.value, whole.value)):
+      np.testing.assert_allclose(
+        found[:, i, : len(prompt)],
+        wanted[:, i, : len(prompt)],
+        rtol=2e-5,
+        atol=2e-5,
+      )
+
+
+def test_segments_change_no_token():
+  prompts = [*PROMPTS, np.random.default_rng(0).integers(0, 37, 70).tolist()]
+  settings: dict[str, Any] = {
+    "max_new_tokens": NEW,
+    "prefill_patterns": FIXED,
+  }
+  found = generation.generate(
+    _model(), prompts, execution=Execution(segment_len=24), **settings
+  )
+  assert found == generation.generate(_model(), prompts, **settings)
+
+
+def test_segments_and_meshes_do_not_go_together():
+  mesh = sharding.make_mesh(MeshConfig(data=2))
+  with pytest.raises(ValueError, match="segment_len=8.*single device, not 2"):
+    generation.generate(
+      _model(),
+      PROMPTS[:2],
+      max_new_tokens=1,
+      execution=Execution(segment_len=8, mesh=mesh),
+    )
+
+
+@pytest.mark.parametrize("pattern", [None, FIXED], ids=["dense", "fixed"])
+def test_memory_of_a_prompt_is_that_of_a_segment(pattern):
+  graphdef, state = nnx.split(_model())
+
+  def working_memory(seq_len):
+    """Bytes beside the arguments, of which the cache is one."""
+
+    def read(state, tokens, cache, last):
+      return segments.read_prompts(
+        nnx.merge(graphdef, state),
+        tokens,
+        cache,
+        last,
+        pattern,
+        Execution(segment_len=256, implementation="xla"),
+      )
+
+    shapes = jax.eval_shape(lambda: _model().init_cache(1, seq_len))
+    compiled = (
+      jax.jit(read, donate_argnums=2)
+      .lower(
+        state,
+        jax.ShapeDtypeStruct((1, seq_len), jnp.int32),
+        shapes,
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+      )
+      .compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  short, long = working_memory(1024), working_memory(4096)
+  # Dense attention holds one layer's keys and values, twice.
+  of_layer = 2 * 2 * 4 * 2 * 8 * (4096 - 1024)
+  assert long - short <= (2 * of_layer if pattern is None else 4 * 2 * 3072)
 
 
 @pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])

@@ -82,7 +82,7 @@ def _attend(query, key, value, pattern, *, segment_ids, query_offset):
   if segment_ids is not None:
     segment_ids = jnp.pad(segment_ids, ((0, 0), rest))
 
-  def run(index, received):
+  def run(carry, index, received):
     parts = (
       jax.lax.dynamic_slice_in_dim(x, index * LENGTH, LENGTH, axis=1)
       for x in (query, key, value)
@@ -94,7 +94,7 @@ def _attend(query, key, value, pattern, *, segment_ids, query_offset):
       received[0],
       implementation="reference",
     )
-    return output, (sent,)
+    return carry, output, (sent,)
 
   nothing = parallel.no_messages(
     members(pattern),
@@ -104,7 +104,7 @@ def _attend(query, key, value, pattern, *, segment_ids, query_offset):
     head_dim=head_dim,
     dtype=key.dtype,
   )
-  outputs = segments.scan(run, (nothing,), count)
+  _, outputs = segments.scan(run, None, (nothing,), count)
   return jnp.moveaxis(outputs, 0, 1).reshape(query.shape)[:, :seq_len], None
 
 
