@@ -11,7 +11,8 @@ shard needs from the others:
   length that starts `s` tokens before the shard (`scca_flow`);
 * a head that sees the whole sequence, dense or dilated, is exchanged: each
   device gets all tokens of some of those heads (DeepSpeed-Ulysses, arXiv
-  2309.14509).
+  2309.14509). If there are fewer of them than devices, keys and values go
+  round instead (`ring`).
 
 A halo is put before the shard's own keys, with as many idle queries: chunk
 borders, shifts and distances stay as they are, positions stay in order, and any
@@ -45,7 +46,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from scca_jax import sharding
+from scca_jax import ring, sharding
 from scca_jax.backends import registry, unions
 from scca_jax.backends.contract import BackEnd, Call
 from scca_jax.backends.heads import join_heads, kv_heads_of, take_heads
@@ -766,6 +767,87 @@ def _assign(call: _MeshCall) -> tuple[_Assignment, ...] | None:
   return tuple(assignments)
 
 
+@dataclasses.dataclass(frozen=True)
+class _RingHeads:
+  """The heads that a ring serves, for one shard of the heads.
+
+  Attributes:
+    heads: Query heads.
+    kv_heads: Their key heads, for `kv_heads_of`.
+    own: Their pattern.
+    pair: Their pattern between two pieces (`ring.pair_pattern`).
+  """
+
+  heads: tuple[int, ...]
+  kv_heads: tuple[int, ...]
+  own: AttentionPattern
+  pair: AttentionPattern
+
+
+def _ring_heads(call: _MeshCall) -> tuple[_RingHeads, ...] | None:
+  """Returns the heads by shard of the heads, or None if they are exchanged.
+
+  With fewer heads than devices an exchange would leave some devices idle.
+  """
+  found = []
+  for plan, pattern in zip(call.plans, call.patterns, strict=True):
+    if not 0 < len(plan.whole) < call.split.num_shards or call.split.length % 2:
+      return None
+    heads = tuple(pattern.heads[h] for h in plan.whole)
+    piece = call.split.length // 2
+    pairs = [ring.pair_pattern(head, pattern, piece) for head in heads]
+    pair = tuple(head for head in pairs if head is not None)
+    if len(pair) < len(heads):
+      return None
+    found.append(
+      _RingHeads(
+        plan.whole,
+        tuple(kv_heads_of(plan.whole, call.group_size)),
+        dataclasses.replace(pattern, heads=heads),
+        AttentionPattern(pair),
+      )
+    )
+  # Devices with different shards of the heads send equally large messages.
+  sizes = {(len(of.heads), len(of.kv_heads)) for of in found}
+  return tuple(found) if len(sizes) == 1 else None
+
+
+def _attend_ring(
+  call: _MeshCall,
+  by_shard: tuple[_RingHeads, ...],
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment_ids: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+  """Returns the results of those heads, `[batch, length, heads, ...]`."""
+  axis = call.axes[1]
+  assert axis is not None
+  summed = dataclasses.replace(call, needs_log_sum=True)
+
+  def attend(pattern: AttentionPattern, query, key, value, segment_ids):
+    return summed.attend(query, key, value, pattern, segment_ids)
+
+  def pack(of: _RingHeads, query: jax.Array, key: jax.Array, value: jax.Array):
+    return (
+      take_heads(query, of.heads),
+      take_heads(key, of.kv_heads),
+      take_heads(value, of.kv_heads),
+    )
+
+  own, pair = ([of.own for of in by_shard], [of.pair for of in by_shard])
+  devices = ring.Ring(
+    axis,
+    call.split.num_shards,
+    functools.partial(call.by_head_shard, own, attend),
+    functools.partial(call.by_head_shard, pair, attend),
+  )
+  query, key, value = call.by_head_shard(by_shard, pack, query, key, value)
+  return ring.attend(
+    devices, query, key, value, segment_ids, needs_log_sum=call.needs_log_sum
+  )
+
+
 def _attend_whole(
   call: _MeshCall,
   query: jax.Array,
@@ -777,6 +859,9 @@ def _attend_whole(
 
   They are in the order of `_Plan.whole`, then padding.
   """
+  in_ring = _ring_heads(call)
+  if in_ring is not None:
+    return _attend_ring(call, in_ring, query, key, value, segment_ids)
   assignments = _assign(call)
   if assignments is None:
     return ()
@@ -863,6 +948,13 @@ def _shard_length(pattern: AttentionPattern, seq_len: int, shards: int) -> int:
   least = -(-seq_len // shards)
   units = [head.chunk_size or 1 for head in pattern.heads]
   units += [h.dilation for h in pattern.heads if h.select is not None]
+  if pattern.causality == "position":
+    # The two pieces of a shard in a ring.
+    units += [
+      2 * head.dilation
+      for head in pattern.heads
+      if head.chunk_size is None and head.window is None
+    ]
   unit = math.lcm(*units)
   whole = -(-least // unit) * unit
   return whole if whole <= 2 * least else least
@@ -984,11 +1076,12 @@ def bytes_received(
   head_dim: int,
   itemsize: int,
   batch: int = 1,
+  backward: bool = False,
 ) -> int:
   """Returns the bytes that a device receives for one layer's attention.
 
-  They are counted for the forward pass and a device in the middle; the first
-  ones need less. The backward pass moves as many. Segment ids are not counted.
+  They are counted for a device in the middle; the first ones need less. Segment
+  ids are not counted.
 
   Args:
     pattern: Pattern of the layer.
@@ -998,6 +1091,8 @@ def bytes_received(
     head_dim: Length of a head.
     itemsize: Bytes per element.
     batch: Sequences on the device.
+    backward: Whether to count the backward pass instead of the forward pass. It
+      moves as much, or more if keys and values go round the devices.
   """
   parts = union_parts(pattern)
   if len(parts) > 1 and not any(part.before_chunk for part in parts):
@@ -1018,6 +1113,7 @@ def bytes_received(
         head_dim=head_dim,
         itemsize=itemsize,
         batch=batch,
+        backward=backward,
       )
     return total
   split = _Split(num_shards, seq_len // num_shards)
@@ -1034,7 +1130,20 @@ def bytes_received(
     deterministic=False,
   )
   numbers = sum(_message_sizes(call, head_dim).values())
-  assignments = _assign(call)
+  in_ring, assignments = _ring_heads(call), _assign(call)
+  if in_ring is not None:
+    return batch * (
+      numbers * itemsize
+      + ring.bytes_received(
+        len(in_ring[0].heads),
+        len(in_ring[0].kv_heads),
+        num_devices=num_shards,
+        length=split.length,
+        head_dim=head_dim,
+        itemsize=itemsize,
+        backward=backward,
+      )
+    )
   if assignments is not None:
     # Queries and outputs, keys and values; some of them stay.
     heads = 2 * len(assignments[0].heads) + 2 * len(assignments[0].kv_heads)

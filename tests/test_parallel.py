@@ -97,6 +97,38 @@ def test_heads_with_unknown_fields_are_exchanged_whole():
   _check(AttentionPattern(heads * 2), _mesh(sequence=4), kv_heads=2)
 
 
+@pytest.mark.parametrize(
+  ("pattern", "kv_heads", "sizes", "implementation"),
+  [
+    (
+      patterns.mix(
+        patterns.scca_fixed(4, 8), patterns.sda(2, 4), patterns.dense(1)
+      ),
+      1,
+      {"sequence": 8},
+      "reference",
+    ),
+    (
+      patterns.mix(patterns.sda(2, 2), patterns.dense(2)),
+      2,
+      {"tensor": 2, "sequence": 4},
+      "xla",
+    ),
+  ],
+)
+def test_keys_go_round_for_fewer_heads_than_devices(
+  pattern, kv_heads, sizes, implementation
+):
+  _check(
+    pattern,
+    _mesh(**sizes),
+    kv_heads=kv_heads,
+    seq_len=61,
+    segment_ids=_segments(61),
+    implementation=implementation,
+  )
+
+
 def test_keys_that_wrap_round_are_exchanged_whole():
   pattern = patterns.mix(
     dataclasses.replace(patterns.scca_fixed(2, 16), causality="slot"),

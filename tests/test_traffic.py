@@ -43,6 +43,11 @@ CASES = {
     patterns.longmixed(HEADS, 32),
     2 * 16 + 2 * HALVES * PIECE * 3 // 4,
   ),
+  # Two heads for four devices: everything changes places, keys go round.
+  "dense heads": (
+    patterns.mix(patterns.scca_fixed(6, 32), patterns.dense(2)),
+    3 * 16 + 2 * 2 * PIECE + PIECES * 2 * PIECE,
+  ),
 }
 
 
@@ -74,6 +79,46 @@ def test_attention_moves_what_the_closed_form_says(name):
     itemsize=4,
   )
   assert found == closed_form == tokens * TOKEN
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_go_round_in_float32(dtype):
+  pattern, itemsize = patterns.dense(2), jnp.dtype(dtype).itemsize
+  forward, backward = (
+    parallel.bytes_received(
+      pattern,
+      seq_len=SEQ,
+      num_shards=PIECES,
+      num_kv_heads=1,
+      head_dim=DIM,
+      itemsize=itemsize,
+      backward=backward,
+    )
+    for backward in (False, True)
+  )
+  # Two heads of queries and outputs, one of keys and values.
+  assert forward == (2 + 1 + PIECES) * PIECE * 2 * DIM * itemsize
+  # The gradients are rounded before the last turn.
+  last = PIECE * 2 * DIM * itemsize
+  assert backward == forward + (PIECES - 1) * PIECE * TOKEN + last
+  if dtype == "bfloat16":
+    return  # CPUs send some of it in float32.
+  mesh = sharding.make_mesh(
+    sharding.MeshConfig(sequence=PIECES), jax.devices()[:PIECES]
+  )
+  query = jnp.zeros((1, SEQ, 2, DIM))
+  key = jnp.zeros((1, SEQ, 1, DIM))
+
+  def step(query, key, value, d_output):
+    output, vjp = jax.vjp(_attend(mesh, pattern), query, key, value)
+    return output, vjp(d_output)
+
+  run = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+  moved = traffic.moved_bytes(run.lower(query, key, key, query).compile())
+  # In one program both passes share what the first turn receives.
+  assert sum(kind["floats"] for kind in moved.values()) == (
+    forward + backward - PIECE * TOKEN
+  )
 
 
 def test_keys_that_query_heads_share_are_sent_once():

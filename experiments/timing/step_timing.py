@@ -199,7 +199,7 @@ def moved_bytes(case: Case, compiled: Any) -> dict[str, Any]:
     backward.
   """
   run, mesh, resolved = case.run, case.run.mesh, case.resolved
-  sizes = {
+  sizes: dict[str, Any] = {
     "seq_len": run.training.seq_len,
     "num_shards": mesh.sequence,
     "num_kv_heads": resolved.base.num_kv_heads // mesh.tensor,
@@ -215,8 +215,9 @@ def moved_bytes(case: Case, compiled: Any) -> dict[str, Any]:
     }
   }
   if mesh.sequence > 1 and mesh.tensor == 1:
-    result["attention"] = (forward + 1) * sum(
-      parallel.bytes_received(pattern, **sizes)
+    result["attention"] = sum(
+      forward * parallel.bytes_received(pattern, **sizes)
+      + parallel.bytes_received(pattern, **sizes, backward=True)
       for layer in resolved.patterns
       for pattern in patterns.members(layer)
     )
