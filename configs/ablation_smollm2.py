@@ -119,6 +119,15 @@ PATTERNS = tuple(
     ),
   )
 )
+# Added after registration: x12 found more passkeys in stage 1.
+PATTERNS += (
+  dataclasses.replace(
+    next(arm for arm in PATTERNS if arm.name == "s2-dense-eighth"),
+    name="s2-dense-eighth-ntk12",
+    rope=RopeConfig(kind="ntk", factor=12.0),
+    learning_rates=(FULL_RATE,),
+  ),
+)
 # The best that adapters can do, for those who cannot tune all parameters.
 LORA = tuple(
   ArmConfig(
