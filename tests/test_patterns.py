@@ -364,6 +364,14 @@ def test_interleaving_spreads_the_shifts_over_gqa_groups():
     pattern.interleaved(3)
 
 
+def test_interleaving_by_devices_gives_them_equal_work():
+  for pattern in (patterns.scca_fixed(8, 16), patterns.longmixed(8, 16)):
+    shares = pattern.interleaved(2).visible(64).reshape(2, -1).sum(axis=1)
+    assert shares[0] == shares[1]
+    first, second = pattern.visible(64).reshape(2, -1).sum(axis=1)
+    assert first != second
+
+
 def test_mix_joins_heads():
   mixed = patterns.mix(patterns.local(2, 4), patterns.sda(2, 2))
   np.testing.assert_array_equal(
@@ -557,6 +565,7 @@ def _parse(text, **change):
       dataclasses.replace(patterns.s2(8, 16), causality="slot"),
     ),
     ("scca_fixed(interleaved=True)", patterns.scca_fixed(8, 16).interleaved(4)),
+    ("scca_fixed(interleaved=2)", patterns.scca_fixed(8, 16).interleaved(2)),
     (
       "uniform(chunk_size=8, offset=3, select=1, dilation=2)",
       AttentionPattern(
@@ -629,7 +638,9 @@ def test_a_string_describes_layers():
     ("local(boundary='wrap')", "unknown boundary 'wrap': use one of drop"),
     ("local(boundary=[1])", r"unknown boundary \[1\]"),
     ("local(boundary='local', causality='slot')", "no meaning"),
-    ("local(interleaved=1)", "interleaved must be True or False, got 1"),
+    ("local(interleaved='2')", "interleaved must be True, False or a number"),
+    ("local(interleaved=3)", "interleaved must divide the 8 heads, got 3"),
+    ("local(interleaved=-2)", "interleaved must divide the 8 heads, got -2"),
     ("scca_flow(rotate='layers')", "rotate must be an integer, got 'layers'"),
     ("longmixed(dilations=4)", "dilations must be a list of numbers, got 4"),
     ("longmixed(split='abc')", "split must be a list of numbers"),
@@ -708,6 +719,7 @@ SHIFTED = [
     "uniform(chunk_size=8, offset=3)",
     *SHIFTED,
     *(f"{text[:-1]}, interleaved=True)" for text in SHIFTED),
+    *(f"{text[:-1]}, interleaved=2)" for text in SHIFTED),
   ],
 )
 def test_a_constructor_comes_back_as_its_short_form(text):

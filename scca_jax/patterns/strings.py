@@ -135,8 +135,11 @@ def _build(node: ast.expr, place: _Place) -> AttentionPattern | Mixture:
       )
   values = {x: _literal(x, node) for x, node in arguments.items()}
   interleaved = values.pop("interleaved", False)
-  if not isinstance(interleaved, bool):
-    raise ValueError(f"interleaved must be True or False, got {interleaved!r}.")
+  if not isinstance(interleaved, bool | int):
+    raise ValueError(
+      "interleaved must be True, False or a number of groups, got"
+      f" {interleaved!r}."
+    )
   options = dict(place.options)
   for option, allowed in (("boundary", BOUNDARIES), ("causality", CAUSALITIES)):
     if option in values:
@@ -154,13 +157,18 @@ def _build(node: ast.expr, place: _Place) -> AttentionPattern | Mixture:
     pattern = dataclasses.replace(
       CONSTRUCTORS[name](place.num_heads, place.seq_len, values), **options
     )
-  if interleaved:
+  if interleaved is not False:
     if place.num_kv_heads is None:
       raise ValueError(
         "a part of mix cannot be interleaved by itself: write mix(...,"
         " interleaved=True)."
       )
-    pattern = pattern.interleaved(place.num_kv_heads)
+    groups = place.num_kv_heads if interleaved is True else interleaved
+    if groups < 1 or pattern.num_heads % groups:
+      raise ValueError(
+        f"interleaved must divide the {pattern.num_heads} heads, got {groups}."
+      )
+    pattern = pattern.interleaved(groups)
   return pattern
 
 
@@ -210,7 +218,8 @@ def parse(
   `num_chunks` and `dilation` the number of chunks.
 
   * Every form takes `boundary=` and `causality=`, which also apply to the forms
-    inside it, and `interleaved=True` (see `AttentionPattern`).
+    inside it, and `interleaved=True` or a number of groups (see
+    `AttentionPattern`).
   * `scca_flow` and `scca_near` take `rotate="layer"`: one more chunk in each
     layer.
   * `mix(A, B, heads=(4, 5))` divides the heads between several patterns.
@@ -435,12 +444,16 @@ def _written_pattern(
 def _orders(
   pattern: AttentionPattern, num_kv_heads: int | None
 ) -> Iterator[tuple[AttentionPattern, dict[str, Any]]]:
-  """Yields the pattern, and the one that it may be interleaved from."""
+  """Yields the pattern, and those that it may be interleaved from."""
   yield pattern, _options(pattern)
   if num_kv_heads is not None and pattern.num_heads % num_kv_heads == 0:
     # Interleaving by the size of a group undoes that by the number of groups.
     before = pattern.interleaved(pattern.num_heads // num_kv_heads)
     yield before, _options(pattern) | {"interleaved": True}
+  for groups in range(2, pattern.num_heads):
+    if groups != num_kv_heads and pattern.num_heads % groups == 0:
+      before = pattern.interleaved(pattern.num_heads // groups)
+      yield before, _options(pattern) | {"interleaved": groups}
 
 
 def _written_rotated(
