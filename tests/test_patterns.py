@@ -365,7 +365,8 @@ def test_interleaving_spreads_the_shifts_over_gqa_groups():
 
 
 def test_interleaving_by_devices_gives_them_equal_work():
-  for pattern in (patterns.scca_fixed(8, 16), patterns.longmixed(8, 16)):
+  mixed = patterns.mix(patterns.local(4, 16), patterns.dense(4))
+  for pattern in (patterns.scca_fixed(8, 16), mixed):
     shares = pattern.interleaved(2).visible(64).reshape(2, -1).sum(axis=1)
     assert shares[0] == shares[1]
     first, second = pattern.visible(64).reshape(2, -1).sum(axis=1)
