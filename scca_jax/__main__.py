@@ -11,6 +11,7 @@ configs import `experiments.shared` as they do in a checkout.
 
 import ast
 import difflib
+import importlib
 import pathlib
 import runpy
 import sys
@@ -59,6 +60,7 @@ def main() -> None:
     sys.exit(_EXIT_BAD_INPUT)
   sys.path.insert(0, str(root))
   sys.argv[1:] = arguments
+  importlib.import_module("experiments").end_on_signals()
   runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
 
 

@@ -78,3 +78,25 @@ def test_every_file_names_the_same_version():
   ended = subprocess.run(check, capture_output=True, text=True)
   assert ended.stdout.strip() == scca_jax.__version__, ended.stderr
   assert subprocess.run([*check, "0.0.1"], capture_output=True).returncode == 1
+
+
+@pytest.mark.parametrize(
+  "command", [("experiments.prepare_data",), ("scca_jax", "prepare_data")]
+)
+def test_a_signal_during_the_imports_ends_in_one_line(tmp_path, command):
+  # Like libraries that try one import after the other.
+  (tmp_path / "tqdm.py").write_text(
+    "import os, signal\n"
+    "try:\n  os.kill(os.getpid(), signal.SIGINT)\n"
+    "except BaseException:\n  pass\n"
+  )
+  ended = subprocess.run(
+    [sys.executable, "-m", *command],
+    env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 130
+  assert ended.stderr.count("Stopped by SIGINT") == 1
+  assert "Traceback" not in ended.stderr
