@@ -218,11 +218,12 @@ def _content(path: pathlib.Path) -> str:
 
 
 def _outputs(folder: pathlib.Path) -> dict[str, str]:
-  """Returns the hashes of all outputs by name."""
+  """Returns the hashes of all outputs by name; caches are not among them."""
   return {
     str(path.relative_to(folder)): _content(path)
     for path in folder.rglob("*")
-    if path.is_file() and not {"tensorboard", "checkpoints"} & set(path.parts)
+    if path.is_file()
+    and not {"tensorboard", "checkpoints", "samples"} & set(path.parts)
   }
 
 

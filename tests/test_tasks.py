@@ -581,3 +581,12 @@ def test_a_damaged_file_of_samples_is_made_again(tiny, tmp_path, damage):
     path.write_bytes(content)
     assert tasks.load_or_make(tmp_path, task, tiny, 400, 2, 0) == made
     assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_only_warns(tiny, tmp_path, caplog):
+  (tmp_path / "file").touch()
+  task = tasks.get("passkey")
+  made = list(task.samples(tiny, 400, 2, 0))
+  folder = tmp_path / "file" / "folder"
+  assert tasks.load_or_make(folder, task, tiny, 400, 2, 0) == made
+  assert "not kept" in caplog.text

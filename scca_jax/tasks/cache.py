@@ -13,6 +13,7 @@ import json
 import pathlib
 
 import numpy as np
+from absl import logging
 
 from scca_jax import assets, atomic_file
 from scca_jax.tasks.task import Sample, Task
@@ -32,7 +33,8 @@ def load_or_make(
 ) -> list[Sample]:
   """Returns `task.samples(...)`, from a file if there is one.
 
-  A file with too few samples, or a damaged one, is replaced.
+  A file with too few samples, or a damaged one, is replaced. If it cannot be
+  written, a warning says so.
 
   Args:
     folder: Where the files are.
@@ -44,13 +46,16 @@ def load_or_make(
 
   Raises:
     ValueError: See `Task.samples`.
-    OSError: The file cannot be written.
   """
   path = folder / _name(task, tokenizer, context_len, seed)
   kept = _read(path)
   if len(kept) < num_samples or num_samples < 1:
     kept = list(task.samples(tokenizer, context_len, num_samples, seed))
-    atomic_file.write(path, _packed(kept))
+    try:
+      atomic_file.write(path, _packed(kept))
+    except OSError as error:
+      # As at a full disk; making them next time costs only time.
+      logging.warning("The samples are not kept for the next run: %s", error)
   return kept[:num_samples]
 
 
@@ -101,7 +106,7 @@ def _read(path: pathlib.Path) -> list[Sample]:
   """Returns the samples in a file; none if it is missing or damaged."""
   try:
     content = path.read_bytes()
-  except FileNotFoundError:
+  except OSError:
     return []
   if hashlib.sha256(content[_HASH_SIZE:]).digest() != content[:_HASH_SIZE]:
     return []
