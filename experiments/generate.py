@@ -248,25 +248,29 @@ def main() -> None:
       print(_PROMPT.value, end="", flush=True)
     printer = _Printer(vocabulary, prompts[0])
   answers: list[list[int]] = [[] for _ in prompts]
-  for tokens in generation.stream(
-    model,
-    prompts,
-    max_new_tokens=_MAX_NEW_TOKENS.value,
-    sampling=sampling,
-    prefill_patterns=prefill_layers,
-    decode_patterns=decode_layers,
-    execution=Execution(
-      implementation=_IMPLEMENTATION.value,
-      mesh=mesh,
-      segment_len=_SEGMENT_LEN.value,
-    ),
-  ):
-    for answer, token in zip(answers, tokens, strict=True):
-      if token != generation.FINISHED:
-        answer.append(int(token))
-        ended = int(token) in model.config.eos_token_ids
-        if printer is not None and not ended:
-          printer.show(int(token))
+  try:
+    for tokens in generation.stream(
+      model,
+      prompts,
+      max_new_tokens=_MAX_NEW_TOKENS.value,
+      sampling=sampling,
+      prefill_patterns=prefill_layers,
+      decode_patterns=decode_layers,
+      execution=Execution(
+        implementation=_IMPLEMENTATION.value,
+        mesh=mesh,
+        segment_len=_SEGMENT_LEN.value,
+      ),
+    ):
+      for answer, token in zip(answers, tokens, strict=True):
+        if token != generation.FINISHED:
+          answer.append(int(token))
+          ended = int(token) in model.config.eos_token_ids
+          if printer is not None and not ended:
+            printer.show(int(token))
+  finally:
+    if printer is not None:  # Messages get a line of their own.
+      print(flush=True)
   ends = set(model.config.eos_token_ids)
   rows = []
   for text, prompt, answer in zip(texts, prompts, answers, strict=True):
@@ -280,9 +284,7 @@ def main() -> None:
         "ended": len(kept) < len(answer),
       }
     )
-  if printer is not None:
-    print(flush=True)
-  else:
+  if printer is None:
     for row in rows:
       asked = f"{row['prompt']}\n\n" if _CHAT.value else row["prompt"]
       print(f"{asked}{row['continuation']}\n", flush=True)

@@ -37,6 +37,15 @@ def test_the_likeliest_text_is_printed(run_command, capsys, expected):
   assert capsys.readouterr().out == expected + "\n"
 
 
+def test_a_message_begins_its_own_line(run_command, capsys, monkeypatch):
+  def fails(*args, **settings):
+    raise ValueError("no more.")
+
+  monkeypatch.setattr(generation, "stream", fails)
+  assert run_command("generate", "--prompt=Once") == 2
+  assert capsys.readouterr().out == "Once\n"
+
+
 def test_a_file_of_prompts_is_answered(run_command, capsys, tmp_path, expected):
   prompts = tmp_path / "prompts.jsonl"
   other = "It was a dark night"
