@@ -5,6 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+# Factor of gradients before the backward pass brings the loss scale: in float16
+# small probabilities would become 0. A power of 2 rounds nothing.
+_SCALE = 1024.0
+
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """Returns the cross-entropy of each target in nats, float32 `[...]`.
@@ -45,17 +49,17 @@ _chunk_losses = jax.custom_vjp(_chunk_losses, nondiff_argnums=(0,))
 
 
 def _gradient_of_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """Returns the gradient of each target's loss, in the dtype of the logits."""
+  """Returns `_SCALE` times the gradient of each target's loss, float32."""
   # Elementwise, unlike the gradient of `take_along_axis`, so that it is one
   # pass over the logits.
   probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
   is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=jnp.float32)
-  return (probabilities - is_target).astype(logits.dtype)
+  return _SCALE * (probabilities - is_target)
 
 
 def _save(to_logits, hidden, targets, head):
   logits, pull = jax.vjp(lambda x: to_logits(x, *head), hidden)
-  (d_hidden,) = pull(_gradient_of_logits(logits, targets))
+  (d_hidden,) = pull(_gradient_of_logits(logits, targets).astype(logits.dtype))
   saved = (d_hidden, hidden, targets, head)
   return cross_entropy(logits, targets), saved
 
@@ -63,13 +67,10 @@ def _save(to_logits, hidden, targets, head):
 def _backward(to_logits, saved, d_losses):
   d_hidden, hidden, targets, head = saved
   logits, pull = jax.vjp(lambda *head: to_logits(hidden, *head), *head)
-  d_logits = _gradient_of_logits(logits, targets).astype(jnp.float32)
-  d_head = pull((d_logits * d_losses[..., None]).astype(logits.dtype))
-  return (
-    (d_hidden * d_losses[..., None]).astype(d_hidden.dtype),
-    None,
-    d_head,
-  )
+  factors = d_losses[..., None] / _SCALE
+  d_logits = _gradient_of_logits(logits, targets) * factors
+  d_head = pull(d_logits.astype(logits.dtype))
+  return (d_hidden * factors).astype(d_hidden.dtype), None, d_head
 
 
 _chunk_losses.defvjp(_save, _backward)

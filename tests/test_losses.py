@@ -60,6 +60,34 @@ def test_float16_logits_are_read_in_float32():
   np.testing.assert_allclose(loss, np.log(40_000), rtol=1e-6)
 
 
+def test_small_probabilities_count_in_float16():
+  rng = np.random.default_rng(0)
+  head = rng.normal(size=(8, 1000)).astype(np.float16)
+  # Only the target's logit is large: all others have probabilities of 3e-8,
+  # half of float16's smallest number, but together move the gradient.
+  hidden = np.eye(8, dtype=np.float16)[None, :1] * 4
+  head[0] = 0
+  head[0, 5] = 17.3 / 4
+  targets = np.full((1, 1), 5, np.int32)
+
+  def gradient(losses_of, dtype):
+    def loss(hidden):
+      return 2.0**15 * jnp.sum(losses_of(hidden, head.astype(dtype)))
+
+    return jax.grad(loss)(jnp.asarray(hidden, dtype))
+
+  def chunked(hidden, head):
+    return losses.token_losses(lambda h: h @ head, hidden, targets, 1)
+
+  def whole(hidden, head):
+    return losses.cross_entropy(hidden @ head, targets)
+
+  expected = gradient(whole, np.float32)
+  np.testing.assert_allclose(
+    gradient(chunked, np.float16), expected, rtol=1e-2, atol=1e-2
+  )
+
+
 def test_a_chunk_of_nothing_is_refused():
   hidden, head, targets, _ = _draw()
   with pytest.raises(ValueError, match="chunk_len.*0"):
