@@ -26,6 +26,7 @@ from scca_jax.llama import Execution
 
 # --search tries contexts that are multiples of this, in tokens.
 _SEARCH_MULTIPLE = 1024
+_MAX_TOKENS = 1 << 26
 
 _CONFIG = ConfigFlag(FinetuneConfig, "tiny")
 _MODEL = flags.DEFINE_string(
@@ -152,6 +153,11 @@ def main() -> None:
     batch_size = max(1, run.evaluation.batch_tokens // seq_len)
   else:
     batch_size = 1
+  if seq_len > _MAX_TOKENS:
+    raise ValueError(
+      f"plans are made for sequences of up to {_MAX_TOKENS:,} tokens, got"
+      f" {seq_len:,}: compiling would take too long."
+    )
 
   def of_size(size: int) -> memory.Plan:
     if _SEARCH.value == "seq_len":

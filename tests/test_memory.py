@@ -377,6 +377,7 @@ def test_the_papers_model_compiles_within_a_v100(
     ("--task=pretrain", "pretrain"),
     ("--memory_fraction=2", "2"),
     ("--config.training.remat=all", "'all'"),
+    ("--config.training.seq_len=1000000000", "up to 67,108,864 tokens"),
     ("--model=nowhere", "nowhere"),
   ],
 )
