@@ -259,6 +259,21 @@ def is_free(path: str | os.PathLike[str]) -> bool:
   return not any(path.iterdir())
 
 
+def _move_up(content: pathlib.Path, path: pathlib.Path) -> None:
+  """Moves what is in a folder into an empty one: everything or nothing."""
+  moved = {entry: path / entry.name for entry in sorted(content.iterdir())}
+  try:
+    for entry, place in moved.items():
+      _put(entry, place)
+  except BaseException:
+    for place in moved.values():
+      if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+      else:
+        place.unlink(missing_ok=True)
+    raise
+
+
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """Gives a temporary folder that becomes `path` at the end.
@@ -279,8 +294,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
       content.mkdir()
       yield content
       if was_there:
-        for entry in sorted(content.iterdir()):
-          _put(entry, path / entry.name)
+        _move_up(content, path)
       else:
         _put(content, path)
   except OSError as error:

@@ -213,3 +213,21 @@ def test_a_file_in_a_new_folder_is_named_as_it_would_have_been(tmp_path):
   ):
     (folder / "a").touch()
     atomic_file.write(folder / "a" / "b", b"x")
+
+
+def test_an_empty_folder_is_filled_or_stays_empty(tmp_path, monkeypatch):
+  moved = []
+
+  def fails(source, place):
+    if moved:
+      raise OSError(5, "no more")
+    moved.append(os.rename(source, place))
+
+  monkeypatch.setattr(os, "replace", fails)
+  with (
+    pytest.raises(OSError, match=f"cannot write {tmp_path}|no more"),
+    atomic_file.new_folder(tmp_path) as folder,
+  ):
+    (folder / "a").touch()
+    (folder / "b").touch()
+  assert moved and not os.listdir(tmp_path)
