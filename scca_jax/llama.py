@@ -88,6 +88,8 @@ class Execution:
       None computes the whole sequence at once, as all other calls do.
     offload_segments: Whether the keys and values that later segments see are
       kept in the host's memory until the backward pass.
+    unroll: Whether the layers are compiled one by one, not as a loop: that
+      takes longer, but nothing saved is copied into stacks of all layers.
   """
 
   implementation: str | tuple[str, ...] | None = None
@@ -97,6 +99,7 @@ class Execution:
   deterministic: bool = False
   segment_len: int | None = None
   offload_segments: bool = False
+  unroll: bool = False
 
   def __post_init__(self):
     if self.remat not in REMAT:
@@ -586,6 +589,8 @@ def _scan_layers(
   of_layers: Any,
   cycle_len: int,
   received: Any = None,
+  *,
+  unroll: bool = False,
 ) -> tuple[Any, Any]:
   """Runs the layers as a scan that compiles one cycle of patterns.
 
@@ -601,6 +606,7 @@ def _scan_layers(
     cycle_len: Layers per cycle.
     received: What the layers receive: for each layer of a cycle a tree of
       arrays `[cycles, ...]`; None means nothing.
+    unroll: Whether all cycles are compiled.
 
   Returns:
     The last layer's carry; what the layers send, like `received`.
@@ -618,7 +624,7 @@ def _scan_layers(
       sent.append(of_layer)
     return carry, tuple(sent)
 
-  return jax.lax.scan(run_cycle, carry, (of_cycles, received))
+  return jax.lax.scan(run_cycle, carry, (of_cycles, received), unroll=unroll)
 
 
 def default_positions(seq_len: int, segment_ids: jax.Array | None) -> jax.Array:
@@ -932,7 +938,11 @@ class Llama(nnx.Module):
       }[remat]
       run_part = jax.checkpoint(
         run_part,
-        prevent_cse=len(cycle) == config.num_layers or remat == "offload",
+        prevent_cse=(
+          len(cycle) == config.num_layers
+          or remat == "offload"
+          or (execution.unroll and remat != "projections")
+        ),
         policy=policy,
         static_argnums=(0, 3),
       )
@@ -946,7 +956,14 @@ class Llama(nnx.Module):
     x = self.embed_tokens(tokens, mesh)
     x = sharding.constrain(x, mesh, "batch", "seq", None)
     of_layers = (state, self._dropout_rngs(rngs))
-    x, sent = _scan_layers(run_layer, x, of_layers, len(cycle), received)
+    x, sent = _scan_layers(
+      run_layer,
+      x,
+      of_layers,
+      len(cycle),
+      received,
+      unroll=execution.unroll,
+    )
     return self.norm(x), sent
 
   def init_cache(

@@ -173,9 +173,10 @@ def test_attention_that_is_kept_is_not_computed_anew(
 
 @needs_compiler
 @pytest.mark.parametrize(
-  ("mlp_chunk", "quantised"), [(None, None), (256, "int8")]
+  ("mlp_chunk", "quantised", "unroll"),
+  [(None, None, False), (None, None, True), (256, "int8", False)],
 )
-def test_no_product_runs_forward_twice(mlp_chunk, quantised):
+def test_no_product_runs_forward_twice(mlp_chunk, quantised, unroll):
   config = LlamaConfig(
     vocab_size=128,
     hidden_size=256,
@@ -201,7 +202,7 @@ def test_no_product_runs_forward_twice(mlp_chunk, quantised):
       hidden = nnx.merge(graphdef, trained, frozen).hidden_states(
         tokens,
         patterns.scca_fixed(2, 128),
-        Execution(remat=remat, mlp_chunk=mlp_chunk),
+        Execution(remat=remat, mlp_chunk=mlp_chunk, unroll=unroll),
       )
       return jnp.sum(hidden.astype(jnp.float32) ** 2)
 
@@ -213,7 +214,11 @@ def test_no_product_runs_forward_twice(mlp_chunk, quantised):
       jax.ShapeDtypeStruct((1, 512), jnp.int32),
       compiler_options=training.compiler_options(),
     )
-    found = products.products(compiled.as_text())
+    text = compiled.as_text()
+    # With a loop, what is saved goes into stacks.
+    assert unroll or "dynamic-update-slice" in text
+    assert not unroll or "dynamic-update-slice" not in text
+    found = products.products(text)
     return sum(2 * math.prod(key) * times for key, times in found.items())
 
   # Forward and backward; then all but down_proj once more.

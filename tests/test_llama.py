@@ -235,6 +235,7 @@ def _gradient(schedule, execution):
     {"remat": "projections"},
     {"remat": "offload_projections"},
     {"remat": "projections", "mlp_chunk": 4},
+    {"remat": "projections", "unroll": True},
     {"mlp_chunk": 4},
   ],
   ids=lambda lever: " ".join(map(str, lever.values())),

@@ -116,6 +116,8 @@ class TrainingConfig:
       dense attention.
     offload_segments: Whether the keys and values that later segments see are
       kept in the host's memory until the backward pass.
+    unroll_layers: Whether the layers are compiled one by one, not as a loop:
+      that takes longer, but nothing saved is copied into stacks of all layers.
     log_every: Steps between writes of the metrics (each step has its own line).
     checkpoint_every: Steps between checkpoints; the last step has one too.
     keep_checkpoints: How many of the newest checkpoints are kept.
@@ -140,6 +142,7 @@ class TrainingConfig:
   loss_chunk: int = 512
   segment_len: int | None = None
   offload_segments: bool = False
+  unroll_layers: bool = False
   log_every: int = 10
   checkpoint_every: int = 100
   keep_checkpoints: int = 2

@@ -283,6 +283,7 @@ def lay_out(
       deterministic=train.deterministic,
       segment_len=train.segment_len,
       offload_segments=train.offload_segments,
+      unroll=train.unroll_layers,
     ),
     num_micro_batches=train.num_micro_batches,
     loss_chunk=train.loss_chunk,
