@@ -113,17 +113,15 @@ def test_a_prompt_in_segments_has_the_logits_of_one_piece(pattern, length):
   graphdef, state = nnx.split(model)
 
   @jax.jit
-  def read(state, cache):
-    return segments.read_prompts(
-      nnx.merge(graphdef, state),
-      tokens,
-      cache,
-      last,
-      pattern,
-      Execution(segment_len=length),
+  def read(state, empty):
+    model = nnx.merge(graphdef, state)
+    found = segments.read_prompts(
+      model, tokens, empty, last, pattern, Execution(segment_len=length)
     )
+    whole = model.cached_hidden_states(jnp.asarray(tokens), empty, pattern)
+    return *found, whole[1]
 
-  hidden, cache = read(state, model.init_cache(3, 24))
+  hidden, cache, whole = read(state, model.init_cache(3, 24))
   for i, prompt in enumerate(PROMPTS):
     wanted = _all_logits(
       state, jnp.asarray(tokens[i : i + 1]), graphdef, pattern
@@ -131,9 +129,6 @@ def test_a_prompt_in_segments_has_the_logits_of_one_piece(pattern, length):
     np.testing.assert_allclose(
       model.logits(hidden[i]), wanted, rtol=2e-5, atol=2e-5
     )
-  _, whole = model.cached_hidden_states(
-    jnp.asarray(tokens), model.init_cache(3, 24), pattern
-  )
   for i, prompt in enumerate(PROMPTS):
     for found, wanted in ((cache.key, whole.key), (cache.value, whole.value)):
       np.testing.assert_allclose(
