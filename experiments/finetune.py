@@ -152,7 +152,11 @@ def _summary(
 
 def main() -> None:
   """Runs the command."""
-  cluster.start()
+  with cluster.joined():
+    _run()
+
+
+def _run() -> None:
   shared_flags.check_wandb(_WANDB)
   run = _read_settings()
   dispatch.check_implementation(run.training.implementation)

@@ -93,7 +93,11 @@ def _check_memory(num_params: int) -> None:
 
 def main() -> None:
   """Runs the command."""
-  cluster.start()
+  with cluster.joined():
+    _run()
+
+
+def _run() -> None:
   shared_flags.check_wandb(_WANDB)
   run = _read_settings()
   dispatch.check_implementation(run.training.implementation)

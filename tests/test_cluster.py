@@ -198,8 +198,27 @@ def test_two_processes_train_as_one(alone, together):
     assert words not in printed[1]
 
 
-# Once in some thirty runs the first process printed the error and then waited
-# for more than two minutes before it ended, though the second was gone.
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("phase", ["config.json", "checkpoints/2", "adapter"])
+def test_a_killed_process_ends_the_other_with_one_line(
+  arguments, tmp_path, victim, phase
+):
+  output = tmp_path / "run"
+  started = _start(4, f"--output_dir={output}", *arguments, *MESH, processes=2)
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and not (output / phase).exists():
+    time.sleep(0.02)
+  started[victim].kill()
+  other = started[1 - victim]
+  _, errors = other.communicate(timeout=60)
+  assert other.returncode == 1, errors
+  said = [x for x in errors.splitlines() if x.startswith("error: ")]
+  assert len(said) == 1
+  assert f"process {victim}" in said[0]
+  started[victim].communicate()
+
+
 @pytest.mark.slow
 def test_what_fails_in_one_process_ends_both(arguments, tmp_path):
   text = tmp_path / "latin1.txt"
