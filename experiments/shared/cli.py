@@ -246,7 +246,8 @@ def run(
       atomic_file.remove_own()
       print(
         f"\nStopped by {signal.Signals(number).name}: no file is half-written;"
-        " the same command starts again, or resumes.",
+        " the same command starts again, or resumes, unless its output is"
+        " complete.",
         file=sys.stderr,
         flush=True,
       )
