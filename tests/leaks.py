@@ -5,8 +5,8 @@
 A case is a head's pattern, including unions and sinks, with random inputs. By
 gradient, no output may depend on a later key or value, and each must depend on
 exactly the values that the relation shows. Many heads, all with patterns of
-their own, and several draws are one compiled call. 10,000 cases take ten
-minutes on two idle cores.
+their own, and several draws are one compiled call. 10,000 cases take
+about ten minutes on two cores.
 """
 
 import argparse
