@@ -1,7 +1,8 @@
 """The Llama architecture in Flax NNX, with the attention pattern as argument.
 
 Parameters are named as in Hugging Face's files. The layers' parameters are
-stacked along a first axis, so that only one layer is compiled.
+stacked along a first axis, so that only one layer is compiled (unless
+`Execution.unroll`).
 
 In order:
 

@@ -5,8 +5,8 @@ device attends from its queries to those that it holds (arXiv 2310.01889). Only
 earlier keys count, so in the order of the sequence the last device would have
 twice the mean work. Therefore the sequence is cut into two pieces per device,
 and device `i` of `n` takes pieces `i` and `2n - 1 - i`, as in Llama 3's
-training (arXiv 2407.21783, section 3.3.2). In each turn it meets two pairs of
-pieces then, in which all keys are earlier than all queries:
+training (arXiv 2407.21783, section 3.3.2). In each turn it then has two pairs
+of pieces in which all keys are earlier than all queries:
 
 * pieces from a device before it: both of its own with the lower of the two;
 * pieces from a device behind it: the higher of its own with both.

@@ -32,7 +32,10 @@ def test_killed_runs_end_as_if_undisturbed_and_two_do_not_mix():
 @pytest.mark.slow
 def test_commands_without_a_disk_end_in_one_line_and_start_again():
   if shutil.which("unshare") is None or subprocess.call([*_UNSHARE, "true"]):
-    pytest.skip("no mounts for users here")
+    pytest.skip(
+      "a disk that fills up is a tmpfs of the test's own, and this system does"
+      " not let its users mount one (unshare -rm)"
+    )
   done = _run("tests.disks", "--count=40", within=_UNSHARE)
   assert done.returncode == 0, done.stdout + done.stderr
 
