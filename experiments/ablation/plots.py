@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,28 +22,51 @@ def write(
       length.
     folder: The folder to write to.
   """
-  _save(folder / "loss_by_position.png", lambda ax: _positions(ax, losses))
+  baseline = whole["baseline"]
+  _save(
+    folder / "loss_by_position.png",
+    lambda axes: _positions(axes[0], losses, baseline),
+  )
   for name, field, label in (
     ("pairs", "pairs_share", "query-key pairs, as a share of dense"),
     ("seconds", "seconds", "training seconds of a run"),
   ):
     _save(
       folder / f"quality_by_{name}.png",
-      lambda ax, field=field, label=label: _quality(ax, whole, field, label),
+      lambda axes, field=field, label=label: _quality(
+        axes[0], whole, field, label
+      ),
     )
-  if any(arm["tasks"] for arm in whole["arms"].values()):
-    _save(folder / "retrieval_by_length.png", lambda ax: _retrieval(ax, whole))
+  tasks = sorted(
+    {task for arm in whole["arms"].values() for task in arm["tasks"]}
+  )
+  if tasks:
+    _save(
+      folder / "retrieval_by_length.png",
+      lambda axes: _retrieval(axes, whole, tasks),
+      num_panels=len(tasks),
+    )
 
 
-def _save(path: pathlib.Path, draw: Callable[[Any], None]) -> None:
+def _save(
+  path: pathlib.Path,
+  draw: Callable[[Sequence[Any]], None],
+  num_panels: int = 1,
+) -> None:
   import matplotlib
 
   matplotlib.use("agg")
   from matplotlib import pyplot
 
-  figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+  figure, axes = pyplot.subplots(
+    1,
+    num_panels,
+    figsize=(9 if num_panels == 1 else 2 + 3 * num_panels, 6),
+    layout="constrained",
+    squeeze=False,
+  )
   try:
-    draw(axes)
+    draw(axes[0])
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
     atomic_file.write(path, content.getvalue())
@@ -58,17 +81,20 @@ def _style(index: int) -> dict[str, Any]:
   }
 
 
-def _positions(axes: Any, losses: dict[str, np.ndarray]) -> None:
+def _positions(axes: Any, losses: dict[str, np.ndarray], baseline: str) -> None:
   places = (np.arange(scoring.NUM_BLOCKS) + 0.5) / scoring.NUM_BLOCKS
-  for index, (name, blocks) in enumerate(losses.items()):
+  means = {name: blocks.mean(axis=(0, 1)) for name, blocks in losses.items()}
+  for index, (name, curve) in enumerate(means.items()):
     axes.plot(
-      places, blocks.mean(axis=(0, 1)), label=name, lw=1, **_style(index)
+      places, curve - means[baseline], label=name, lw=1, **_style(index)
     )
-  middle = np.median([x.mean(axis=(0, 1))[-1] for x in losses.values()])
-  lowest = min(x.mean(axis=(0, 1)).min() for x in losses.values())
-  axes.set_ylim(lowest - 0.05, middle + 1)
+  axes.set_yscale("symlog", linthresh=0.1)
   axes.set_xlabel("position, as a share of the length")
-  axes.set_ylabel("loss (nats per token)")
+  axes.set_ylabel(f"loss - {baseline} (nats per token)")
+  _legend(axes)
+
+
+def _legend(axes: Any) -> None:
   axes.legend(fontsize=6, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -100,20 +126,34 @@ def _quality(axes: Any, whole: dict[str, Any], field: str, label: str) -> None:
   axes.set_yscale("symlog", linthresh=0.1)
 
 
-def _retrieval(axes: Any, whole: dict[str, Any]) -> None:
-  for index, (name, arm) in enumerate(whole["arms"].items()):
-    for task, by_length in arm["tasks"].items():
+def _retrieval(
+  panels: Sequence[Any], whole: dict[str, Any], tasks: Sequence[str]
+) -> None:
+  for axes, task in zip(panels, tasks, strict=True):
+    scores = {
+      name: arm["tasks"].get(task, {}) for name, arm in whole["arms"].items()
+    }
+    # Where the loss is kept by distance, the answer is too long to be right.
+    by_loss = any(
+      "answer_loss_by_distance" in score
+      for by_length in scores.values()
+      for score in by_length.values()
+    )
+    field = "answer_loss" if by_loss else "accuracy"
+    for index, (name, by_length) in enumerate(scores.items()):
       lengths = sorted(map(int, by_length))
       axes.plot(
-        lengths,
-        [by_length[str(n)]["answer_loss"] for n in lengths],
+        [f"{n:,}" for n in lengths],
+        [by_length[str(n)][field] for n in lengths],
         marker="o",
         ms=3,
         lw=1,
-        label=f"{name}, {task}",
+        label=name,
         **_style(index),
       )
-  axes.set_xlabel("context length (tokens)")
-  axes.set_ylabel("loss of the answer (nats per token)")
-  axes.set_xscale("log", base=2)
-  axes.legend(fontsize=5, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+    if field == "accuracy":
+      axes.set_ylim(-0.02, 1.02)
+    axes.set_title(f"{task}, {field.replace('_', ' ')}", fontsize=9)
+    axes.tick_params(labelsize=7)
+  panels[0].set_xlabel("context length (tokens)")
+  _legend(panels[-1])
