@@ -172,7 +172,10 @@ def _measure(variant: _Variant, model: str) -> dict[str, Any]:
     _CONFIG.read(), model=model, mesh=mesh, pattern=variant.pattern
   )
   run = dataclasses.replace(
-    run, training=dataclasses.replace(run.training, remat="layer")
+    run,
+    training=dataclasses.replace(
+      run.training, remat="layer", unroll_layers=False
+    ),
   )
   case = step_timing.make_case(
     run,
