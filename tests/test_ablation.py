@@ -143,7 +143,10 @@ def test_pairs_trained_at_once_end_as_each_alone(folder):
     ArmConfig(
       name="pose", rope=RopeConfig(kind="linear", factor=4.0), skip_window=16
     ),
-    ArmConfig(name="full", pattern="s2", tuning="full"),
+    pytest.param(
+      ArmConfig(name="full", pattern="s2", tuning="full"),
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=lambda arm: arm.name,
 )

@@ -174,7 +174,11 @@ def test_attention_that_is_kept_is_not_computed_anew(
 @needs_compiler
 @pytest.mark.parametrize(
   ("mlp_chunk", "quantised", "unroll"),
-  [(None, None, False), (None, None, True), (256, "int8", False)],
+  [
+    pytest.param(None, None, False, marks=pytest.mark.slow),
+    pytest.param(None, None, True, marks=pytest.mark.slow),
+    (256, "int8", False),
+  ],
 )
 def test_no_product_runs_forward_twice(mlp_chunk, quantised, unroll):
   config = LlamaConfig(

@@ -89,7 +89,8 @@ def test_the_cache_changes_no_token(pattern):
 @pytest.mark.parametrize(
   ("pattern", "length"),
   [
-    (patterns.dense(4), 8),
+    # The last layer of the schedule is dense too.
+    pytest.param(patterns.dense(4), 8, marks=pytest.mark.slow),
     (FIXED, 5),
     (patterns.scca_near(4, 8, 5, sinks=3), 8),
     (

@@ -197,6 +197,7 @@ def test_a_mesh_has_a_part_on_each_gpu():
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_only_the_host_keeps_more_of_more_segments():
   short, long = (_plan(seq_len=n, segment_len=1024) for n in (2048, 4096))
   # Of each segment and layer: keys and values of half a chunk, for the one key

@@ -130,14 +130,11 @@ def _expected(packed):
 
 
 # A single axis is slow, since each is also an axis of the mixed mesh or of the
-# one that training resumes on, except for more than two pieces of a sequence.
+# one that training resumes on.
 @pytest.mark.parametrize(
   "mesh",
   [
-    pytest.param(
-      mesh,
-      marks=[] if mesh in ("sequence", "mixed") else [pytest.mark.slow],
-    )
+    pytest.param(mesh, marks=[] if mesh == "mixed" else [pytest.mark.slow])
     for mesh in MESHES
   ],
 )
