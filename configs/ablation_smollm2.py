@@ -112,6 +112,7 @@ PATTERNS = tuple(
     ("dense-same-seconds", "dense", {"steps_fraction": 0.5}),
     # Each token sees 8k, the length of pretraining.
     ("dense-8k", "local(chunk_size=8192)", {}),
+    # Added after registration: dense steps at the end had helped S2.
     (
       "dense-8k-dense-ninth",
       "local(chunk_size=8192)",
