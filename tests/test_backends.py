@@ -102,7 +102,7 @@ RULES = ({"boundary": "drop"}, {"boundary": "local"}, {"causality": "slot"})
 
 
 @hypothesis.settings(
-  max_examples=hypothesis.settings.default.max_examples // 25
+  max_examples=hypothesis.settings.default.max_examples // 40
 )
 @hypothesis.given(
   heads=st.lists(
@@ -123,7 +123,7 @@ def test_drawn_patterns_have_their_outputs_and_gradients(
 
 
 @hypothesis.settings(
-  max_examples=hypothesis.settings.default.max_examples // 25
+  max_examples=hypothesis.settings.default.max_examples // 40
 )
 @hypothesis.given(
   heads=st.lists(cases.unions_drawn(), min_size=3, max_size=3),
@@ -244,7 +244,10 @@ def test_memory_is_a_tenth_of_dense_attention():
   "pattern",
   [
     pytest.param(patterns.scca_fixed(8, 512), marks=pytest.mark.slow),
-    patterns.mix(patterns.sda(6, 4), patterns.sliding(2, 64)),
+    pytest.param(
+      patterns.mix(patterns.sda(6, 4), patterns.sliding(2, 64)),
+      marks=pytest.mark.slow,
+    ),
     patterns.scca_near(8, 512, 4, sinks=4),
   ],
   ids=["scca_fixed", "unchunked", "near"],

@@ -78,7 +78,11 @@ def _compile(
       dataclasses.replace(patterns.scca_fixed(4, 256), boundary="local"),
       {"dtype": F16},
     ),
-    (patterns.dna(4, 40, 3), {"head_dim": 64, "segmented": True}),
+    pytest.param(
+      patterns.dna(4, 40, 3),
+      {"head_dim": 64, "segmented": True},
+      marks=pytest.mark.slow,
+    ),
     (patterns.scca_near(4, 128, 8, sinks=40), {}),
   ],
   ids=["fixed float16", "dna segments", "near"],
@@ -295,6 +299,7 @@ def test_arguments_in_the_hosts_memory_are_fetched(num_gpus):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_no_device_drops_what_it_has_summed():
   config = LlamaConfig(
     vocab_size=768,

@@ -133,7 +133,7 @@ def test_attention_and_its_gradients_are_those_of_one_piece(name):
 
 
 @hypothesis.settings(
-  max_examples=hypothesis.settings.default.max_examples // 25
+  max_examples=hypothesis.settings.default.max_examples // 40
 )
 @hypothesis.given(
   heads=st.lists(
