@@ -390,3 +390,16 @@ def test_what_the_user_tells_the_compiler_holds(monkeypatch):
   assert training.compiler_options() == {"xla_gpu_enable_triton_gemm": False}
   monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
   assert training.compiler_options() == {}
+
+
+def test_only_segments_on_the_host_lift_the_limit_of_memory(monkeypatch):
+  monkeypatch.delenv("XLA_FLAGS", raising=False)
+  name = "xla_gpu_memory_limit_slop_factor"
+  segments = Execution(segment_len=64)
+  on_host = dataclasses.replace(segments, offload_segments=True)
+  whole = dataclasses.replace(on_host, segment_len=None)
+  assert [
+    name in training.compiler_options(x) for x in (segments, on_host, whole)
+  ] == [False, True, False]
+  monkeypatch.setenv("XLA_FLAGS", f"--{name}=80")
+  assert name not in training.compiler_options(on_host)
