@@ -245,6 +245,7 @@ def test_a_killed_study_resumes_to_the_same_results(
   assert all(f"| {name} |" in table for name in whole["arms"])
 
 
+@pytest.mark.slow
 def test_arms_on_devices_of_their_own_end_as_on_one(
   folder, tmp_path, run_command, monkeypatch, capsys
 ):

@@ -111,7 +111,10 @@ def test_each_gpu_gets_its_kernels(gpu, implementation):
 
 
 @needs_compiler
-@pytest.mark.parametrize("implementation", ["mosaic", "triton"])
+@pytest.mark.parametrize(
+  "implementation",
+  [pytest.param("mosaic", marks=pytest.mark.slow), "triton"],
+)
 def test_neither_keys_nor_scores_are_stored(implementation):
   seq_len, heads = 8192, 32
   # Shifted heads, and dilated ones.

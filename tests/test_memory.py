@@ -168,6 +168,7 @@ def test_offloaded_moments_leave_the_card(num_parts, settings):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_evaluation_and_generation_hold_weights_and_cache_only():
   weights = 2 * 8 * LAYER + TRAINED
   read = memory.plan_evaluation(CARD, _model(), batch_size=2, seq_len=1024)
