@@ -84,14 +84,22 @@ _MAX_PEER_LEN = flags.DEFINE_integer(
 _DTYPES = flags.DEFINE_list(
   "dtypes", ["float32"], "Any of float32, bfloat16, float16."
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Sequences.")
-_NUM_HEADS = flags.DEFINE_integer("num_heads", 8, "Query heads.")
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 1, "Sequences.", lower_bound=1, upper_bound=1 << 20
+)
+_NUM_HEADS = flags.DEFINE_integer(
+  "num_heads", 8, "Query heads.", lower_bound=1, upper_bound=4096
+)
 _NUM_KV_HEADS = flags.DEFINE_integer(
   "num_kv_heads",
   None,
   "Key and value heads; by default as many as query heads.",
+  lower_bound=1,
+  upper_bound=4096,
 )
-_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of a head.")
+_HEAD_DIM = flags.DEFINE_integer(
+  "head_dim", 64, "Width of a head.", lower_bound=1, upper_bound=1 << 16
+)
 _REPEATS = flags.DEFINE_integer(
   "repeats", 5, "Rounds per case.", lower_bound=1, upper_bound=10_000
 )

@@ -73,7 +73,9 @@ _TOP_K = flags.DEFINE_integer(
 _TOP_P = flags.DEFINE_float(
   "top_p", 1.0, "Draw from the likeliest that reach this probability."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of the draws.", lower_bound=0, upper_bound=(1 << 31) - 1
+)
 _PREFILL_PATTERN = flags.DEFINE_string(
   "prefill_pattern",
   None,

@@ -172,6 +172,7 @@ def test_tuning_writes_the_fastest_sizes(run_command, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
   ("flag", "said"),
   [
+    ("--num_heads=1000000000", "4096"),
     ("--seq_lens=many", "many"),
     ("--seq_lens=0", "seq_lens"),
     ("--seq_lens=1000000000", "GiB, but this machine has"),

@@ -131,6 +131,7 @@ def test_the_training_pattern_can_be_asked_for(run_command, capsys, tmp_path):
     (("--prompt=a", "--model=none"), "none"),
     (("--prompt=a\udcff",), "--prompt: half a surrogate pair, U+DCFF"),
     (("--prompt=a", "--temperature=-1"), "temperature"),
+    (("--prompt=a", f"--seed={10**20}"), "seed"),
     (("--prompt=a", "--top_p=2"), "top_p"),
     (("--prompt=a", "--max_new_tokens=0"), "max_new_tokens"),
     (("--prompt=a", "--prefill_pattern=zigzag"), "zigzag"),
