@@ -30,8 +30,13 @@ def _messages(record: Mapping[str, Any]) -> Any:
     return [*prompt, *completion]
   if "instruction" in record and "output" in record:
     asked = [record["instruction"], record.get("input") or ""]
+    is_text = all(isinstance(x, str) for x in asked)
     return [
-      {"role": "user", "content": "\n\n".join(x for x in asked if x)},
+      # The caller refuses anything but text.
+      {
+        "role": "user",
+        "content": "\n\n".join(x for x in asked if x) if is_text else asked,
+      },
       {"role": ASSISTANT, "content": record["output"]},
     ]
   if isinstance(prompt, str) and isinstance(completion, str):

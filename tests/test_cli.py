@@ -44,7 +44,12 @@ def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, error):
 
 
 @pytest.mark.parametrize(
-  ("flag", "named"), [("--no_such=1", "no_such"), ("word", "'word'")]
+  ("flag", "named"),
+  [
+    ("--no_such=1", "no_such"),
+    ("word", "'word'"),
+    ("--flagfile=/dev/zero", "--flagfile is not supported"),
+  ],
 )
 def test_a_bad_flag_is_named(monkeypatch, capsys, flag, named):
   assert _end(monkeypatch, lambda: None, flag) == 2

@@ -104,6 +104,7 @@ def test_a_value_is_read_by_its_type(config, given, name, value):
     ("config.training.steps", "--config.training.steps needs a value"),
     ("config.lora.rslora=maybe", "lora.rslora must be of type bool.*'maybe'"),
     ("config.lora.targets=('q_proj", "lora.targets must be of type tuple"),
+    ("config.lora.targets=({[]: 1},)", "lora.targets must be of type tuple"),
     ("config.zzzz=1", "see --help"),
     ("config=no.py", "no.py cannot be read: it does not exist; configs/ has"),
     ("config=configs/tinny.py", "did you mean configs/tiny.py?"),
@@ -219,6 +220,13 @@ def test_a_shipped_config_is_found_in_any_folder(config, tmp_path, monkeypatch):
     ("def get_config(): return 3", "must return a ConfigDict"),
     ("def get_config(): return 1 / 0", "division by zero"),
     ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("class Own(BaseException): pass\nraise Own", "Own"),
+    (
+      "import ml_collections as m\n"
+      "wanted = m.config_dict.placeholder(str, required=True)\n"
+      "def get_config(): return m.ConfigDict({'pattern': wanted})",
+      "None value found in required",
+    ),
   ],
 )
 def test_a_config_file_that_fails_is_named(config, tmp_path, text, said):
@@ -226,3 +234,14 @@ def test_a_config_file_that_fails_is_named(config, tmp_path, text, said):
   file.write_text(text, encoding="utf8")
   with pytest.raises(ValueError, match=f"own.py.*{said}"):
     _read(config, f"--config={file}")
+
+
+def test_a_setting_in_the_place_of_a_group_is_named(config, tmp_path):
+  file = tmp_path / "own.py"
+  file.write_text(
+    "import ml_collections\n"
+    "def get_config(): return ml_collections.ConfigDict({'training': 3})",
+    encoding="utf8",
+  )
+  with pytest.raises(ValueError, match="training must be a group.*got 3"):
+    _read(config, f"--config={file}", "--config.training.steps=1")

@@ -84,6 +84,7 @@ def test_a_completion_goes_on_the_prompt_and_ends(words):
     ({"messages": TALK}, None, "need a chat template"),
     ({"messages": TALK[:1]}, TEMPLATE, "no answer"),
     ({"messages": [{"role": "user"}]}, TEMPLATE, "a role and a content"),
+    ({"instruction": 3, "output": "a"}, TEMPLATE, "a role and a content"),
     ({"text": "a"}, TEMPLATE, "needs messages.*but has text"),
     (
       {"messages": TALK},

@@ -182,13 +182,9 @@ def _quieten_orbax() -> None:
   sys.unraisablehook = unraisable
 
 
-class _Stopped(BaseException):
-  """A request to end the process; its argument is the signal."""
-
-
 @contextlib.contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-  """Raises `_Stopped` on SIGINT and SIGTERM, so that everything is cleaned up.
+  """Raises `Stopped` on SIGINT and SIGTERM, so that everything is cleaned up.
 
   A second signal of the same kind ends the process at once.
   """
@@ -196,7 +192,7 @@ def _stopped_by_signals() -> Iterator[None]:
   def stop(number: int, frame: Any) -> NoReturn:
     del frame
     signal.signal(number, signal.SIG_DFL)
-    raise _Stopped(number)
+    raise config_flag.Stopped(number)
 
   previous = {
     number: signal.signal(number, stop)
@@ -241,7 +237,7 @@ def run(
     try:
       with _stopped_by_signals():
         main(*argv[1:])
-    except _Stopped as stopped:
+    except config_flag.Stopped as stopped:
       (number,) = stopped.args
       atomic_file.remove_own()
       print(
@@ -269,6 +265,9 @@ def run(
   def parse(argv: list[str]) -> list[str]:
     if not has_flags:
       return flags.FLAGS(argv[:1])
+    # absl reads such a file whatever it is, /dev/zero included.
+    if any(re.match("--?flagfile(=|$)", word) for word in argv):
+      _fail(ValueError("--flagfile is not supported: give the flags."))
     if "--version" in argv:
       print(f"scca_jax {__version__}")
       sys.exit()

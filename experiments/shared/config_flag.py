@@ -11,6 +11,7 @@ import difflib
 import inspect
 import pathlib
 import re
+import reprlib
 import runpy
 import textwrap
 import typing
@@ -31,6 +32,10 @@ _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 # `--config` counts as a flag of the command that defines it.
 flags.disclaim_key_flags()
+
+
+class Stopped(BaseException):
+  """A request to end the process; its argument is the signal."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +164,7 @@ def read_value(text: str, setting: Setting) -> Any:
     reader = _read_bool
   try:
     return reader(text)
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
     raise ValueError(
       f"setting {setting.name} must be of type {setting.type_name}, got"
       f" {text!r}."
@@ -283,8 +288,12 @@ class ConfigFlag(Generic[Run]):
       raise ValueError(f"the config file {path} is not a file.")
     try:
       settings = runpy.run_path(str(path))["get_config"]()
+      if isinstance(settings, ml_collections.ConfigDict):
+        return settings.to_dict()
+    except Stopped:
+      raise
     # A config file may fail in any way, but must not end the command.
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
+    except BaseException as error:
       text = str(error) or type(error).__name__
       if isinstance(error, FileNotFoundError):
         text = f"it does not exist; {self._shipped(path.stem)}"
@@ -293,9 +302,7 @@ class ConfigFlag(Generic[Run]):
       raise ValueError(
         f"the config file {path} cannot be read: {text}"
       ) from error
-    if not isinstance(settings, ml_collections.ConfigDict):
-      raise ValueError(f"get_config() of {path} must return a ConfigDict.")
-    return settings.to_dict()
+    raise ValueError(f"get_config() of {path} must return a ConfigDict.")
 
   def read(self) -> Run:
     """Returns the settings of the run.
@@ -309,6 +316,11 @@ class ConfigFlag(Generic[Run]):
       group = settings
       for part in groups:
         group = group.setdefault(part, {})
+        if not isinstance(group, dict):
+          raise ValueError(
+            f"setting {part} must be a group of settings, got"
+            f" {reprlib.repr(group)}."
+          )
       group[last] = value
     return from_config_dict(self._kind, settings)
 
