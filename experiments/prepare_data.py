@@ -20,7 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.shared import cli
-from scca_jax import atomic_file, chat, conversations, tokenizer
+from scca_jax import chat, conversations, token_file, tokenizer
 from scca_jax.documents import Part, document_files, read_parts, read_records
 from scca_jax.token_file import write_conversations, write_token_file
 
@@ -129,7 +129,7 @@ def main() -> None:
   output = pathlib.Path(_OUTPUT.value)
   if output.suffix != ".bin":
     raise ValueError(f"--output must end in .bin, got {output}.")
-  atomic_file.check_writable(output)
+  token_file.check_output(output)
   if _CONVERSATIONS.value and (
     _TRAIN_TOKENIZER.value or _ADD_BOS.value or _APPEND_EOS.value
   ):

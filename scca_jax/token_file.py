@@ -144,6 +144,36 @@ def _json_path(path: pathlib.Path) -> pathlib.Path:
   return path.with_suffix(".json")
 
 
+def check_output(path: str | os.PathLike[str]) -> None:
+  """Checks that a token file can be written, before its ids are computed.
+
+  Args:
+    path: The `.bin`.
+
+  Raises:
+    ValueError: It is not a `.bin`, or its JSON would replace another file, such
+      as a tokenizer.json.
+    OSError: There is no permission to write it.
+  """
+  path = pathlib.Path(path)
+  if path.suffix != ".bin":
+    raise ValueError(f"a token file is a .bin file, got {path}.")
+  atomic_file.check_writable(path)
+  description = _json_path(path)
+  # A killed process may leave the JSON alone.
+  if path.exists() or not description.exists():
+    return
+  try:
+    about = json_file.value(description)
+  except ValueError:
+    about = None
+  if not isinstance(about, dict) or "dtype" not in about:
+    raise ValueError(
+      f"{description} is another file, which the description of {path.name}"
+      " would replace: use another name."
+    )
+
+
 def write_token_file(
   documents: Iterable[str | Part],
   tokenizer: Tokenizer,
@@ -254,8 +284,7 @@ def _write(
 ) -> dict[str, Any]:
   """Writes a token file of pieces of documents."""
   output = pathlib.Path(output)
-  if output.suffix != ".bin":
-    raise ValueError(f"a token file is a .bin file, got {output}.")
+  check_output(output)
   dtype = np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
   digest = hashlib.sha256()
   document_ends: list[int] = []

@@ -56,3 +56,15 @@ def test_lengths_are_read_once_each():
 def test_what_is_no_length_is_refused(argument):
   with pytest.raises(ValueError, match="1024,2048"):
     parse(argument)
+
+
+def test_no_output_replaces_the_description_of_a_token_file(tmp_path):
+  output = types.SimpleNamespace(
+    name="output", value=str(tmp_path / "books.json")
+  )
+  shared_flags.check_output(output, ".json")
+  (tmp_path / "books.bin").write_bytes(b"ids")
+  shared_flags.check_output(output, ".json")
+  (tmp_path / "books.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"the description of books\.bin"):
+    shared_flags.check_output(output, ".json")

@@ -109,6 +109,7 @@ def test_documents_get_their_ends_and_other_fields_are_read(
     ({"input": None}, "give the text as --input=PATH"),
     ({"output": None}, "give the text as --input=PATH, and --output=FILE.bin"),
     ({"output": "books.npy"}, "--output must end in .bin, got books.npy"),
+    ({"output": "other.bin"}, "other.json is another file"),
     ({"tokenizer": None}, "give either --tokenizer=FILE or --train_tokenizer"),
     ({"train_tokenizer": "true"}, "give either --tokenizer"),
     (
@@ -137,6 +138,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(
 ):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "old.bin").write_bytes(b"old")
+  (tmp_path / "other.json").write_text('{"model": {}}')
   (tmp_path / "empty.txt").write_bytes(b"")
   (tmp_path / "damaged.txt").write_bytes(b"\xff")
   before = sorted(tmp_path.rglob("*"))
@@ -155,3 +157,4 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(
   assert message in printed.err
   assert sorted(tmp_path.rglob("*")) == before
   assert (tmp_path / "old.bin").read_bytes() == b"old"
+  assert (tmp_path / "other.json").read_text() == '{"model": {}}'

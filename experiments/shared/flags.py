@@ -252,7 +252,8 @@ def check_output(flag: Holder, suffix: str) -> None:
   """Checks that a flag, if given, names a file of a kind that can be written.
 
   Raises:
-    ValueError: It names a folder or a file of another kind.
+    ValueError: It names a folder, a file of another kind, or the description of
+      a token file.
     OSError: There is no permission to write it.
   """
   if flag.value is None:
@@ -260,6 +261,11 @@ def check_output(flag: Holder, suffix: str) -> None:
   path = pathlib.Path(flag.value)
   if path.suffix != suffix or path.is_dir():
     raise ValueError(f"--{flag.name} must be a {suffix} file, got {path}.")
+  if suffix == ".json" and path.exists() and path.with_suffix(".bin").exists():
+    raise ValueError(
+      f"--{flag.name}={path} would replace the description of"
+      f" {path.with_suffix('.bin').name}: use another name."
+    )
   atomic_file.check_writable(path)
 
 
