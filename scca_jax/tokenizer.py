@@ -19,6 +19,7 @@ import heapq
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 import random
@@ -62,6 +63,8 @@ _PASSAGE_CHARACTERS = 8192
 _MAX_BYTES = 256 << 20
 # Ids below it are taken whatever the size of a tokenizer.json.
 _SMALL_ID = 1 << 20
+# Most characters that the rules of a tokenizer.json may make of one.
+_MAX_GROWTH = 256
 # Texts of at least this length are worth cutting into lines.
 _LONG_CHARACTERS = 4096
 
@@ -703,6 +706,35 @@ def _in_library(name: object) -> Iterator[None]:
     ) from error
 
 
+def _growth(step: Any) -> float:
+  """Returns how many characters a step of a tokenizer.json makes of one."""
+  if step["type"] == "Sequence":
+    inner = step.get("normalizers") or step.get("decoders") or ()
+    return math.prod(map(_growth, inner))
+  if step["type"] == "Prepend":
+    return max(1, len(step["prepend"]))
+  if step["type"] != "Replace":
+    return 1
+  # An expression may match single characters, and an empty text between them.
+  shortest = len(step["pattern"].get("String", ""))
+  found = len(step["content"])
+  return max(1, found / shortest) if shortest else 1 + found
+
+
+def _check_growth(path: pathlib.Path, processor: tokenizers.Tokenizer) -> None:
+  """Refuses rules that make long texts of short ones."""
+  for name in ("normalizer", "decoder"):
+    step: Any = getattr(processor, name)
+    if step is None:
+      continue
+    growth = _growth(json.loads(step.__getstate__()))
+    if growth > _MAX_GROWTH:
+      raise ValueError(
+        f"the {name} of {path} makes a text up to {growth:,.0f} times as long:"
+        f" at most {_MAX_GROWTH} is supported."
+      )
+
+
 def _hugging_face(
   path: pathlib.Path,
   content: bytes,
@@ -710,6 +742,7 @@ def _hugging_face(
 ) -> HuggingFaceTokenizer:
   with _in_library(path):
     processor = tokenizers.Tokenizer.from_buffer(content)
+  _check_growth(path, processor)
   fingerprint = hashlib.sha256(content)
   before = processor.get_added_tokens_decoder()
   for i, token in added.items():

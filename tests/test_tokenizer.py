@@ -409,6 +409,25 @@ def test_files_that_are_no_tokenizer_are_named(
     tokenizer.load(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+  ("part", "rule"),
+  [
+    ("normalizer", {"pattern": {"String": "a"}, "content": "aa"}),
+    ("normalizer", {"pattern": {"Regex": "x"}, "content": "a"}),
+    ("decoder", {"pattern": {"String": "a"}, "content": "aa"}),
+  ],
+)
+def test_rules_that_double_a_text_forty_times_are_refused(tmp_path, part, rule):
+  folder = _write_hugging_face(tmp_path / "long")
+  path = folder / "tokenizer.json"
+  content = json.loads(path.read_text())
+  steps = [{"type": "Replace", **rule}] * 40
+  content[part] = {"type": "Sequence", f"{part}s": steps}
+  path.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=rf"the {part} of .* 1,099,511,627,776"):
+    tokenizer.load(path)
+
+
 def test_the_same_text_trains_the_same_tokenizer(trained, tmp_path):
   words, path = trained
   again = tokenizer.train(iter([TEXT]), 330, tmp_path / "again.model")
