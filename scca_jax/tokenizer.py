@@ -707,10 +707,17 @@ def _in_library(name: object) -> Iterator[None]:
 
 
 def _growth(step: Any) -> float:
-  """Returns how many characters a step of a tokenizer.json makes of one."""
+  """Returns how many characters or ids a step of a tokenizer.json makes of one.
+
+  Args:
+    step: A normaliser, decoder or post-processor.
+  """
   if step["type"] == "Sequence":
-    inner = step.get("normalizers") or step.get("decoders") or ()
+    names = ("normalizers", "decoders", "processors")
+    inner = [x for name in names for x in step.get(name, ())]
     return math.prod(map(_growth, inner))
+  if step["type"] == "TemplateProcessing":
+    return max(1, len(step["single"]))
   if step["type"] == "Prepend":
     return max(1, len(step["prepend"]))
   if step["type"] != "Replace":
@@ -723,7 +730,7 @@ def _growth(step: Any) -> float:
 
 def _check_growth(path: pathlib.Path, processor: tokenizers.Tokenizer) -> None:
   """Refuses rules that make long texts of short ones."""
-  for name in ("normalizer", "decoder"):
+  for name in ("normalizer", "decoder", "post_processor"):
     step: Any = getattr(processor, name)
     if step is None:
       continue

@@ -428,6 +428,15 @@ def test_rules_that_double_a_text_forty_times_are_refused(tmp_path, part, rule):
     tokenizer.load(path)
 
 
+def test_a_template_that_repeats_a_text_is_refused(tmp_path):
+  path = _write_hugging_face(tmp_path / "long") / "tokenizer.json"
+  content = json.loads(path.read_text())
+  content["post_processor"]["single"] *= 1000
+  path.write_text(json.dumps(content))
+  with pytest.raises(ValueError, match=r"the post_processor of .* 2,000 times"):
+    tokenizer.load(path)
+
+
 def test_the_same_text_trains_the_same_tokenizer(trained, tmp_path):
   words, path = trained
   again = tokenizer.train(iter([TEXT]), 330, tmp_path / "again.model")
