@@ -195,7 +195,14 @@ def _open(path: pathlib.Path) -> Any:
     for name, field in reader.fields.items():
       if not name.startswith("tokenizer.ggml."):
         field.contents()
-  except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+  except (
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+  ) as error:
     raise ValueError(
       f"{path} is not a GGUF file, or is damaged or cut short ({error}): copy"
       " it again."

@@ -10,7 +10,9 @@ import io
 import json
 import os
 import pathlib
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +21,19 @@ import numpy as np
 from scca_jax import atomic_file
 from scca_jax.perplexity import WindowLosses
 
+# What numpy and zipfile raise when they read a damaged archive.
+DAMAGED = (
+  AttributeError,
+  EOFError,
+  KeyError,
+  MemoryError,  # For an array whose header asks for too much.
+  RuntimeError,  # Encrypted, nested too deep, or of an unknown method.
+  TypeError,
+  ValueError,
+  tokenize.TokenError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
 _ARRAYS = [field.name for field in dataclasses.fields(WindowLosses)]
 # What must agree between losses to compare, with its name for messages.
 _SAME = {
@@ -88,17 +103,7 @@ def read(path: str | os.PathLike[str]) -> LossFile:
     missing = [name for name in _SAME if name not in about]
     if missing or not lengths:
       raise KeyError(*missing)
-  except (
-    AttributeError,
-    EOFError,
-    KeyError,
-    MemoryError,  # For an array whose header asks for too much.
-    NotImplementedError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    zipfile.BadZipFile,
-  ) as error:
+  except DAMAGED as error:
     raise ValueError(
       f"{path} is not a file of losses, or is damaged: write it with"
       " scca evaluate --positions=FILE.npz."

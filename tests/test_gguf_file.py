@@ -1,6 +1,7 @@
 """GGUF files, written by the gguf library as llama.cpp lays them out."""
 
 import math
+import struct
 
 import gguf
 import gguf_files
@@ -449,6 +450,16 @@ def test_damaged_files_are_named(path, damage, said):
   with pytest.raises(ValueError, match=said) as error:
     convert.load_model(path)
   assert "\n" not in str(error.value)
+
+
+def test_lists_that_nest_too_deep_are_named(tmp_path):
+  path = tmp_path / "m.gguf"
+  key = b"x" * 8
+  content = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
+  content += struct.pack("<Q", 8) + key + struct.pack("<I", 9)
+  path.write_bytes(content + struct.pack("<IQ", 9, 1) * 5000)
+  with pytest.raises(ValueError, match="m.gguf is not a GGUF file"):
+    convert.load_model(path)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Files of losses: round trips, and which pairs are refused."""
 
 import dataclasses
+import zipfile
 
 import numpy as np
 import pytest
@@ -97,6 +98,21 @@ def test_damaged_files_are_refused(tmp_path, content):
   loss_file.write(path, {8: _windows(8)}, ABOUT)
   whole = path.read_bytes()
   path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+  with pytest.raises(ValueError, match="damaged.npz is not a file of losses"):
+    loss_file.read(path)
+
+
+def test_what_numpy_and_zipfile_raise_otherwise_is_named(tmp_path):
+  path = tmp_path / "damaged.npz"
+  with zipfile.ZipFile(path, "w") as file:
+    header = b"{'descr': '<f4', (\n"
+    start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little")
+    file.writestr("about.npy", start + header)
+  with pytest.raises(ValueError, match="damaged.npz is not a file of losses"):
+    loss_file.read(path)
+  content = bytearray(path.read_bytes())
+  content[6] = content[content.index(b"PK\x01\x02") + 8] = 1  # Encrypted.
+  path.write_bytes(content)
   with pytest.raises(ValueError, match="damaged.npz is not a file of losses"):
     loss_file.read(path)
 

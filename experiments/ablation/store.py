@@ -9,7 +9,6 @@ import dataclasses
 import io
 import json
 import pathlib
-import zipfile
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.ablation.pairs import Pair
-from scca_jax import atomic_file
+from scca_jax import atomic_file, loss_file
 
 _ABOUT = "about"
 
@@ -51,7 +50,7 @@ class Store:
       with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
       return json.loads(str(arrays.pop(_ABOUT))) | arrays
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except loss_file.DAMAGED as error:
       raise ValueError(
         f"{path} is damaged ({error}): remove it to have it made again."
       ) from error
