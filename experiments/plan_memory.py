@@ -158,6 +158,11 @@ def main() -> None:
       f"plans are made for sequences of up to {_MAX_TOKENS:,} tokens, got"
       f" {seq_len:,}: compiling would take too long."
     )
+  if batch_size * seq_len >= 1 << 31:
+    raise ValueError(
+      "plans are made for batches of fewer than 2^31 tokens, got"
+      f" {batch_size:,} x {seq_len:,}."
+    )
 
   def of_size(size: int) -> memory.Plan:
     if _SEARCH.value == "seq_len":

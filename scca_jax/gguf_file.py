@@ -75,6 +75,16 @@ _WITHOUT_EFFECT = {
   "rope.scaling.yarn_beta_fast": (32.0,),
   "rope.scaling.yarn_beta_slow": (1.0,),
 }
+# Types of the vocabulary's fields, or of the items of those that are lists.
+_VOCABULARY_LISTS = ("tokens", "merges", "token_type", "scores")
+_VOCABULARY: dict[str, Any] = {
+  "model": str,
+  "pre": str,
+  "tokens": str,
+  "merges": str,
+  "token_type": int,
+  "scores": int | float,
+}
 # llama.cpp's default special tokens, by the kind of vocabulary.
 _USUAL_IDS = {
   "llama": {"bos": 1, "eos": 2, "unknown": 0},
@@ -187,6 +197,14 @@ def _open(path: pathlib.Path) -> Any:
     def _build_fields(self, *args: Any) -> Any:
       self.data: Any = self.data.view(np.ndarray)
       return super()._build_fields(*args)
+
+    def _get_field_parts(self, offs: int, kind: int) -> Any:
+      # The library goes through all items of a list, even beyond the end.
+      if kind == gguf.GGUFValueType.ARRAY:
+        (length,) = self._get(offs + 4, np.uint64)
+        if length > len(self.data) - offs:
+          raise ValueError(f"a list of {length:,} items")
+      return super()._get_field_parts(offs, kind)
 
   if not path.is_file():
     raise FileNotFoundError(f"the GGUF file {path} does not exist.")
@@ -538,7 +556,19 @@ class GgufFile(Mapping[str, Callable[[], np.ndarray]]):
   def vocabulary(self, name: str, default: Any = None) -> Any:
     """Returns a field of the tokenizer's metadata, `default` if missing."""
     field = self._reader.get_field(f"tokenizer.ggml.{name}")
-    return default if field is None else field.contents()
+    if field is None:
+      return default
+    value = field.contents()
+    kind = _VOCABULARY.get(name)
+    items = value if name in _VOCABULARY_LISTS else [value]
+    if kind is not None and (
+      not isinstance(items, list) or not all(isinstance(x, kind) for x in items)
+    ):
+      raise ValueError(
+        f"{self.path}: tokenizer.ggml.{name} has the wrong type, got"
+        f" {reprlib.repr(value)}: copy it again."
+      )
+    return value
 
   def tokenizer_fields(self) -> dict[str, Any]:
     """Returns all of the tokenizer's metadata, its chat template included."""

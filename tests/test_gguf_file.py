@@ -462,6 +462,31 @@ def test_lists_that_nest_too_deep_are_named(tmp_path):
     convert.load_model(path)
 
 
+def test_a_list_longer_than_its_file_is_named(tmp_path):
+  path = tmp_path / "m.gguf"
+  content = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"x"
+  path.write_bytes(content + struct.pack("<IIQ", 9, 0, 1 << 60))
+  with pytest.raises(ValueError, match="a list of 1,152,921,504,606,846,976"):
+    convert.load_model(path)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [("tokens", 3), ("tokens", [1]), ("merges", [1]), ("model", ["gpt2"])],
+)
+def test_a_vocabulary_of_the_wrong_type_is_named(tmp_path, name, value):
+  path, name = tmp_path / "m.gguf", f"tokenizer.ggml.{name}"
+
+  def add(writer):
+    (writer.add_array if isinstance(value, list) else writer.add_uint32)(
+      name, value
+    )
+
+  gguf_files.write(path, gguf_files.tensors(), extra=add)
+  with pytest.raises(ValueError, match=f"{name} has the wrong type"):
+    GgufFile(path).vocabulary(name.rpartition(".")[2])
+
+
 def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="none.gguf"):
     convert.load_model(tmp_path / "none.gguf")
