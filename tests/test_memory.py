@@ -428,3 +428,10 @@ def test_160k_tokens_compile_within_a_card_of_24_gb(run_command, tmp_path):
   assert plan["fits"] and plan["peak_bytes"] <= 15.6 * 2**30
   # The inputs of attention and MLP of each layer.
   assert plan["host_bytes"] == 32 * 2 * 163840 * 4096 * 2
+
+
+def test_a_plan_of_too_many_tokens_is_refused(run_command, capsys):
+  assert (
+    run_command("plan_memory", "--config.training.batch_size=2147483647") == 2
+  )
+  assert "fewer than 2^31 tokens" in capsys.readouterr().err
