@@ -167,7 +167,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
     about = json_file.value(description)
   except ValueError:
     about = None
-  if not isinstance(about, dict) or "dtype" not in about:
+  if not isinstance(about, dict) or about.get("dtype") not in list(DTYPES):
     raise ValueError(
       f"{description} is another file, which the description of {path.name}"
       " would replace: use another name."

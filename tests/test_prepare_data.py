@@ -138,7 +138,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(
 ):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "old.bin").write_bytes(b"old")
-  (tmp_path / "other.json").write_text('{"model": {}}')
+  (tmp_path / "other.json").write_text('{"dtype": "float32"}')
   (tmp_path / "empty.txt").write_bytes(b"")
   (tmp_path / "damaged.txt").write_bytes(b"\xff")
   before = sorted(tmp_path.rglob("*"))
@@ -157,4 +157,4 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(
   assert message in printed.err
   assert sorted(tmp_path.rglob("*")) == before
   assert (tmp_path / "old.bin").read_bytes() == b"old"
-  assert (tmp_path / "other.json").read_text() == '{"model": {}}'
+  assert (tmp_path / "other.json").read_text() == '{"dtype": "float32"}'
