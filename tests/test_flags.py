@@ -68,3 +68,16 @@ def test_no_output_replaces_the_description_of_a_token_file(tmp_path):
   (tmp_path / "books.json").write_text("{}")
   with pytest.raises(ValueError, match=r"the description of books\.bin"):
     shared_flags.check_output(output, ".json")
+
+
+def test_no_output_replaces_an_input(tmp_path, run_command, capsys):
+  file = tmp_path / "prompts.jsonl"
+  file.write_text('{"prompt": "a"}')
+  assert run_command("generate", f"--prompts={file}", f"--output={file}") == 2
+  assert "would replace --prompts" in capsys.readouterr().err
+  model = tmp_path / "config.json"
+  output = types.SimpleNamespace(name="output", value=str(model))
+  shared_flags.check_output(output, ".json")
+  model.write_text("{}")
+  with pytest.raises(ValueError, match="a file of a model"):
+    shared_flags.check_output(output, ".json")

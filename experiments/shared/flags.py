@@ -24,6 +24,17 @@ PATTERN_HELP = (
   f" {', '.join(patterns.NAMES)}, mix, mixture, layers"
 )
 
+# Outputs that were given such a name were meant to go elsewhere.
+_OF_MODELS = (
+  "adapter_config.json",
+  "config.json",
+  "generation_config.json",
+  "model.safetensors.index.json",
+  "special_tokens_map.json",
+  "tokenizer.json",
+  "tokenizer_config.json",
+)
+
 # The flags below belong to the commands that call these functions.
 flags.disclaim_key_flags()
 
@@ -252,8 +263,8 @@ def check_output(flag: Holder, suffix: str) -> None:
   """Checks that a flag, if given, names a file of a kind that can be written.
 
   Raises:
-    ValueError: It names a folder, a file of another kind, or the description of
-      a token file.
+    ValueError: It names a folder, a file of another kind, a file that another
+      flag names, the description of a token file, or a file of a model.
     OSError: There is no permission to write it.
   """
   if flag.value is None:
@@ -266,7 +277,26 @@ def check_output(flag: Holder, suffix: str) -> None:
       f"--{flag.name}={path} would replace the description of"
       f" {path.with_suffix('.bin').name}: use another name."
     )
+  if suffix == ".json" and path.exists() and path.name in _OF_MODELS:
+    raise ValueError(
+      f"--{flag.name}={path} would replace a file of a model: use another name."
+    )
+  for name in flags.FLAGS:
+    value = flags.FLAGS[name].value
+    named = value if isinstance(value, list) else [value]
+    if name != flag.name and any(_is_same(path, other) for other in named):
+      raise ValueError(
+        f"--{flag.name}={path} would replace --{name}: use another name."
+      )
   atomic_file.check_writable(path)
+
+
+def _is_same(path: pathlib.Path, other: Any) -> bool:
+  """Returns whether a flag's value is the name of an existing file."""
+  try:
+    return isinstance(other, str) and path.samefile(other)
+  except (OSError, ValueError):
+    return False
 
 
 def check_whole_sequences(flag: Holder) -> None:
