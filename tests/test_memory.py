@@ -146,15 +146,12 @@ def test_quantised_weights_are_counted_as_they_are_held(method, bytes_of_layer):
   assert plan.peak_bytes <= whole.peak_bytes - saved + one_layer
 
 
+# The paper's model, below, is planned with offloaded moments too.
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("num_parts", "settings"),
-  [
-    (1, {}),
-    pytest.param(
-      2, {"batch_size": 2, "mesh_config": MESH}, marks=pytest.mark.slow
-    ),
-  ],
+  [(1, {}), (2, {"batch_size": 2, "mesh_config": MESH})],
   ids=["alone", "mesh"],
 )
 def test_offloaded_moments_leave_the_card(num_parts, settings):
