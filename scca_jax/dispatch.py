@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from scca_jax import parallel
 from scca_jax.backends import heads, registry
 from scca_jax.backends.contract import Call
-from scca_jax.parallel import Messages, Segment
 from scca_jax.patterns import AttentionPattern, Mixture
 from scca_jax.patterns import members as members_of
+from scca_jax.segment_attention import Messages, Segment, attend_segment
 
 IMPLEMENTATIONS = tuple(registry.BACK_ENDS)
 
@@ -265,7 +265,8 @@ def segment_attention(
     value: Like `key`.
     pattern: As for `attention`; its positions are those in the sequence.
     segment: Which segment this is.
-    received: What earlier segments sent; `parallel.no_messages` for the first.
+    received: What earlier segments sent; for the first segment,
+      `segment_attention.no_messages`.
     implementation: See `attention`.
     deterministic: See `attention`.
 
@@ -279,7 +280,7 @@ def segment_attention(
   if segment.document_ids is not None:
     ids = segment.ids_before(0, query.shape[0])
   check(query, key, value, members, ids)
-  results, sent = parallel.attend_segment(
+  results, sent = attend_segment(
     [
       Call(
         query=query,

@@ -34,13 +34,13 @@ from scca_jax.dispatch import attention, segment_attention
 from scca_jax.linear import Linear, apply_to_one
 from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import LoraConfig
-from scca_jax.parallel import (
+from scca_jax.patterns import AttentionPattern, Mixture, dense, members
+from scca_jax.segment_attention import (
   Messages,
   Segment,
   no_messages,
   refuses_segments,
 )
-from scca_jax.patterns import AttentionPattern, Mixture, dense, members
 
 # The attention pattern of one layer.
 LayerPattern = AttentionPattern | Mixture

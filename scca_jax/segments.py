@@ -3,7 +3,7 @@
 With chunked attention a token sees only a few keys before its segment: in
 `scca_fixed`, half a chunk for half the heads. So a sequence can go through all
 layers one segment after another, each passing on only the keys and values that
-later ones see. `parallel` plans which, as for the shards of a mesh.
+later ones see. `halos` plans which, as for the shards of a mesh.
 
 The gradients are exact. Of each segment, only what it receives is kept. The
 backward pass, from the last segment to the first, recomputes each from that and
@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from scca_jax import llama, parallel, patterns
+from scca_jax import llama, patterns
 from scca_jax.llama import Cache, Execution, Llama, Patterns
 from scca_jax.llama_config import LlamaConfig
-from scca_jax.parallel import Messages, Segment
+from scca_jax.segment_attention import Messages, Segment, refuses_segments
 
 # Name under which `jax.checkpoint` moves what is kept into the host's memory.
 _RECEIVED = "scca_received"
@@ -61,7 +61,7 @@ def check(
   check_devices(segment_len, num_devices)
   for layer in dict.fromkeys(llama.by_layer(layers, config)):
     for member in patterns.members(layer):
-      reason = parallel.refuses_segments(member, segment_len, packed=packed)
+      reason = refuses_segments(member, segment_len, packed=packed)
       if reason is not None:
         raise ValueError(
           f"segment_len={segment_len} does not work with"
@@ -288,8 +288,8 @@ def read_prompts(
   """Returns the hidden states of the prompts' last tokens, and the cache.
 
   The prompts go through the layers `execution.segment_len` tokens at a time.
-  Layers whose pattern `parallel.refuses_segments` read the whole cache for each
-  segment; the others take the time of their pattern.
+  Layers whose pattern `refuses_segments` turns down read the whole cache for
+  each segment; the others take the time of their pattern.
 
   Args:
     model: The model.

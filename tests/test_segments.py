@@ -13,18 +13,18 @@ from flax import nnx
 from hypothesis import strategies as st
 
 from scca_jax import (
+  dispatch,
   llama,
   lora,
-  parallel,
   patterns,
   perplexity,
   quantize,
   segments,
   training,
 )
-from scca_jax.dispatch import segment_attention
 from scca_jax.llama import Execution, Llama
 from scca_jax.patterns import AttentionPattern, members
+from scca_jax.segment_attention import Segment, no_messages, refuses_segments
 
 SEQ, LENGTH = 61, 16
 LOCAL = {"boundary": "local"}
@@ -87,18 +87,18 @@ def _attend(query, key, value, pattern, *, segment_ids, query_offset):
       jax.lax.dynamic_slice_in_dim(x, index * LENGTH, LENGTH, axis=1)
       for x in (query, key, value)
     )
-    output, sent = segment_attention(
+    output, sent = dispatch.segment_attention(
       *parts,
       pattern,
-      parallel.Segment(index, segment_ids, count, LENGTH),
+      Segment(index, segment_ids, count, LENGTH),
       received[0],
       implementation="reference",
     )
     return carry, output, (sent,)
 
-  nothing = parallel.no_messages(
+  nothing = no_messages(
     members(pattern),
-    parallel.Segment(0, None, count, LENGTH),
+    Segment(0, None, count, LENGTH),
     batch=batch,
     num_kv_heads=key.shape[2],
     head_dim=head_dim,
@@ -140,9 +140,7 @@ def test_attention_and_its_gradients_are_those_of_one_piece(name):
     cases.heads_drawn(
       st.sampled_from([2, 4, 8, 16]), st.sampled_from([0, 0, 3, 8])
     ).filter(
-      lambda head: (
-        not parallel.refuses_segments(AttentionPattern((head,)), LENGTH)
-      )
+      lambda head: not refuses_segments(AttentionPattern((head,)), LENGTH)
     ),
     min_size=4,
     max_size=4,
@@ -157,7 +155,7 @@ def test_drawn_heads_are_served_exactly_or_refused(
   pattern = AttentionPattern(tuple(heads), boundary)
   inputs = cases.make_inputs(len(heads), seq_len)
   ids = _documents(seq_len) if documents else None
-  if parallel.refuses_segments(pattern, LENGTH):
+  if refuses_segments(pattern, LENGTH):
     with pytest.raises(NotImplementedError, match="local"):
       cases.run(inputs, ids, attend=_attend, pattern=pattern)
   else:

@@ -1,0 +1,631 @@
+"""What a shard of a sequence needs from earlier ones, and its attention.
+
+A shard is a device's share of the tokens (`parallel`), or a segment of a
+sequence that one device computes a segment at a time (`segment_attention`). A
+head's pattern determines what a shard needs from earlier ones:
+
+* chunks within a shard need nothing;
+* a head that looks back by less than a shard needs the keys just before it, a
+  *halo*: half a chunk for `scca_fixed` and S2, the reach of a window;
+* a head shifted by `s` tokens, a chunk or more, needs a halo of one shard's
+  length that starts `s` tokens before the shard (`scca_flow`);
+* a head that sees the whole sequence, dense or dilated, has no halo.
+
+A halo is put before the shard's own keys, with as many idle queries: chunk
+borders, shifts and distances stay as they are, positions stay in order, and any
+back end can serve the call. A short halo matters only to the first few queries
+of a shard: all queries are served with the shard's own keys, then those few
+again with the halo. If they are most of a shard, a single call with the halo
+serves all, and segment 0 hides whatever would come before the first token.
+Gradients travel back along the messages.
+
+The parts of this module: the plan (`make_plan`), messages (`pack`), and local
+calls (`attend_local`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from scca_jax.backends import registry
+from scca_jax.backends.contract import BackEnd, Call
+from scca_jax.backends.heads import join_heads, kv_heads_of, take_heads
+from scca_jax.patterns import AttentionPattern, Boundary, HeadPattern
+
+# Fields of a head that `local_pattern` handles; heads that use any other field
+# have no halo.
+LOCAL_FIELDS = frozenset(
+  {"chunk_size", "offset", "shift", "dilation", "window", "select"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """How a sequence is split.
+
+  Attributes:
+    num_shards: Shards: devices along the axis `sequence`, or segments in time.
+    length: Tokens per shard.
+  """
+
+  num_shards: int
+  length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Halo:
+  """Keys that a shard needs from the shards before it.
+
+  Attributes:
+    start: How many tokens before the shard they start.
+    length: Number of tokens, at most a shard.
+    kv_heads: Key heads.
+  """
+
+  start: int
+  length: int
+  kv_heads: tuple[int, ...]
+
+  def sources(self, split: Split) -> list[tuple[int, int, int]]:
+    """Returns where the keys are, in order.
+
+    Each entry has the distance in shards, and the first token and the end
+    within that shard.
+    """
+    found = []
+    for distance in range(-(-self.start // split.length), -1, -1):
+      first = max(0, distance * split.length - self.start)
+      last = min(
+        split.length, distance * split.length - self.start + self.length
+      )
+      if first < last:
+        found.append((distance, first, last))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalCall:
+  """Query heads that one call on the device serves.
+
+  Attributes:
+    heads: Their indices on the device.
+    patterns: Pattern of each head relative to its halo.
+    starts: Where each head's halo starts, in tokens before the shard.
+    length: Length of the halos, in tokens; 0 means no halo.
+    num_queries: How many of the shard's first queries are served; 0 means all.
+    boundary: See `AttentionPattern`.
+  """
+
+  heads: tuple[int, ...]
+  patterns: tuple[HeadPattern, ...]
+  starts: tuple[int, ...]
+  length: int
+  num_queries: int = 0
+  boundary: Boundary = "drop"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How the heads of a device are served.
+
+  Attributes:
+    calls: Local calls; each head that does not need the whole sequence is in
+      one.
+    repeated: Local calls that serve a shard's first queries again, with a halo,
+      in all shards but the first.
+    fallbacks: Heads that serve some queries without the shift
+      (`boundary="local"`), in an additional call, and their patterns, which
+      determine the queries.
+    whole: Heads that need the whole sequence.
+    halos: What the calls need from other shards.
+  """
+
+  calls: tuple[LocalCall, ...]
+  repeated: tuple[LocalCall, ...]
+  fallbacks: tuple[tuple[int, HeadPattern], ...]
+  whole: tuple[int, ...]
+  halos: tuple[Halo, ...]
+
+
+def local_pattern(
+  head: HeadPattern, pattern: AttentionPattern, split: Split
+) -> tuple[HeadPattern, int, int, int] | None:
+  """Returns the head's pattern relative to its halo, and what it needs.
+
+  The need is the halo's start and length, and how many of a shard's first
+  queries depend on it. None if the head needs the whole sequence.
+
+  Args:
+    head: A head of `pattern`.
+    pattern: Pattern of all heads.
+    split: How the sequence is split.
+  """
+  size, length = head.chunk_size, split.length
+  if pattern.causality == "slot" or head.in_use() - LOCAL_FIELDS:
+    return None
+  if head.select is not None and length % head.dilation:
+    return None
+  if size is None:
+    falls_back = pattern.boundary == "local" and head.dilation > 1
+    if head.window is None or (falls_back and head.shift):
+      return None
+    start = halo = queries = head.shift + (head.window - 1) * head.dilation
+  elif length % size:
+    return None
+  elif head.offset % size == 0:
+    start = head.shift
+    # With a shift below a chunk, positions decide causality, and the shard's
+    # own keys must stay where they are. With a chunk or more, all keys are
+    # earlier.
+    halo, queries = (start, size) if start < size else (length, length)
+  elif head.shift == 0:
+    start = halo = -head.offset % size
+    queries = head.offset % size
+  else:
+    return None
+  if halo > length:
+    return None
+  local = dataclasses.replace(
+    head,
+    offset=0 if size is None else (head.offset + halo) % size,
+    # In chunks, the distance from the first query to the first halo key.
+    shift=halo if head.shift and size is not None else head.shift,
+    select=None
+    if head.select is None
+    else (head.select + halo) % head.dilation,
+  )
+  return local, start, halo, queries
+
+
+def make_plan(
+  pattern: AttentionPattern,
+  heads: Sequence[int],
+  group_size: int,
+  split: Split,
+) -> Plan:
+  """Returns how a device serves some heads of a pattern.
+
+  Args:
+    pattern: Pattern of all heads.
+    heads: The heads of the device, which numbers them from 0.
+    group_size: Query heads that share a key head.
+    split: How the sequence is split.
+  """
+  whole: list[int] = []
+  fallbacks: list[tuple[int, HeadPattern]] = []
+  # By halo length, number of queries, and what else the heads must share.
+  calls: dict[Any, list[tuple[int, HeadPattern, int]]] = {}
+  for place, index in enumerate(heads):
+    head = pattern.heads[index]
+    found = local_pattern(head, pattern, split)
+    if found is None:
+      whole.append(place)
+      continue
+    local, start, halo, queries = found
+    if halo == 0 or 2 * queries <= split.length:
+      calls.setdefault((0, 0, None), []).append((place, head, 0))
+      if halo:
+        key = (halo, queries, None)
+        calls.setdefault(key, []).append((place, local, start))
+      continue
+    # Heads whose halos start at the same place share a call; others do if their
+    # patterns relative to the halo are equal.
+    key = (halo, 0, None if start == halo else local)
+    calls.setdefault(key, []).append((place, local, start))
+    if pattern.boundary == "local" and head.shift and head.chunk_size:
+      fallbacks.append((place, head))
+  made = []
+  for (halo, queries, _), members in calls.items():
+    places, locals_, starts = zip(*members, strict=True)
+    boundary = "drop" if halo else pattern.boundary
+    made.append(LocalCall(places, locals_, starts, halo, queries, boundary))
+  halos: dict[tuple[int, int], set[int]] = {}
+  for local in made:
+    if local.length:
+      for place, start in zip(local.heads, local.starts, strict=True):
+        kv_heads = halos.setdefault((start, local.length), set())
+        kv_heads.add(place // group_size)
+  return Plan(
+    tuple(local for local in made if not local.num_queries),
+    tuple(local for local in made if local.num_queries),
+    tuple(fallbacks),
+    tuple(whole),
+    tuple(Halo(*k, tuple(sorted(kv))) for k, kv in halos.items()),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedCall:
+  """What the shards of one call have in common.
+
+  Attributes:
+    group_size: Query heads that share a key head.
+    split: How the sequence is split.
+    scale: Factor of the scores.
+    back_ends: Back ends that local calls try, in order.
+    has_segments: Whether there are segment ids.
+    needs_log_sum: Whether the log-sum-exp is needed.
+    deterministic: See `scca_jax.attention`.
+  """
+
+  group_size: int
+  split: Split
+  scale: float
+  back_ends: tuple[BackEnd, ...]
+  has_segments: bool
+  needs_log_sum: bool
+  deterministic: bool
+
+  def attend(
+    self,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    pattern: AttentionPattern,
+    segment_ids: jax.Array | None,
+  ) -> tuple[jax.Array, ...]:
+    """Returns the output of a local call, and the log-sum-exp if needed."""
+    output, log_sum = registry.attend(
+      Call(
+        query=query,
+        key=key,
+        value=value,
+        pattern=pattern,
+        scale=self.scale,
+        segment_ids=segment_ids,
+        needs_log_sum=self.needs_log_sum,
+        deterministic=self.deterministic,
+      ),
+      self.back_ends,
+    )
+    if not self.needs_log_sum:
+      return (output,)
+    assert log_sum is not None
+    return output, log_sum
+
+
+# Messages from earlier shards.
+
+
+def _messages(plan: Plan, split: Split) -> dict[int, list[tuple[Halo, slice]]]:
+  """Returns what a shard needs from each earlier shard, by distance."""
+  found: dict[int, list[tuple[Halo, slice]]] = {}
+  for halo in plan.halos:
+    for distance, first, last in halo.sources(split):
+      if 0 < distance < split.num_shards:
+        found.setdefault(distance, []).append((halo, slice(first, last)))
+  return found
+
+
+def distances(plans: Iterable[Plan], split: Split) -> list[int]:
+  """Returns how many shards back the tokens of the halos are, from 0.
+
+  Args:
+    plans: The plan of each shard of the heads.
+    split: How the sequence is split.
+  """
+  found = {0}
+  for plan in plans:
+    for halo in plan.halos:
+      found |= {distance for distance, _, _ in halo.sources(split)}
+  return sorted(found)
+
+
+def message_sizes(
+  plans: Iterable[Plan], split: Split, head_dim: int
+) -> dict[int, int]:
+  """Returns the number of elements of the message for each distance.
+
+  Args:
+    plans: The plan of each shard of the heads. Devices with different shards
+      send equally large messages.
+    split: How the sequence is split.
+    head_dim: Length of a head.
+  """
+  sizes: dict[int, int] = {}
+  for plan in plans:
+    for distance, items in _messages(plan, split).items():
+      size = sum(
+        2 * (at.stop - at.start) * len(halo.kv_heads) * head_dim
+        for halo, at in items
+      )
+      sizes[distance] = max(sizes.get(distance, 0), size)
+  return sizes
+
+
+def pack(
+  plan: Plan,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  split: Split,
+  sizes: dict[int, int],
+) -> list[jax.Array]:
+  """Returns the messages to later shards, `[batch, size]`, as in `sizes`.
+
+  Args:
+    plan: How the heads are served.
+    key: Keys of the shard, `[batch, length, kv_heads, head_dim]`.
+    value: Like `key`.
+    split: How the sequence is split.
+    sizes: From `message_sizes`.
+  """
+  batch = key.shape[0]
+  messages = _messages(plan, split)
+  packed = []
+  for distance, size in sizes.items():
+    parts = [
+      take_heads(x[:, at], halo.kv_heads).reshape(batch, -1)
+      for halo, at in messages.get(distance, [])
+      for x in (key, value)
+    ]
+    parts = parts or [jnp.zeros((batch, 0), key.dtype)]
+    message = jnp.concatenate(parts, axis=1)
+    rest = size - message.shape[1]
+    packed.append(jnp.pad(message, ((0, 0), (0, rest))))
+  return packed
+
+
+@dataclasses.dataclass(frozen=True)
+class _HaloArrays:
+  """The arrays of a halo, `[batch, length, ...]`."""
+
+  key: jax.Array
+  value: jax.Array
+  segment_ids: jax.Array
+
+
+def _unpack(
+  call: ShardedCall,
+  plan: Plan,
+  key: jax.Array,
+  value: jax.Array,
+  segments: dict[int, jax.Array],
+  received: dict[int, jax.Array],
+) -> dict[tuple[int, int], _HaloArrays]:
+  """Returns the halos of a plan, by start and length."""
+  batch, _, _, head_dim = key.shape
+  used = dict.fromkeys(received, 0)
+  messages: dict[Halo, dict[int, list[jax.Array]]] = {}
+  # In the order of `pack`.
+  for distance, items in _messages(plan, call.split).items():
+    for halo, at in items:
+      shape = (batch, at.stop - at.start, len(halo.kv_heads), head_dim)
+      size = math.prod(shape[1:])
+      arrays = []
+      for _ in range(2):
+        begin = used[distance]
+        used[distance] += size
+        arrays.append(
+          received[distance][:, begin : begin + size].reshape(shape)
+        )
+      messages.setdefault(halo, {})[distance] = arrays
+  halos = {}
+  for halo in plan.halos:
+    keys, values, ids = [], [], []
+    for distance, first, last in halo.sources(call.split):
+      at = slice(first, last)
+      if distance == 0:
+        arrays = [take_heads(x[:, at], halo.kv_heads) for x in (key, value)]
+      elif distance >= call.split.num_shards:
+        shape = (batch, last - first, len(halo.kv_heads), head_dim)
+        arrays = [jnp.zeros(shape, key.dtype)] * 2
+      else:
+        arrays = messages[halo][distance]
+      keys.append(arrays[0])
+      values.append(arrays[1])
+      ids.append(segments[distance][:, at])
+    halos[halo.start, halo.length] = _HaloArrays(
+      *(jnp.concatenate(x, axis=1) for x in (keys, values, ids))
+    )
+  return halos
+
+
+# Local calls.
+
+
+def _run_local_call(
+  call: ShardedCall,
+  plan: Plan,
+  local: LocalCall,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segment_ids: jax.Array | None,
+  halos: dict[tuple[int, int], _HaloArrays],
+) -> tuple[jax.Array, ...]:
+  """Returns the results of a local call, `[batch, queries, heads, ...]`."""
+  if local.num_queries:
+    query, key, value = (x[:, : local.num_queries] for x in (query, key, value))
+    if segment_ids is not None:
+      segment_ids = segment_ids[:, : local.num_queries]
+  query = take_heads(query, local.heads)
+  kv_heads = [place // call.group_size for place in local.heads]
+  pattern = AttentionPattern(local.patterns, local.boundary)
+  if not local.length:
+    shared = kv_heads_of(local.heads, call.group_size)
+    return call.attend(
+      query,
+      take_heads(key, shared),
+      take_heads(value, shared),
+      pattern,
+      segment_ids,
+    )
+  query = jnp.pad(query, ((0, 0), (local.length, 0), (0, 0), (0, 0)))
+  numbers = {
+    halo.start: halo.kv_heads
+    for halo in plan.halos
+    if halo.length == local.length
+  }
+  if len(set(local.starts)) == 1:
+    start, shared = local.starts[0], kv_heads_of(local.heads, call.group_size)
+    halo = halos[start, local.length]
+    places = [numbers[start].index(head) for head in shared]
+    keys, values = (
+      jnp.concatenate(
+        [take_heads(before, places), take_heads(own, shared)], axis=1
+      )
+      for before, own in ((halo.key, key), (halo.value, value))
+    )
+    ids = None
+    if segment_ids is not None:
+      ids = jnp.concatenate([halo.segment_ids, segment_ids], axis=1)
+    result = call.attend(query, keys, values, pattern, ids)
+    return tuple(x[:, local.length :] for x in result)
+  # Heads whose halos start at different places have equal patterns but their
+  # own segment ids, so each becomes a sequence of the batch. They see no key of
+  # their own shard.
+  assert segment_ids is not None
+  batch, num_heads = query.shape[0], len(local.heads)
+  own = ((0, 0), (0, query.shape[1] - local.length), (0, 0), (0, 0))
+  chosen = [
+    (halos[start, local.length], [numbers[start].index(head)])
+    for start, head in zip(local.starts, kv_heads, strict=True)
+  ]
+  keys, values = (
+    jnp.pad(jnp.concatenate(x, axis=2), own)
+    for x in (
+      [take_heads(halo.key, place) for halo, place in chosen],
+      [take_heads(halo.value, place) for halo, place in chosen],
+    )
+  )
+  ids = jnp.stack(
+    [
+      jnp.concatenate([halo.segment_ids, segment_ids], axis=1)
+      for halo, _ in chosen
+    ],
+    axis=1,
+  )
+
+  def fold(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, 2, 1)
+    return x.reshape(batch * num_heads, x.shape[2], 1, *x.shape[3:])
+
+  result = call.attend(
+    fold(query),
+    fold(keys),
+    fold(values),
+    AttentionPattern(local.patterns[:1]),
+    ids.reshape(batch * num_heads, -1),
+  )
+
+  def unfold(x: jax.Array) -> jax.Array:
+    x = x[:, local.length :, 0]
+    return jnp.moveaxis(x.reshape(batch, num_heads, *x.shape[1:]), 1, 2)
+
+  return tuple(unfold(x) for x in result)
+
+
+def _put(x: jax.Array, part: jax.Array, heads: Sequence[int]) -> jax.Array:
+  """Returns `x` with `part` in `x[:, : part.shape[1], heads]`."""
+  first, count = heads[0], len(heads)
+  if list(heads) == list(range(first, first + count)):
+    return lax.dynamic_update_slice_in_dim(x, part, first, axis=2)
+  return x.at[:, : part.shape[1], np.array(heads)].set(part, mode="clip")
+
+
+def attend_local(
+  call: ShardedCall,
+  plan: Plan,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  segments: dict[int, jax.Array],
+  received: dict[int, jax.Array],
+  from_whole: tuple[jax.Array, ...],
+  index: Any,
+) -> tuple[jax.Array, ...]:
+  """Returns the results of all heads of the device, in order.
+
+  Args:
+    call: What the shards have in common.
+    plan: How the heads are served.
+    query: Queries of the shard, `[batch, length, heads, head_dim]`.
+    key: Likewise, `[batch, length, kv_heads, head_dim]`.
+    value: Like `key`.
+    segments: Segment ids, `[batch, length]`, of the shards that lie as far back
+      as `distances` says; 0 before the first shard.
+    received: The messages from earlier shards, by distance; see `pack`.
+    from_whole: Results of the heads that need the whole sequence, in the order
+      of `Plan.whole`; empty without such heads.
+    index: Place of the shard in the sequence, from 0; may be traced.
+
+  Returns:
+    The output, `[batch, length, heads, head_dim]`, and the log-sum-exp,
+    `[batch, length, heads]`, if it is needed.
+  """
+  own_ids = segments[0] if call.has_segments else None
+  halos = _unpack(call, plan, key, value, segments, received)
+  results = [
+    _run_local_call(
+      call,
+      plan,
+      local,
+      query,
+      key,
+      value,
+      segments[0] if local.length else own_ids,
+      halos,
+    )
+    for local in plan.calls
+  ]
+  places = [local.heads for local in plan.calls]
+  if plan.whole:
+    results.append(tuple(x[:, :, : len(plan.whole)] for x in from_whole))
+    places.append(plan.whole)
+  result = tuple(join_heads(x, places) for x in zip(*results, strict=True))
+  if plan.repeated:
+    # Lets keys travel while the calls above run, which XLA would not do by
+    # itself.
+    received, result = lax.optimization_barrier((received, result))
+    halos = _unpack(call, plan, key, value, segments, received)
+  for local in plan.repeated:
+    # The first shard has no halo, so its results are final.
+    again = _run_local_call(
+      call, plan, local, query, key, value, own_ids, halos
+    )
+    result = tuple(
+      _put(
+        x,
+        jnp.where(index == 0, take_heads(x[:, : y.shape[1]], local.heads), y),
+        local.heads,
+      )
+      for x, y in zip(result, again, strict=True)
+    )
+  if not plan.fallbacks:
+    return result
+  unshifted_heads = tuple(place for place, _ in plan.fallbacks)
+  plain = tuple(
+    dataclasses.replace(head, shift=0) for _, head in plan.fallbacks
+  )
+  local = LocalCall(unshifted_heads, plain, (0,) * len(plain), 0)
+  unshifted = _run_local_call(call, plan, local, query, key, value, own_ids, {})
+  positions = index * call.split.length + jnp.arange(call.split.length)
+  heads = {place: head for place, head in plan.fallbacks}
+  falls_back = jnp.stack(
+    [
+      heads[place].falls_back(positions)
+      if place in heads
+      else jnp.zeros(positions.shape, bool)
+      for place in range(query.shape[2])
+    ],
+    axis=1,
+  )[None]
+  of_place = [
+    unshifted_heads.index(place) if place in heads else 0
+    for place in range(query.shape[2])
+  ]
+  return tuple(
+    jnp.where(
+      falls_back if x.ndim == 3 else falls_back[..., None],
+      take_heads(other, of_place),
+      x,
+    )
+    for x, other in zip(result, unshifted, strict=True)
+  )
