@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from scca_jax import atomic_file, convert, json_file, quantize
+from scca_jax import atomic_file, json_file, quantize
+from scca_jax.convert import config_file, layout, reader, writer
 from scca_jax.llama import Llama
 from scca_jax.llama_config import PROJECTIONS, LlamaConfig
 from scca_jax.lora import TARGETS, LoraConfig
@@ -128,10 +129,10 @@ def _file_tensors(
   path: tuple[str, ...], array: jax.Array, num_layers: int, dtype: Any
 ) -> dict[str, jax.Array]:
   """Returns a parameter as it is stored: one tensor per layer."""
-  names = convert.file_names(path, num_layers)
+  names = layout.file_names(path, num_layers)
   parts = array if path[0] == "layers" else array[None]
   return {
-    _PREFIX + name: convert.file_tensor(path, part, dtype)
+    _PREFIX + name: writer.file_tensor(path, part, dtype)
     for name, part in zip(names, parts, strict=True)
   }
 
@@ -180,9 +181,9 @@ def save_adapter(
     )
   tensors: dict[str, jax.Array] = {}
   saved_whole: list[str] = []
-  arrays = convert.parameters(model)
+  arrays = layout.parameters(model)
   for path, array in arrays.items():
-    if not convert.is_adapter(path):
+    if not layout.is_adapter(path):
       if not _is_saved_whole(path, lora):
         continue
       saved_whole.append(path[-2])
@@ -191,7 +192,7 @@ def save_adapter(
   if ties:
     # PEFT stores a tied head under both names.
     tensors[_PREFIX + _HEAD] = tensors[_PREFIX + _EMBEDDING]
-  convert.write_tensors(folder / _WEIGHTS, tensors)
+  writer.write_tensors(folder / _WEIGHTS, tensors)
   scaling = config.rope_scaling
   if plain and scaling is not None and scaling.kind == "ntk":
     # The base expresses it as a larger theta.
@@ -207,7 +208,7 @@ def save_adapter(
       "quantize": None if plain else quantize.method_of(arrays[_A_KERNEL]),
       "rope_scaling": None
       if scaling is None
-      else {"kind": scaling.kind, **convert.rope_settings(scaling)},
+      else {"kind": scaling.kind, **config_file.rope_settings(scaling)},
       "pattern": text(layers, num_kv_heads=config.num_kv_heads)
       if layers
       else None,
@@ -476,7 +477,9 @@ def _adapted_config(folder: pathlib.Path, base: LlamaConfig) -> LlamaConfig:
     context_len = json_file.integer("context_len", content["context_len"])
     scaling = content.get("rope_scaling")
     if isinstance(scaling, dict):
-      scaling = convert.rope_from_settings(scaling.pop("kind", None), scaling)
+      scaling = config_file.rope_from_settings(
+        scaling.pop("kind", None), scaling
+      )
     elif scaling is not None:
       raise ValueError(
         f"rope_scaling={reprlib.repr(scaling)} is not an object."
@@ -547,7 +550,7 @@ def load_adapter(
   """
   folder = pathlib.Path(folder)
   if config is None:
-    config = convert.load_config(base_folder)
+    config = config_file.load_config(base_folder)
   lora = _adapter_config(folder / _CONFIG, config.num_layers)
   config = _adapted_config(folder, config)
   tensors = SafetensorsFiles([folder / _WEIGHTS])
@@ -555,20 +558,20 @@ def load_adapter(
   config = dataclasses.replace(config, tie_embeddings=tied)
   head, embedding = _PREFIX + _HEAD, _PREFIX + _EMBEDDING
   names, targets = {}, {}
-  _, _, parameters = convert.abstract(config, lora, dtype, param_dtype)
+  _, _, parameters = layout.abstract(config, lora, dtype, param_dtype)
   for path, target in parameters.items():
     of_path = [
-      _PREFIX + name for name in convert.file_names(path, config.num_layers)
+      _PREFIX + name for name in layout.file_names(path, config.num_layers)
     ]
     if tied and of_path == [embedding] and embedding not in tensors:
       of_path = [head]
     # PEFT may train the embedding and not the head, or some of the norms.
-    if convert.is_adapter(path) or (
+    if layout.is_adapter(path) or (
       _is_saved_whole(path, lora) and of_path[0] in tensors
     ):
       names[path], targets[path] = of_path, target
   # Checked before a model is built with the rank that the file asks for.
-  convert.check_shapes(targets, names, tensors, folder)
+  reader.check_shapes(targets, names, tensors, folder)
   used = {name for of_path in names.values() for name in of_path}
   if tied:
     used.add(head)
@@ -577,7 +580,7 @@ def load_adapter(
       raise ValueError(
         f"{folder} has a tensor that the model does not: {name}."
       )
-  model = convert.load_model(
+  model = reader.load_model(
     base_folder,
     config=config,
     lora=lora,
@@ -585,7 +588,7 @@ def load_adapter(
     param_dtype=param_dtype,
     quantize_by=(_own_config(folder) or {}).get("quantize"),
   )
-  read = convert.read_parameters(targets, names, tensors, folder)
+  read = reader.read_parameters(targets, names, tensors, folder)
   state = nnx.state(model, nnx.Param)
   nnx.replace_by_pure_dict(state, traverse_util.unflatten_dict(read))
   nnx.update(model, state)

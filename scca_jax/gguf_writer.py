@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from scca_jax import atomic_file, convert, gguf_file, rope
+from scca_jax import atomic_file, gguf_file, rope
+from scca_jax.convert.layout import file_names, is_adapter, parameters
+from scca_jax.convert.writer import file_tensor, fused
 from scca_jax.llama import Llama
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.rope import RopeScaling
@@ -110,10 +112,10 @@ class _Place:
 def _places(model: Llama) -> list[_Place]:
   """Returns the tensors of a model, layer by layer."""
   places = []
-  for path, array in convert.parameters(model).items():
-    if convert.is_adapter(path):
+  for path, array in parameters(model).items():
+    if is_adapter(path):
       continue
-    names = convert.file_names(path, model.config.num_layers)
+    names = file_names(path, model.config.num_layers)
     shape = array.shape[1:] if path[0] == "layers" else array.shape
     if path[-1] == "kernel":
       shape = shape[::-1]
@@ -126,8 +128,8 @@ def _values(
 ) -> np.ndarray:
   """Returns a tensor in llama.cpp's layout, float32."""
   scaling = model.lora.scaling if model.lora is not None else 0.0
-  part = convert.fused(arrays, place.path, place.layer, scaling)
-  values = np.asarray(convert.file_tensor(place.path, part, np.float32))
+  part = fused(arrays, place.path, place.layer, scaling)
+  values = np.asarray(file_tensor(place.path, part, np.float32))
   for suffix, num_heads in (
     ("q_proj.weight", model.config.num_heads),
     ("k_proj.weight", model.config.num_kv_heads),
@@ -237,7 +239,7 @@ def save_gguf(
     )
   path = pathlib.Path(path)
   rotation, factors = _rope(model.config)
-  arrays = convert.parameters(model)
+  arrays = parameters(model)
   with atomic_file.replacing(path) as temporary:
     writer = gguf.GGUFWriter(temporary, "llama")
     try:

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from scca_jax import convert, gguf_file, gguf_writer, lora, rope
+from scca_jax.convert import layout
 from scca_jax.llama import Llama
 from scca_jax.rope import RopeScaling
 
@@ -44,7 +45,7 @@ def test_a_model_comes_back_with_every_bit(tmp_path, kind, tied):
     rms_norm_eps=float(np.float32(model.config.rms_norm_eps)),
     initializer_range=0.02,
   )
-  wanted, found = convert.parameters(model), convert.parameters(back)
+  wanted, found = layout.parameters(model), layout.parameters(back)
   assert wanted.keys() == found.keys()
   for path, array in wanted.items():
     of_file = jnp.float32 if path[-1] == "scale" else dtype

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.shared.config import FinetuneConfig, to_json
-from scca_jax import atomic_file, convert, gguf_file, patterns
+from scca_jax import atomic_file, gguf_file, patterns
+from scca_jax.convert.config_file import config_to_json, rope_settings
 from scca_jax.llama_config import LlamaConfig
 from scca_jax.lora import LoraConfig
 from scca_jax.patterns import AttentionPattern, Mixture
@@ -52,7 +53,7 @@ tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})
 
 def for_peft(folder: pathlib.Path, base: str, config: LlamaConfig) -> str:
   """Returns how to load an adapter whose base has no rope scaling yet."""
-  settings = convert.config_to_json(config, "float32")
+  settings = config_to_json(config, "float32")
   rope = settings["rope_parameters"]
   lines = f"""\
 ```python
@@ -227,8 +228,7 @@ def write(
   rope = "none"
   if scaling is not None:
     rope = ", ".join(
-      [scaling.kind]
-      + [f"{k}={v}" for k, v in convert.rope_settings(scaling).items()]
+      [scaling.kind] + [f"{k}={v}" for k, v in rope_settings(scaling).items()]
     )
   rows = [
     ["base", base],

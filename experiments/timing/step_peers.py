@@ -23,7 +23,7 @@ from typing import Any
 
 from experiments.timing import attention_peers, clock
 from experiments.timing.step_timing import Case, check_loss
-from scca_jax import convert
+from scca_jax.convert.config_file import config_to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ def make_model(name: str, case: Case, device: str) -> Any:
       attention, functools.partial(_s2, chunk_size=_chunk_size(case))
     )
   config = transformers.LlamaConfig.from_dict(
-    convert.config_to_json(case.resolved.target, train.dtype)
+    config_to_json(case.resolved.target, train.dtype)
   )
   torch.manual_seed(train.seed)
   with torch.device(device):

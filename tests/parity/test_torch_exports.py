@@ -23,6 +23,7 @@ from scca_jax import (  # noqa: E402
   patterns,
   tokenizer,
 )
+from scca_jax.convert import layout  # noqa: E402
 from scca_jax.rope import RopeScaling  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -73,7 +74,7 @@ def tuned(request, bases, tmp_path_factory):
     lora=lora.LoraConfig(rank=4),
   )
   rng = np.random.default_rng(0)
-  for path, array in convert.parameters(model).items():
+  for path, array in layout.parameters(model).items():
     if path[-1] == "lora_b" or path[0] in ("embed_tokens", "norm", "lm_head"):
       part = model
       for name in path:

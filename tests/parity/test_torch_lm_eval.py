@@ -32,6 +32,7 @@ from scca_jax import (  # noqa: E402
   harness,
   patterns,
 )
+from scca_jax.convert import layout  # noqa: E402
 from scca_jax.lora import LoraConfig  # noqa: E402
 from scca_jax.rope import RopeScaling  # noqa: E402
 
@@ -269,7 +270,7 @@ def adapter(tmp_path_factory):
     config=dataclasses.replace(config, context_len=512, rope_scaling=scaling),
     lora=LoraConfig(rank=2),
   )
-  for i, path in enumerate(sorted(convert.parameters(model))):
+  for i, path in enumerate(sorted(layout.parameters(model))):
     if path[-1] == "lora_b":
       leaf = model
       for name in path:

@@ -32,6 +32,7 @@ from scca_jax import (  # noqa: E402
   training,
 )
 from scca_jax.batches import make_batches  # noqa: E402
+from scca_jax.convert import layout  # noqa: E402
 from scca_jax.documents import read_documents  # noqa: E402
 from scca_jax.rope import RopeScaling  # noqa: E402
 from scca_jax.token_file import TokenFile, write_token_file  # noqa: E402
@@ -204,7 +205,7 @@ def test_weight_decay_acts_on_what_it_does_in_the_trainer(tmp_path):
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
     if bool(jnp.any(update != 0)):
       path = tuple(k.key for k in path if hasattr(k, "key"))
-      shrunk |= set(convert.file_names(path, model.config.num_layers))
+      shrunk |= set(layout.file_names(path, model.config.num_layers))
   assert shrunk == {
     re.sub(r"base_model\.model\.|\.modules_to_save|\.default", "", name)
     for name in wanted
