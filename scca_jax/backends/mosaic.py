@@ -7,8 +7,8 @@ sequence, and launches of several dilations write into one output. Heads that
 also see their own chunk or sinks are in the launch of dilation 1, with all
 their parts under one softmax (`blocks.unserved_unions` names exceptions). The
 kernels are in `mosaic_forward`, `mosaic_backward` and `mosaic_backward_single`.
-The last is the faster backward pass, for bfloat16 and heads of 128;
-`mosaic_backward` gives the same bits in every run.
+The last is the faster backward pass, for bfloat16; `mosaic_backward` gives the
+same bits in every run.
 
 Memory beyond inputs, outputs and gradients: the log-sum-exp and, in the
 backward pass, `delta`, each one float32 per query and head; the faster backward
@@ -70,10 +70,6 @@ _DEFAULTS = {
 }
 
 
-# The only sizes that fit for the kernel that visits each block once.
-_VISITS_ONCE = BlockSizes(128, 64, 2)
-
-
 def default_sizes(head_dim: int, dtype: Any, kind: str) -> Sizes:
   """Returns the sizes tuned for a GPU, or for an H200 if it is unknown."""
   tuned = block_sizes.tuned_sizes("mosaic", kind, dtype, head_dim)
@@ -121,7 +117,6 @@ class _Settings:
       not self.deterministic
       # For float16, see `_backward_pass`.
       and query.dtype == jnp.bfloat16
-      and query.shape[3] == mosaic_backward_single.HEAD_DIM
       # It fills arrays, see `_merging_batches`.
       and jax.__version_info__ >= (0, 11)
     )
@@ -285,10 +280,9 @@ def _backward_pass(
     if visits_once:
       of_queries, of_keys = mosaic_backward_single.backward(
         launch,
-        _VISITS_ONCE,
         inputs,
         launch.tables(
-          _VISITS_ONCE,
+          mosaic_backward_single.SIZES[launch.head_dim],
           True,
           segment_ids,
           num_sorted=mosaic_backward_single.NUM_SORTED,

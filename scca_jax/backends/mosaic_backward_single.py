@@ -6,10 +6,10 @@ FlashAttention-3 (Shah et al., arXiv 2407.08608). Tiles are blocks of keys, and
 each of two warpgroups has half of the keys. Scores and the gradients of the
 weights are computed transposed, so that their results are operands in registers
 for the gradients of values and keys. For the gradient of the queries they also
-go through shared memory, where each warpgroup takes half of the columns of the
-product; the warpgroup that loads adds it to memory, in float32. The order in
-which tiles add to a block of queries varies from run to run, and so do the last
-bits of the gradient.
+go through shared memory, where each warpgroup takes half of the product: of its
+columns or, with heads of 64, of its rows; the warpgroup that loads adds it to
+memory, in float32. The order in which tiles add to a block of queries varies
+from run to run, and so do the last bits of the gradient.
 
 The scores of a block are started before the previous block is done, so that
 there is a product to compute while the gradient of the queries is stored.
@@ -47,7 +47,8 @@ from scca_jax.backends.mosaic_launch import (
   tiled,
 )
 
-HEAD_DIM = 128
+# By head_dim; other sizes do not fit.
+SIZES = {64: BlockSizes(128, 128, 2), 128: BlockSizes(128, 64, 2)}
 # Groups of tiles per multiprocessor that are dealt out by cost. More would
 # balance better, but tiles in order keep the gradients that they add to in the
 # cache: with 6 the kernel takes a fifth longer (H100, scca_fixed at 8,192).
@@ -57,6 +58,8 @@ _COMPUTING_REGISTERS, _LOADING_REGISTERS = 240, 24
 # Blocks of queries in flight; of output gradients there are
 # `BlockSizes.stages`.
 _QUERY_STAGES = 3
+# Columns of a matrix in shared memory, and rows of a gradient of queries.
+_WIDTH = 64
 
 
 def _fence() -> None:
@@ -95,7 +98,6 @@ def _zero() -> Any:
 
 def backward(
   launch: Launch,
-  sizes: BlockSizes,
   inputs: Sequence[jax.Array],
   tables: Sequence[jax.Array],
   ids: jax.Array,
@@ -108,10 +110,9 @@ def backward(
   """Runs the kernel for the gradients of query, key and value.
 
   Args:
-    launch: The launch, with a head_dim of `HEAD_DIM`.
-    sizes: Tile sizes; rows are keys.
+    launch: The launch, with a head_dim that `SIZES` has.
     inputs: As in `mosaic_forward.forward`.
-    tables: Likewise, for the inverse direction.
+    tables: Likewise, for the inverse direction and `SIZES`.
     ids: Likewise.
     d_output: Like the query.
     lse: Log-sum-exp in powers of 2, `Launch.rows_shape`; `NO_WEIGHT` where
@@ -128,9 +129,11 @@ def backward(
     head_dim]`, and those of key and value, like the key.
   """
   num_kv_heads = launch.num_kv_heads if alone else len(launch.kv_heads)
-  rows, columns, stages = sizes.rows // 2, sizes.columns, sizes.stages
   dim, dtype = launch.head_dim, launch.dtype
-  half = dim // 2
+  sizes = SIZES[dim]
+  rows, columns, stages = sizes.rows // 2, sizes.columns, sizes.stages
+  # The two parts of a gradient of queries differ in columns or in rows.
+  num_parts, num_row_parts = dim // _WIDTH, columns // _WIDTH
   factor = launch.scale * LOG2E
   shape = (rows, columns)
   d_query = jnp.zeros(
@@ -138,8 +141,8 @@ def backward(
       launch.batch,
       launch.padded_len // launch.dilation,
       launch.dilation * len(launch.heads),
-      2,
-      half,
+      num_parts,
+      _WIDTH,
     ),
     jnp.float32,
   )
@@ -193,12 +196,13 @@ def backward(
         """Adds the gradient of a block of queries to memory."""
         batch, start, head = place
         plgpu.barrier_wait(dq_full)
-        slots = pl.ds(pl.multiple_of(start, ALIGN), columns)
-        for h in range(2):
+        for w in range(2):
+          first = start + w % num_row_parts * _WIDTH
+          slots = pl.ds(pl.multiple_of(first, ALIGN), _WIDTH)
           plgpu.copy_smem_to_gmem(
-            dq_smem.at[h],
-            dq_ref.at[batch, slots, head, h],
-            commit_group=h == 1,
+            dq_smem.at[w],
+            dq_ref.at[batch, slots, head, w % num_parts],
+            commit_group=w == 1,
             reduction_op="add",
           )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -229,9 +233,9 @@ def backward(
           head = tile.residue * launch.num_kv_heads + tile.kv_head
           for w in range(2):
             source = batch, tile.rows(w * rows, rows), head
-            for h in range(2):
+            for h in range(num_parts):
               plgpu.copy_gmem_to_smem(
-                k_ref.at[(*source, pl.ds(h * half, half))],
+                k_ref.at[(*source, pl.ds(h * _WIDTH, _WIDTH))],
                 k_smem.at[0, w, h],
                 kv_full,
               )
@@ -292,6 +296,8 @@ def backward(
     def _compute():
       plgpu.set_max_registers(_COMPUTING_REGISTERS, action="increase")
       my_v = v_smem.at[0, wg]
+      # Its part of a gradient of queries.
+      of_rows, of_columns = (wg, 0) if num_row_parts == 2 else (0, wg)
 
       def kv_place(tile):
         head = tile.kv_head if alone else tile.kv_place
@@ -307,8 +313,8 @@ def backward(
         k = k_smem.at[_zero(), wg]
         lse = load(lse_smem.at[slot], columns_layout())
         s_acc[...] = over_rows(lse, shape)
-        for h in range(2):
-          q = q_smem.at[slot, :, pl.ds(h * half, half)]
+        for h in range(num_parts):
+          q = q_smem.at[slot, :, pl.ds(h * _WIDTH, _WIDTH)]
           plgpu.wgmma(s_acc, k.at[h], q.transpose((1, 0)))
 
       def compute_tile(t, carry):
@@ -355,8 +361,8 @@ def backward(
             for w in range(2):
               plgpu.wgmma(
                 dq_acc,
-                ds_smem.at[ds_slot, w].transpose((1, 0)),
-                k_smem.at[zero, w, wg],
+                ds_smem.at[ds_slot, w, of_rows].transpose((1, 0)),
+                k_smem.at[zero, w, of_columns],
               )
             plgpu.wgmma(dk_acc, ds, q_smem.at[q_slot])
             dq = plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)
@@ -376,13 +382,16 @@ def backward(
             )
             # This buffer is free: the other warpgroup multiplied with it before
             # it filled the other one.
-            ds_smem[ds_slot, wg] = ds
+            for j in range(num_row_parts):
+              ds_smem[ds_slot, wg, j] = lax.slice(
+                ds, (0, j * _WIDTH), (rows, (j + 1) * _WIDTH)
+              )
             _fence()
             plgpu.barrier_arrive(ds_full)
             plgpu.barrier_wait(ds_full)
             pl.run_scoped(
               functools.partial(multiply, dk_acc=dk_acc, ds=ds),
-              plgpu.ACC((columns, half), jnp.float32),
+              plgpu.ACC((_WIDTH, _WIDTH), jnp.float32),
             )
 
             @pl.when(i + 1 < num_blocks)
@@ -427,15 +436,15 @@ def backward(
           plgpu.barrier_arrive(k_done)
           plgpu.barrier_wait(k_done)
           my_v[...] = dv.astype(dtype)
-          for h in range(2):
-            part = lax.slice(dk, (0, h * half), (rows, (h + 1) * half))
+          for h in range(num_parts):
+            part = lax.slice(dk, (0, h * _WIDTH), (rows, (h + 1) * _WIDTH))
             k_smem[0, wg, h] = (part * launch.scale).astype(dtype)
           plgpu.commit_smem()
           place = kv_place(tile)
-          for h in range(2):
+          for h in range(num_parts):
             plgpu.copy_smem_to_gmem(
               k_smem.at[0, wg, h],
-              dk_ref.at[(*place, pl.ds(h * half, half))],
+              dk_ref.at[(*place, pl.ds(h * _WIDTH, _WIDTH))],
               commit_group=False,
             )
           plgpu.copy_smem_to_gmem(my_v, dv_ref.at[place])
@@ -471,15 +480,17 @@ def backward(
     [d_query, *([] if into is None else into)],
     [
       # The first axis is for an index that the compiler does not know.
-      plgpu.SMEM((1, 2, 2, rows, half), dtype, transforms=transforms),
+      plgpu.SMEM((1, 2, num_parts, rows, _WIDTH), dtype, transforms=transforms),
       plgpu.SMEM((1, 2, rows, dim), dtype, transforms=transforms),
       plgpu.SMEM((_QUERY_STAGES, columns, dim), dtype, transforms=transforms),
       plgpu.SMEM((stages, columns, dim), dtype, transforms=transforms),
-      plgpu.SMEM((2, 2, rows, columns), dtype, transforms=transforms),
-      plgpu.SMEM((2, columns, half), jnp.float32, transforms=tiled(4)),
+      plgpu.SMEM(
+        (2, 2, num_row_parts, rows, _WIDTH), dtype, transforms=transforms
+      ),
+      plgpu.SMEM((2, _WIDTH, _WIDTH), jnp.float32, transforms=tiled(4)),
       plgpu.SMEM((_QUERY_STAGES, columns), jnp.float32),
       plgpu.SMEM((_QUERY_STAGES, columns), jnp.float32),
-      barrier(num_arrivals=6),
+      barrier(num_arrivals=2 * (num_parts + 1)),
       barrier(num_arrivals=2),
       barrier(num_arrivals=2),
       barrier(num_arrivals=3, num_barriers=_QUERY_STAGES),
