@@ -47,6 +47,13 @@ def _seen_in(tile, rule, seq_len, rows, columns, inverse):
     bounds = [blocks.to_slots(first, last, residue, r)]
     if rule.is_union:
       bounds += blocks.more_bounds(rule, row, inverse)
+      if blocks.has_wide_gaps(rule, seq_len, columns, inverse):
+        end = start + columns - 1
+        bounds = [
+          blocks.hull(
+            [(np.maximum(a, start), np.minimum(b, end)) for a, b in bounds]
+          )
+        ]
     slots = start + np.arange(columns)
     seen = np.zeros((len(row), columns), bool)
     for first, last in bounds:

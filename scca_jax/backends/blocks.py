@@ -258,6 +258,43 @@ def more_bounds(rule: Rule, rows: Any, inverse: bool) -> list[tuple[Any, Any]]:
   ]
 
 
+def hull(intervals: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+  """Returns the smallest interval that contains those that are not empty."""
+  where = _library(*intervals[0]).where
+  firsts = [where(first > last, FAR, first) for first, last in intervals]
+  lasts = [where(first > last, -1, last) for first, last in intervals]
+  return functools.reduce(_minimum, firsts), functools.reduce(_maximum, lasts)
+
+
+def has_wide_gaps(
+  rule: Rule, seq_len: int, columns: int, inverse: bool
+) -> bool:
+  """Says if no block has both sides of a gap in what a row sees.
+
+  Args:
+    rule: Rule of a union head.
+    seq_len: Tokens.
+    columns: Columns of a block.
+    inverse: Whether rows are keys.
+  """
+  rows = np.arange(seq_len)
+  bounds_of = query_bounds if inverse else key_bounds
+  intervals = [
+    bounds_of(rule, rows, rule.shift),
+    *more_bounds(rule, rows, inverse),
+  ]
+  first, last = (
+    np.array([np.broadcast_to(x[side], rows.shape) for x in intervals])
+    for side in range(2)
+  )
+  # In order, with the empty ones behind the others.
+  first = np.where(first > last, 3 * FAR, first)
+  order = np.argsort(first, axis=0)
+  first, last = (np.take_along_axis(x, order, axis=0) for x in (first, last))
+  gap = first[1:] - np.maximum.accumulate(last, axis=0)[:-1]
+  return bool(np.all((gap <= 1) | (gap >= columns)))
+
+
 def to_slots(
   first: Any, last: Any, residue: Any, dilation: Any
 ) -> tuple[Any, Any]:

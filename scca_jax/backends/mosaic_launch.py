@@ -10,6 +10,7 @@ GPU, whose interface is not stable; nothing else imports it.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -198,6 +199,22 @@ def _deal(
   return blocks.deal(groups, costs, launch.num_multiprocessors, **dealing)
 
 
+@functools.lru_cache(maxsize=256)
+def _one_interval(launch: Launch, columns: int, inverse: bool) -> bool:
+  """Says if what each row sees of any block is one interval.
+
+  Args:
+    launch: The launch, with union heads.
+    columns: Columns of a block.
+    inverse: Whether rows are keys.
+  """
+  return all(
+    blocks.has_wide_gaps(rule, launch.seq_len, columns, inverse)
+    for rule in set(launch.rules)
+    if rule.is_union
+  )
+
+
 class Tile:
   """The fields of a tile, read from the table on the device when needed."""
 
@@ -333,10 +350,19 @@ def seen_pairs(
       columns <= over_columns(last - start, shape)
     )
 
-  seen = between(first, last)
+  intervals = [(first, last)]
   if launch.has_unions:
-    for bounds in blocks.more_bounds(rule, rows, inverse):
-      seen |= between(*bounds)
+    intervals += blocks.more_bounds(rule, rows, inverse)
+    if _one_interval(launch, shape[1], inverse):
+      # Masks are dear, so one comparison of each pair must do.
+      end = start + (shape[1] - 1)
+      first, last = blocks.hull(
+        [(jnp.maximum(a, start), jnp.minimum(b, end)) for a, b in intervals]
+      )
+      intervals = [(first, last)]
+  seen = functools.reduce(
+    operator.or_, (between(*bounds) for bounds in intervals)
+  )
   if not launch.has_segments:
     return seen
   row_ids = load(
