@@ -122,7 +122,8 @@ def _measure(case: Case, peer: str | None) -> dict[str, Any]:
     if peer is None:
       return row | process.run_alone(step_timing.measure, case)
     measure = functools.partial(step_peers.measure, peer)
-    return row | process.run_alone(measure, case)
+    # The memory is PyTorch's.
+    return row | process.run_alone(measure, case, preallocate=False)
   except Exception as error:
     # From this package, these errors concern the input.
     if peer is None and isinstance(

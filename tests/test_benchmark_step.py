@@ -1,6 +1,7 @@
 """The command `benchmark_step`: what it writes, counts and refuses."""
 
 import json
+import os
 
 import pytest
 
@@ -8,7 +9,7 @@ from experiments.shared.config import (
   FinetuneConfig,
   TrainingConfig,
 )
-from experiments.timing import flops, step_timing
+from experiments.timing import flops, process, step_timing
 from scca_jax import lora, patterns, quantize
 from scca_jax.llama_config import LlamaConfig
 
@@ -84,6 +85,15 @@ def test_steps_are_written_with_their_rates(
   assert plot.read_bytes().startswith(b"\x89PNG")
   printed = capsys.readouterr().out
   assert f"{fixed['tokens_per_second']:,.0f}" in printed
+
+
+@pytest.mark.slow
+def test_only_steps_of_peers_leave_memory_to_others(monkeypatch):
+  name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+  monkeypatch.delenv(name)
+  assert process.run_alone(os.getenv, name) is None
+  found = process.run_alone(os.getenv, name, preallocate=False)
+  assert found == "false"
 
 
 def test_operations_are_those_of_arithmetic():

@@ -405,6 +405,32 @@ def test_a_million_tokens_compile_within_a_v100(run_command, tmp_path):
 
 @needs_compiler
 @pytest.mark.slow
+def test_a_million_tokens_in_chunks_of_32k_compile_within_a_v100(
+  run_command, tmp_path
+):
+  pytest.importorskip("qwix")
+  output = tmp_path / "plan.json"
+  assert not run_command(
+    "plan_memory",
+    "--config=configs/llama2_7b_1m.py",
+    "--gpu=v100-32gb",
+    "--config.pattern=scca_fixed(chunk_size=32768)",
+    "--config.training.segment_len=65536",
+    "--config.training.quantize=nf4",
+    "--config.training.remat=offload",
+    f"--output={output}",
+  )
+  plan = json.loads(output.read_text())
+  assert plan["fits"] and plan["peak_bytes"] <= 23.6 * 2**30
+  # Half a chunk of each of 16 segments for half the heads, keys and values;
+  # the inputs of attention and MLP of one segment.
+  passed_on = 16 * 32 * 16384 * 16 * 128 * 2 * 2
+  inputs = 32 * 2 * 65536 * 4096 * 2
+  assert plan["host_bytes"] == passed_on + inputs == 96 * 2**30
+
+
+@needs_compiler
+@pytest.mark.slow
 def test_160k_tokens_compile_within_a_card_of_24_gb(run_command, tmp_path):
   pytest.importorskip("qwix")
   output = tmp_path / "plan.json"

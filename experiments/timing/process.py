@@ -13,22 +13,34 @@ from typing import Any
 import jax
 
 
-def _start() -> None:
+def _start(preallocate: bool) -> None:
   """Prepares a process, before jax takes memory in it."""
   # Compilation is timed, so nothing may come from the cache.
   jax.config.update("jax_enable_compilation_cache", False)
+  if not preallocate:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def run_alone(function: Callable[[Any], Any], argument: Any) -> Any:
+def run_alone(
+  function: Callable[[Any], Any], argument: Any, *, preallocate: bool = True
+) -> Any:
   """Returns `function(argument)`, computed in its own process.
+
+  Args:
+    function: What to compute.
+    argument: Its argument.
+    preallocate: Whether jax takes its memory at once, as in any other command.
+      If it grows instead, the pieces cannot be joined, and a step that needs
+      most of it does not fit.
 
   Raises:
     RuntimeError: The process ended without a result, for example for lack of
       memory. Exceptions of the function are raised here too.
   """
-  # Memory is allocated as needed, so that the peak is the memory needed.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   with concurrent.futures.ProcessPoolExecutor(
-    1, multiprocessing.get_context("spawn"), initializer=_start
+    1,
+    multiprocessing.get_context("spawn"),
+    initializer=_start,
+    initargs=(preallocate,),
   ) as pool:
     return pool.submit(function, argument).result()
