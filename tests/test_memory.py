@@ -398,7 +398,7 @@ def test_a_million_tokens_compile_within_a_v100(run_command, tmp_path):
     f"--output={output}",
   )
   plan = json.loads(output.read_text())
-  assert plan["fits"] and plan["peak_bytes"] <= 19.5 * 2**30
+  assert plan["fits"] and plan["peak_bytes"] <= 20.6 * 2**30
   # 64 segments of half a chunk for half the heads, keys and values.
   assert plan["host_bytes"] == 64 * 32 * 1024 * 16 * 128 * 2 * 2 == 16 * 2**30
 
