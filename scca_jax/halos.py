@@ -8,22 +8,26 @@ head's pattern determines what a shard needs from earlier ones:
 * a head that looks back by less than a shard needs the keys just before it, a
   *halo*: half a chunk for `scca_fixed` and S2, the reach of a window;
 * a head shifted by `s` tokens, a chunk or more, needs a halo of one shard's
-  length that starts `s` tokens before the shard (`scca_flow`);
+  length that starts `s` tokens before the shard (`scca_flow`), and none of the
+  shard's own keys;
 * a head that sees the whole sequence, dense or dilated, has no halo.
 
-A halo is put before the shard's own keys, with as many idle queries: chunk
-borders, shifts and distances stay as they are, positions stay in order, and any
-back end can serve the call. A short halo matters only to the first few queries
-of a shard: all queries are served with the shard's own keys, then those few
-again with the halo. If they are most of a shard, a single call with the halo
-serves all, and segment 0 hides whatever would come before the first token.
-Gradients travel back along the messages.
+A head of the third kind is served with the halo's keys in place of the shard's
+own, as if its queries came a chunk later. Any other halo is put before the
+shard's own keys, with as many idle queries: chunk borders, shifts and distances
+stay as they are, positions stay in order, and any back end can serve the call.
+A short halo matters only to the first few queries of a shard: all queries are
+served with the shard's own keys, then those few again with the halo. If they
+are most of a shard, a single call with the halo serves all, and segment 0 hides
+whatever would come before the first token. Gradients travel back along the
+messages.
 
 The parts of this module: the plan (`make_plan`), messages (`pack`), and local
 calls (`attend_local`).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -100,6 +104,8 @@ class LocalCall:
     length: Length of the halos, in tokens; 0 means no halo.
     num_queries: How many of the shard's first queries are served; 0 means all.
     boundary: See `AttentionPattern`.
+    far_chunk: If not 0, a query sees the chunk of the halo in its own chunk's
+      place, all of it and nothing else; chunks have this size, in tokens.
   """
 
   heads: tuple[int, ...]
@@ -108,6 +114,7 @@ class LocalCall:
   length: int
   num_queries: int = 0
   boundary: Boundary = "drop"
+  far_chunk: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +190,22 @@ def local_pattern(
   return local, start, halo, queries
 
 
+def _is_far(head: HeadPattern, start: int) -> bool:
+  """Whether a head sees whole chunks of a halo that starts so far back."""
+  return (
+    head.in_use() <= {"chunk_size", "offset", "shift"}
+    and head.chunk_size is not None
+    and start >= head.chunk_size
+    and start % head.chunk_size == 0
+  )
+
+
 def make_plan(
   pattern: AttentionPattern,
   heads: Sequence[int],
   group_size: int,
   split: Split,
+  has_segments: bool = False,
 ) -> Plan:
   """Returns how a device serves some heads of a pattern.
 
@@ -196,6 +214,7 @@ def make_plan(
     heads: The heads of the device, which numbers them from 0.
     group_size: Query heads that share a key head.
     split: How the sequence is split.
+    has_segments: Whether there are segment ids. They do not change the halos.
   """
   whole: list[int] = []
   fallbacks: list[tuple[int, HeadPattern]] = []
@@ -217,14 +236,19 @@ def make_plan(
     # Heads whose halos start at the same place share a call; others do if their
     # patterns relative to the halo are equal.
     key = (halo, 0, None if start == halo else local)
+    if _is_far(head, start) and not has_segments:
+      key = (halo, 0, head.chunk_size)
     calls.setdefault(key, []).append((place, local, start))
     if pattern.boundary == "local" and head.shift and head.chunk_size:
       fallbacks.append((place, head))
   made = []
-  for (halo, queries, _), members in calls.items():
+  for (halo, queries, kind), members in calls.items():
     places, locals_, starts = zip(*members, strict=True)
     boundary = "drop" if halo else pattern.boundary
-    made.append(LocalCall(places, locals_, starts, halo, queries, boundary))
+    far_chunk = kind if isinstance(kind, int) else 0
+    made.append(
+      LocalCall(places, locals_, starts, halo, queries, boundary, far_chunk)
+    )
   halos: dict[tuple[int, int], set[int]] = {}
   for local in made:
     if local.length:
@@ -269,6 +293,7 @@ class ShardedCall:
     value: jax.Array,
     pattern: AttentionPattern,
     segment_ids: jax.Array | None,
+    query_offset: int = 0,
   ) -> tuple[jax.Array, ...]:
     """Returns the output of a local call, and the log-sum-exp if needed."""
     output, log_sum = registry.attend(
@@ -279,6 +304,7 @@ class ShardedCall:
         pattern=pattern,
         scale=self.scale,
         segment_ids=segment_ids,
+        query_offset=query_offset,
         needs_log_sum=self.needs_log_sum,
         deterministic=self.deterministic,
       ),
@@ -288,6 +314,72 @@ class ShardedCall:
       return (output,)
     assert log_sum is not None
     return output, log_sum
+
+
+# Parts of arrays whose gradients are written in place.
+
+
+def _put(
+  x: jax.Array, part: jax.Array, start: int, heads: Sequence[int]
+) -> jax.Array:
+  """Returns `x` with `part` in `x[:, start : start + part.shape[1], heads]`."""
+  first, count = heads[0], len(heads)
+  if list(heads) == list(range(first, first + count)):
+    at = (0, start, first, *(0,) * (x.ndim - 3))
+    return lax.dynamic_update_slice(x, part, at)
+  tokens = slice(start, start + part.shape[1])
+  return x.at[:, tokens, np.array(heads)].set(part, mode="clip")
+
+
+def _lend(
+  x: jax.Array, start: int, end: int, heads: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `x`, to be used from now on, and `x[:, start:end, heads]`.
+
+  The part's gradient is added to that of `x` in place. By itself XLA would pad
+  it with zeros, and add two arrays of the size of `x`.
+  """
+
+  @jax.custom_vjp
+  def lend(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, take_heads(x[:, start:end], heads)
+
+  def backward(_: None, gradients: Any) -> tuple[jax.Array]:
+    d_x, d_part = gradients
+    d_part += take_heads(d_x[:, start:end], heads)
+    return (_put(d_x, d_part, start, heads),)
+
+  lend.defvjp(lambda x: (lend(x), None), backward)
+  result: Any = lend(x)
+  return result
+
+
+def _replace_first(
+  x: jax.Array, part: jax.Array, is_kept: jax.Array, heads: tuple[int, ...]
+) -> jax.Array:
+  """Returns `x` with `part` as its first tokens, unless `x` is to be kept.
+
+  Its gradient is written in place, as with `_lend`.
+  """
+  length = part.shape[1]
+
+  @jax.custom_vjp
+  def replace(x: jax.Array, part: jax.Array, is_kept: jax.Array) -> jax.Array:
+    first = take_heads(x[:, :length], heads)
+    return _put(x, jnp.where(is_kept, first, part), 0, heads)
+
+  def backward(is_kept: jax.Array, d_x: jax.Array) -> tuple[Any, ...]:
+    d_first = take_heads(d_x[:, :length], heads)
+    # Read before it is overwritten, so that no copy is needed.
+    d_x, d_first = lax.optimization_barrier((d_x, d_first))
+    d_x = _put(d_x, jnp.where(is_kept, d_first, 0), 0, heads)
+    return d_x, jnp.where(is_kept, 0, d_first), None
+
+  replace.defvjp(
+    lambda x, part, is_kept: (replace(x, part, is_kept), is_kept), backward
+  )
+  result: Any = replace(x, part, is_kept)
+  return result
 
 
 # Messages from earlier shards.
@@ -346,8 +438,11 @@ def pack(
   *,
   split: Split,
   sizes: dict[int, int],
-) -> list[jax.Array]:
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
   """Returns the messages to later shards, `[batch, size]`, as in `sizes`.
+
+  Key and value are returned too, to be used from then on: gradients of what is
+  sent are added to theirs in place.
 
   Args:
     plan: How the heads are served.
@@ -360,16 +455,16 @@ def pack(
   messages = _messages(plan, split)
   packed = []
   for distance, size in sizes.items():
-    parts = [
-      take_heads(x[:, at], halo.kv_heads).reshape(batch, -1)
-      for halo, at in messages.get(distance, [])
-      for x in (key, value)
-    ]
+    parts = []
+    for halo, at in messages.get(distance, []):
+      key, of_key = _lend(key, at.start, at.stop, halo.kv_heads)
+      value, of_value = _lend(value, at.start, at.stop, halo.kv_heads)
+      parts += [of_key.reshape(batch, -1), of_value.reshape(batch, -1)]
     parts = parts or [jnp.zeros((batch, 0), key.dtype)]
     message = jnp.concatenate(parts, axis=1)
     rest = size - message.shape[1]
     packed.append(jnp.pad(message, ((0, 0), (0, rest))))
-  return packed
+  return packed, key, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,46 +476,60 @@ class _HaloArrays:
   segment_ids: jax.Array
 
 
+def _lend_own(
+  plan: Plan, split: Split, key: jax.Array, value: jax.Array
+) -> tuple[dict[Halo, list[jax.Array]], jax.Array, jax.Array]:
+  """Returns the part of each halo in the shard itself, and key and value."""
+  own = {}
+  for halo in plan.halos:
+    for distance, first, last in halo.sources(split):
+      if distance == 0:
+        key, of_key = _lend(key, first, last, halo.kv_heads)
+        value, of_value = _lend(value, first, last, halo.kv_heads)
+        own[halo] = [of_key, of_value]
+  return own, key, value
+
+
 def _unpack(
   call: ShardedCall,
   plan: Plan,
-  key: jax.Array,
-  value: jax.Array,
+  own: dict[Halo, list[jax.Array]],
   segments: dict[int, jax.Array],
   received: dict[int, jax.Array],
+  head_dim: int,
+  dtype: Any,
 ) -> dict[tuple[int, int], _HaloArrays]:
   """Returns the halos of a plan, by start and length."""
-  batch, _, _, head_dim = key.shape
-  used = dict.fromkeys(received, 0)
-  messages: dict[Halo, dict[int, list[jax.Array]]] = {}
+  batch, split = segments[0].shape[0], call.split
+  parts: dict[tuple[Halo, int], list[jax.Array]] = {
+    (halo, 0): arrays for halo, arrays in own.items()
+  }
   # In the order of `pack`.
-  for distance, items in _messages(plan, call.split).items():
-    for halo, at in items:
-      shape = (batch, at.stop - at.start, len(halo.kv_heads), head_dim)
-      size = math.prod(shape[1:])
-      arrays = []
-      for _ in range(2):
-        begin = used[distance]
-        used[distance] += size
-        arrays.append(
-          received[distance][:, begin : begin + size].reshape(shape)
-        )
-      messages.setdefault(halo, {})[distance] = arrays
+  for distance, items in _messages(plan, split).items():
+    message = received[distance]
+    shapes = [
+      (batch, at.stop - at.start, len(halo.kv_heads), head_dim)
+      for halo, at in items
+      for _ in range(2)
+    ]
+    sizes = [math.prod(shape[1:]) for shape in shapes]
+    # Its gradient is one concatenation, unlike that of slices.
+    pieces = lax.split(message, [*sizes, message.shape[1] - sum(sizes)], axis=1)
+    arrays = [
+      x.reshape(shape) for x, shape in zip(pieces, shapes, strict=False)
+    ]
+    for i, (halo, _) in enumerate(items):
+      parts[halo, distance] = arrays[2 * i : 2 * i + 2]
   halos = {}
   for halo in plan.halos:
     keys, values, ids = [], [], []
-    for distance, first, last in halo.sources(call.split):
-      at = slice(first, last)
-      if distance == 0:
-        arrays = [take_heads(x[:, at], halo.kv_heads) for x in (key, value)]
-      elif distance >= call.split.num_shards:
-        shape = (batch, last - first, len(halo.kv_heads), head_dim)
-        arrays = [jnp.zeros(shape, key.dtype)] * 2
-      else:
-        arrays = messages[halo][distance]
-      keys.append(arrays[0])
-      values.append(arrays[1])
-      ids.append(segments[distance][:, at])
+    for distance, first, last in halo.sources(split):
+      shape = (batch, last - first, len(halo.kv_heads), head_dim)
+      nothing = jnp.zeros(shape, dtype)
+      of_key, of_value = parts.get((halo, distance), [nothing, nothing])
+      keys.append(of_key)
+      values.append(of_value)
+      ids.append(segments[distance][:, first:last])
     halos[halo.start, halo.length] = _HaloArrays(
       *(jnp.concatenate(x, axis=1) for x in (keys, values, ids))
     )
@@ -440,23 +549,22 @@ def _run_local_call(
   segment_ids: jax.Array | None,
   halos: dict[tuple[int, int], _HaloArrays],
 ) -> tuple[jax.Array, ...]:
-  """Returns the results of a local call, `[batch, queries, heads, ...]`."""
-  if local.num_queries:
-    query, key, value = (x[:, : local.num_queries] for x in (query, key, value))
-    if segment_ids is not None:
-      segment_ids = segment_ids[:, : local.num_queries]
-  query = take_heads(query, local.heads)
+  """Returns the results of a local call, `[batch, queries, heads, ...]`.
+
+  Args:
+    call: What the shards have in common.
+    plan: How the heads are served.
+    local: The local call.
+    query: Its queries.
+    key: As many keys, of the heads `kv_heads_of` its heads.
+    value: Like `key`.
+    segment_ids: As many segment ids, or None.
+    halos: From `_unpack`.
+  """
   kv_heads = [place // call.group_size for place in local.heads]
   pattern = AttentionPattern(local.patterns, local.boundary)
   if not local.length:
-    shared = kv_heads_of(local.heads, call.group_size)
-    return call.attend(
-      query,
-      take_heads(key, shared),
-      take_heads(value, shared),
-      pattern,
-      segment_ids,
-    )
+    return call.attend(query, key, value, pattern, segment_ids)
   query = jnp.pad(query, ((0, 0), (local.length, 0), (0, 0), (0, 0)))
   numbers = {
     halo.start: halo.kv_heads
@@ -468,9 +576,7 @@ def _run_local_call(
     halo = halos[start, local.length]
     places = [numbers[start].index(head) for head in shared]
     keys, values = (
-      jnp.concatenate(
-        [take_heads(before, places), take_heads(own, shared)], axis=1
-      )
+      jnp.concatenate([take_heads(before, places), own], axis=1)
       for before, own in ((halo.key, key), (halo.value, value))
     )
     ids = None
@@ -522,12 +628,47 @@ def _run_local_call(
   return tuple(unfold(x) for x in result)
 
 
-def _put(x: jax.Array, part: jax.Array, heads: Sequence[int]) -> jax.Array:
-  """Returns `x` with `part` in `x[:, : part.shape[1], heads]`."""
-  first, count = heads[0], len(heads)
-  if list(heads) == list(range(first, first + count)):
-    return lax.dynamic_update_slice_in_dim(x, part, first, axis=2)
-  return x.at[:, : part.shape[1], np.array(heads)].set(part, mode="clip")
+def _run_far_call(
+  call: ShardedCall,
+  plan: Plan,
+  local: LocalCall,
+  query: jax.Array,
+  halos: dict[tuple[int, int], _HaloArrays],
+  index: Any,
+) -> tuple[jax.Array, ...]:
+  """Returns the results of a local call with a `far_chunk`.
+
+  Keys and values before the sequence are 0, as received. So is the result of a
+  query that sees no others: it needs no mask, and passes no gradient on.
+  """
+  numbers = {halo.start: halo.kv_heads for halo in plan.halos}
+  wanted = [
+    (start, place // call.group_size)
+    for start, place in zip(local.starts, local.heads, strict=True)
+  ]
+  # Query heads next to each other may share a key head.
+  unique = list(dict.fromkeys(wanted))
+  count = len(wanted) // len(unique)
+  if wanted == [x for x in unique for _ in range(count)]:
+    wanted = unique
+  chosen = [
+    (halos[start, local.length], [numbers[start].index(head)])
+    for start, head in wanted
+  ]
+  key, value = (
+    jnp.concatenate(x, axis=2)
+    for x in (
+      [take_heads(halo.key, place) for halo, place in chosen],
+      [take_heads(halo.value, place) for halo, place in chosen],
+    )
+  )
+  size = local.far_chunk
+  head = HeadPattern(chunk_size=size, shift=size)
+  pattern = AttentionPattern((head,) * len(local.heads))
+  output, *log_sum = call.attend(query, key, value, pattern, None, size)
+  positions = index * call.split.length + jnp.arange(query.shape[1])
+  sees_none = positions[:, None] < np.array([local.starts])
+  return output, *(jnp.where(sees_none, -jnp.inf, x) for x in log_sum)
 
 
 def attend_local(
@@ -561,19 +702,31 @@ def attend_local(
     `[batch, length, heads]`, if it is needed.
   """
   own_ids = segments[0] if call.has_segments else None
-  halos = _unpack(call, plan, key, value, segments, received)
+  # The first tokens, for the calls that serve them again.
+  firsts = []
+  for local in plan.repeated:
+    end, shared = local.num_queries, kv_heads_of(local.heads, call.group_size)
+    kv_heads = tuple(sorted(set(shared)))
+    query, of_query = _lend(query, 0, end, local.heads)
+    key, of_key = _lend(key, 0, end, kv_heads)
+    value, of_value = _lend(value, 0, end, kv_heads)
+    places = [kv_heads.index(head) for head in shared]
+    first = (take_heads(x, places) for x in (of_key, of_value))
+    firsts.append((of_query, *first))
+  own, key, value = _lend_own(plan, call.split, key, value)
+  unpack = functools.partial(_unpack, head_dim=key.shape[3], dtype=key.dtype)
+  halos = unpack(call, plan, own, segments, received)
+
+  def run(local: LocalCall, ids: jax.Array | None) -> tuple[jax.Array, ...]:
+    queries = take_heads(query, local.heads)
+    if local.far_chunk:
+      return _run_far_call(call, plan, local, queries, halos, index)
+    shared = kv_heads_of(local.heads, call.group_size)
+    keys, values = take_heads(key, shared), take_heads(value, shared)
+    return _run_local_call(call, plan, local, queries, keys, values, ids, halos)
+
   results = [
-    _run_local_call(
-      call,
-      plan,
-      local,
-      query,
-      key,
-      value,
-      segments[0] if local.length else own_ids,
-      halos,
-    )
-    for local in plan.calls
+    run(local, segments[0] if local.length else own_ids) for local in plan.calls
   ]
   places = [local.heads for local in plan.calls]
   if plan.whole:
@@ -584,18 +737,16 @@ def attend_local(
     # Lets keys travel while the calls above run, which XLA would not do by
     # itself.
     received, result = lax.optimization_barrier((received, result))
-    halos = _unpack(call, plan, key, value, segments, received)
-  for local in plan.repeated:
-    # The first shard has no halo, so its results are final.
+    halos = unpack(call, plan, own, segments, received)
+  for local, first in zip(plan.repeated, firsts, strict=True):
+    ids = None if own_ids is None else own_ids[:, : local.num_queries]
+    queries, keys, values = first
     again = _run_local_call(
-      call, plan, local, query, key, value, own_ids, halos
+      call, plan, local, queries, keys, values, ids, halos
     )
+    # The first shard has no halo, so its results are final.
     result = tuple(
-      _put(
-        x,
-        jnp.where(index == 0, take_heads(x[:, : y.shape[1]], local.heads), y),
-        local.heads,
-      )
+      _replace_first(x, y, index == 0, local.heads)
       for x, y in zip(result, again, strict=True)
     )
   if not plan.fallbacks:
@@ -605,7 +756,7 @@ def attend_local(
     dataclasses.replace(head, shift=0) for _, head in plan.fallbacks
   )
   local = LocalCall(unshifted_heads, plain, (0,) * len(plain), 0)
-  unshifted = _run_local_call(call, plan, local, query, key, value, own_ids, {})
+  unshifted = run(local, own_ids)
   positions = index * call.split.length + jnp.arange(call.split.length)
   heads = {place: head for place, head in plan.fallbacks}
   falls_back = jnp.stack(

@@ -84,20 +84,24 @@ def _switch(
 
 def _exchange(
   call: _MeshCall, key: jax.Array, value: jax.Array
-) -> dict[int, jax.Array]:
-  """Returns the messages received, `[batch, size]` by distance."""
+) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
+  """Returns the messages received, by distance, and key and value.
+
+  Messages are `[batch, size]`; for key and value see `halos.pack`.
+  """
   sizes = halos.message_sizes(call.plans, call.split, key.shape[3])
   if not sizes:
-    return {}
+    return {}, key, value
   pack = functools.partial(halos.pack, split=call.split, sizes=sizes)
-  packed = call.by_head_shard(call.plans, pack, key, value)
+  packed, key, value = call.by_head_shard(call.plans, pack, key, value)
   axis, shards = call.axes[1], call.split.num_shards
-  return {
+  received = {
     distance: lax.ppermute(
       message, axis, [(i, i + distance) for i in range(shards - distance)]
     )
     for distance, message in zip(sizes, packed, strict=True)
   }
+  return received, key, value
 
 
 def _segments_before(
@@ -366,7 +370,7 @@ def _attend(
       key,
       value,
     )
-  received = _exchange(call, key, value)
+  received, key, value = _exchange(call, key, value)
   segments = _segments_before(call, segment_ids, query.shape[0])
   from_whole = _attend_whole(call, query, key, value, segment_ids)
   return call.by_head_shard(
@@ -416,7 +420,10 @@ def _make_call(
       for heads in shards
     ),
     plans=tuple(
-      halos.make_plan(pattern, heads, group_size, split) for heads in shards
+      halos.make_plan(
+        pattern, heads, group_size, split, settings["has_segments"]
+      )
+      for heads in shards
     ),
     group_size=group_size,
     split=split,

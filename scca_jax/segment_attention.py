@@ -80,11 +80,15 @@ def _num_sinks(patterns: Sequence[AttentionPattern]) -> int:
 
 
 def _plan(
-  pattern: AttentionPattern, group_size: int, segment: Segment
+  pattern: AttentionPattern,
+  group_size: int,
+  segment: Segment,
+  has_segments: bool = False,
 ) -> halos.Plan:
   """Returns how the heads of a pattern are served."""
-  heads = range(pattern.num_heads)
-  return halos.make_plan(pattern, heads, group_size, segment.split)
+  return halos.make_plan(
+    pattern, range(pattern.num_heads), group_size, segment.split, has_segments
+  )
 
 
 def no_messages(
@@ -156,29 +160,32 @@ def attend_segment(
   def run(call: Call) -> tuple[jax.Array, jax.Array | None]:
     batch, _, kv_heads, head_dim = call.key.shape
     group_size, split = call.query.shape[2] // kv_heads, segment.split
-    plan = _plan(call.pattern, group_size, segment)
+    has_segments = call.segment_ids is not None
+    plan = _plan(call.pattern, group_size, segment, has_segments)
     distances = halos.distances([plan], split)
+    sizes = halos.message_sizes([plan], split, head_dim)
+    packed, key, value = halos.pack(
+      plan, call.key, call.value, split=split, sizes=sizes
+    )
     output, *log_sum = halos.attend_local(
       halos.ShardedCall(
         group_size=group_size,
         split=split,
         scale=call.scale,
         back_ends=back_ends,
-        has_segments=call.segment_ids is not None,
+        has_segments=has_segments,
         needs_log_sum=call.needs_log_sum,
         deterministic=call.deterministic,
       ),
       plan,
       call.query,
-      call.key,
-      call.value,
+      key,
+      value,
       {d: segment.ids_before(d, batch) for d in distances},
       received.by_distance[len(sent)],
       (),
       segment.index,
     )
-    sizes = halos.message_sizes([plan], split, head_dim)
-    packed = halos.pack(plan, call.key, call.value, split=split, sizes=sizes)
     sent.append(dict(zip(sizes, packed, strict=True)))
     return output, log_sum[0] if log_sum else None
 

@@ -21,7 +21,7 @@ import scca_jax
 from scca_jax import patterns, sharding
 from scca_jax.backends import registry, xla_cache
 from scca_jax.backends.contract import BackEnd, Call
-from scca_jax.patterns import AttentionPattern
+from scca_jax.patterns import AttentionPattern, HeadPattern
 
 
 def _anywhere(name: str, **settings) -> BackEnd:
@@ -96,6 +96,33 @@ def test_outputs_and_gradients_are_those_of_the_reference(name, case):
 
 def test_every_case_is_run():
   assert {case for runs in RUNS.values() for case in runs} == set(CASES)
+
+
+@pytest.mark.parametrize("name", ["xla", "triton"])
+def test_queries_may_start_late(name):
+  # So far after the keys that every key they see is there.
+  pattern = AttentionPattern(
+    (
+      HeadPattern(chunk_size=8, shift=8),
+      HeadPattern(chunk_size=16, shift=40),
+      HeadPattern(chunk_size=8, offset=-16, shift=13),
+      HeadPattern(chunk_size=4, shift=8),
+    )
+  )
+
+  def at_offset(attend, *arrays, segment_ids, query_offset):
+    del query_offset
+    return attend(*arrays, segment_ids=segment_ids, query_offset=8)
+
+  inputs = cases.make_inputs(4, 40, 2)
+  found, expected = (
+    cases.run(
+      inputs, attend=functools.partial(at_offset, attend), pattern=pattern
+    )
+    # Of the public function queries must lie within the keys.
+    for attend in (ATTEND[name], _alone(registry.BACK_ENDS["reference"]))
+  )
+  cases.compare(found, expected)
 
 
 RULES = ({"boundary": "drop"}, {"boundary": "local"}, {"causality": "slot"})

@@ -61,13 +61,21 @@ def _seen_in(tile, rule, seq_len, rows, columns, inverse):
     yield i, row, column, seen & (column < seq_len)
 
 
-def _check(head, boundary, seq_len, rows, columns, inverse, in_order):
+def _check(
+  head, boundary, seq_len, rows, columns, inverse, in_order, query_offset=0
+):
   pattern = AttentionPattern((head,), boundary)
   hypothesis.assume(not blocks.unserved_unions(pattern, False))
-  visible = pattern.visible(seq_len)[0]
+  positions = np.arange(seq_len)
+  visible = head.seen(
+    positions[:, None] + query_offset,
+    positions,
+    seq_len,
+    boundary=boundary,
+  )
   if inverse:
     visible = visible.T
-  rule = blocks.Rule.of(head, boundary)
+  rule = blocks.Rule.of(head, boundary, query_offset)
   tiles = blocks.tiles_of_head(rule, seq_len, rows, columns, inverse, in_order)
   count = np.zeros((seq_len, seq_len), int)
   for tile in tiles.reshape(-1, len(blocks.FIELDS)):
@@ -123,6 +131,36 @@ def test_every_seen_pair_is_in_one_block_and_no_block_is_in_vain(
   head, boundary, seq_len, rows, columns, inverse, in_order
 ):
   _check(head, boundary, seq_len, rows, columns, inverse, in_order)
+
+
+@hypothesis.given(
+  chunk_size=st.integers(1, 60),
+  num_chunks=st.integers(1, 5),
+  query_offset=st.integers(1, 90),
+  further=st.integers(0, 150),
+  rows=st.sampled_from([16, 32]),
+  columns=st.sampled_from([8, 16, 32]),
+  inverse=st.booleans(),
+  in_order=st.booleans(),
+)
+def test_queries_may_have_later_positions_than_keys(
+  chunk_size,
+  num_chunks,
+  query_offset,
+  further,
+  rows,
+  columns,
+  inverse,
+  in_order,
+):
+  # See `Call.starts_late`.
+  head = HeadPattern(
+    chunk_size=chunk_size,
+    offset=query_offset % chunk_size,
+    shift=query_offset + further,
+  )
+  seq_len = num_chunks * chunk_size
+  _check(head, "drop", seq_len, rows, columns, inverse, in_order, query_offset)
 
 
 def _groups(pattern, **settings):

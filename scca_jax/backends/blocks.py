@@ -96,6 +96,8 @@ class Rule:
     select: Residue of the queries that are served, or -1.
     own_chunk: Whether queries also see their own chunk, 0 or 1.
     sinks: Keys at the start that all queries also see.
+    ahead: How far after a query a key may be, in tokens: with a `query_offset`
+      it has an earlier position all the same.
   """
 
   chunk_size: Any
@@ -108,11 +110,20 @@ class Rule:
   select: Any
   own_chunk: Any = 0
   sinks: Any = 0
+  ahead: Any = 0
 
   @classmethod
-  def of(cls, head: HeadPattern, boundary: str) -> "Rule":
-    """Returns the rule of a head."""
-    shift, limit = head.shift, 0
+  def of(
+    cls, head: HeadPattern, boundary: str, query_offset: int = 0
+  ) -> "Rule":
+    """Returns the rule of a head.
+
+    Args:
+      head: The head.
+      boundary: See `AttentionPattern`.
+      query_offset: Position of the first query; see `Call.starts_late`.
+    """
+    shift, limit = head.shift - query_offset, 0
     if head.own_chunk:
       # Where the head falls back, its own chunk contains what it sees.
       boundary = "drop"
@@ -125,7 +136,7 @@ class Rule:
         limit = head.shift
     else:
       chunk_size = head.chunk_size
-      offset = head.offset % chunk_size - chunk_size
+      offset = (head.offset - query_offset) % chunk_size - chunk_size
       if boundary == "local" and head.shift:
         whole_chunks = (head.shift - head.offset) // chunk_size
         limit = max(0, head.offset + whole_chunks * chunk_size)
@@ -143,6 +154,7 @@ class Rule:
       select=-1 if head.select is None else head.select,
       own_chunk=int(head.own_chunk),
       sinks=head.sinks,
+      ahead=query_offset,
     )
 
   @property
@@ -216,7 +228,8 @@ def key_bounds(rule: Rule, queries: Any, shift: Any) -> tuple[Any, Any]:
   )
   first = _maximum(_maximum(chunk - shift, queries - shift - rule.reach), 0)
   last = _minimum(
-    chunk + (rule.chunk_size - 1) - shift, queries - shift * rule.windowed
+    chunk + (rule.chunk_size - 1) - shift,
+    queries - (shift * rule.windowed - rule.ahead),
   )
   return first, last
 
@@ -229,7 +242,7 @@ def query_bounds(rule: Rule, keys: Any, shift: Any) -> tuple[Any, Any]:
   chunk = rule.offset + rule.chunk_size * _div(
     keys + shift - rule.offset, rule.chunk_size
   )
-  first = _maximum(keys + shift * rule.windowed, chunk)
+  first = _maximum(keys + (shift * rule.windowed - rule.ahead), chunk)
   last = _minimum(chunk + (rule.chunk_size - 1), keys + shift + rule.reach)
   return first, last
 

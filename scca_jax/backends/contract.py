@@ -68,6 +68,30 @@ class Call:
     return any(head.is_union for head in self.pattern.head_groups())
 
   @property
+  def starts_late(self) -> bool:
+    """Whether queries start at an offset, and are served as if they did not.
+
+    There are as many keys as queries, and each query's chunk has been shifted
+    by at least the offset, so that every key that it sees is there.
+    """
+    offset, length = self.query_offset, self.query.shape[1]
+    return (
+      isinstance(offset, int)
+      and offset > 0
+      and length == self.key.shape[1]
+      and self.segment_ids is None
+      and self.pattern.boundary == "drop"
+      and self.pattern.causality == "position"
+      and all(
+        head.in_use() <= {"chunk_size", "offset", "shift"}
+        and head.chunk_size is not None
+        and head.shift >= offset
+        and (offset + length - head.offset) % head.chunk_size == 0
+        for head in self.pattern.head_groups()
+      )
+    )
+
+  @property
   def has_cache(self) -> bool:
     """Whether queries and keys have different positions, as in decoding."""
     return (
@@ -109,6 +133,7 @@ class BackEnd:
     needs: The devices it needs, in words.
     segments: Whether it serves segment ids.
     cache: Whether queries may start at an offset, or be fewer than the keys.
+    late_starts: Whether it serves `Call.starts_late`.
     log_sum: Whether it returns the log-sum-exp.
     deterministic: Whether gradients are bit-equal from run to run.
     takes_deterministic: Whether its function also takes `deterministic`, and is
@@ -136,6 +161,7 @@ class BackEnd:
   needs: str = "any device"
   segments: bool = True
   cache: bool = False
+  late_starts: bool = False
   log_sum: bool = True
   deterministic: bool = True
   takes_deterministic: bool = False
@@ -181,7 +207,8 @@ class BackEnd:
       )
     if call.segment_ids is not None and not self.segments:
       return f"{self.name} does not serve segment_ids"
-    if call.has_cache and not self.cache:
+    late_start = self.late_starts and call.starts_late
+    if call.has_cache and not (self.cache or late_start):
       return (
         f"{self.name} serves query_offset=0 and as many keys as queries, not"
         f" query_offset={call.query_offset}, {call.key.shape[1]} keys and"

@@ -103,6 +103,7 @@ class _Settings:
     sizes: Kernel tile sizes.
     num_multiprocessors: Multiprocessors of the device.
     deterministic: Whether gradients must be bit-equal from run to run.
+    query_offset: Position of the first query.
   """
 
   pattern: AttentionPattern
@@ -110,6 +111,7 @@ class _Settings:
   sizes: Sizes
   num_multiprocessors: int
   deterministic: bool
+  query_offset: int = 0
 
   def visits_once(self, query: jax.Array) -> bool:
     """Whether the backward pass is a single kernel instead of two."""
@@ -148,7 +150,9 @@ class _Settings:
         scale=self.scale,
         heads=tuple(members),
         rules=tuple(
-          blocks.Rule.of(self.pattern.heads[i], self.pattern.boundary)
+          blocks.Rule.of(
+            self.pattern.heads[i], self.pattern.boundary, self.query_offset
+          )
           for i in members
         ),
         num_multiprocessors=self.num_multiprocessors,
@@ -423,16 +427,20 @@ def attention(
     value: Like `key`.
     pattern: Which keys each query head sees, with causality "position".
     segment_ids: Integers `[batch, seq]`, or None.
-    query_offset: 0.
+    query_offset: 0, or as in `Call.starts_late`.
     scale: Factor of the scores.
     deterministic: Whether gradients must be bit-equal from run to run.
     sizes: Kernel tile sizes; None uses `default_sizes`.
   """
   device = target.current()
-  del query_offset  # 0.
   if sizes is None:
     sizes = default_sizes(query.shape[3], query.dtype, device.kind)
   settings = _Settings(
-    pattern, float(scale), sizes, device.num_multiprocessors, deterministic
+    pattern,
+    float(scale),
+    sizes,
+    device.num_multiprocessors,
+    deterministic,
+    int(query_offset),
   )
   return _attend(settings, query, key, value, segment_ids)

@@ -312,6 +312,8 @@ def seen_pairs(
     **{name: rules[head, place] for place, name in enumerate(RULE_FIELDS)}
   )
   rule = dataclasses.replace(rule, dilation=r)
+  if not any(x.ahead for x in launch.rules):
+    rule = dataclasses.replace(rule, ahead=0)
   residue, start = tile.block(i)
   start += i * shape[1]
   rows = plgpu.broadcasted_iota(jnp.int32, (shape[0],), 0, layout=rows_layout())

@@ -72,6 +72,7 @@ BACK_ENDS: dict[str, BackEnd] = {
       needs="a Hopper GPU (compute capability 9.0)",
       furthest=blocks.FAR // 2,
       max_dilation=blocks.MAX_DILATION,
+      late_starts=True,
       takes_deterministic=True,
       unserved_unions=_unserved_by_tiles,
     ),
@@ -85,6 +86,7 @@ BACK_ENDS: dict[str, BackEnd] = {
       needs="an NVIDIA GPU of compute capability 8.0 or later",
       furthest=blocks.FAR // 2,
       max_dilation=blocks.MAX_DILATION,
+      late_starts=True,
       # Indices into an array have 32 bits.
       max_size=1 << 31,
       unserved_unions=_unserved_by_tiles,

@@ -955,13 +955,12 @@ def attention(
     value: Like `key`.
     pattern: Which keys each query head sees, with causality "position".
     segment_ids: Integers `[batch, seq]`, or None.
-    query_offset: 0.
+    query_offset: 0, or as in `Call.starts_late`.
     scale: Factor of the scores.
     sizes: Kernel tile sizes; None uses `default_sizes`.
     interpret: Whether to interpret the kernels, on any device; float32 and any
       `head_dim` are then served too.
   """
-  del query_offset  # 0.
   batch, seq_len, num_heads, head_dim = query.shape
   if sizes is None:
     sizes = (
@@ -977,7 +976,10 @@ def attention(
     head_dim=head_dim,
     dtype=query.dtype,
     scale=float(scale),
-    rules=tuple(Rule.of(head, pattern.boundary) for head in pattern.heads),
+    rules=tuple(
+      Rule.of(head, pattern.boundary, int(query_offset))
+      for head in pattern.heads
+    ),
     has_segments=segment_ids is not None,
     sizes=sizes,
     interpret=interpret,

@@ -39,6 +39,7 @@ import numpy as np
 
 from scca_jax import target
 from scca_jax.backends import online_softmax, xla_cache
+from scca_jax.backends.contract import Call
 from scca_jax.backends.heads import (
   combine,
   finish_softmax,
@@ -853,6 +854,28 @@ def attention(
   Computes in float32.
   """
   seq_len = query.shape[1]
+  call = Call(
+    query=query,
+    key=key,
+    value=value,
+    pattern=pattern,
+    scale=scale,
+    segment_ids=segment_ids,
+    query_offset=query_offset,
+  )
+  if call.starts_late:
+    # Idle queries in front, and keys at the end that no query sees.
+    missing = int(query_offset)
+    padding = ((0, 0), (missing, 0), (0, 0), (0, 0))
+    query = jnp.pad(query, padding)
+    key, value = (_pad_seq(x, missing) for x in (key, value))
+    ids = jnp.ones(query.shape[:2], jnp.int32)
+    settings = _Settings(scale, query.dtype, query.dtype)
+    result = _attend_pattern(
+      _Arrays(query, key, value, ids, ids), pattern, settings
+    )
+    output, log_sum = (x[:, missing:] for x in result)
+    return output, log_sum
   from_start = (
     not isinstance(query_offset, jax.core.Tracer) and int(query_offset) == 0
   )
