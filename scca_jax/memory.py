@@ -336,7 +336,9 @@ def plan_step(
     batch,
     on_host=on_host,
     donate_argnums=(0,),
-    compiler_options=training.compiler_options(step.execution),
+    compiler_options=training.compiler_options(
+      step.execution, state.params, frozen
+    ),
   )
   # One segment at a time; what segments keep is not counted.
   at_once = min(seq_len, step.execution.segment_len or seq_len)

@@ -298,6 +298,19 @@ def gathered(
   return jax.tree_util.tree_map_with_path(gather, tree)
 
 
+def layer_bytes(tree: Any) -> int:
+  """Returns the bytes of one layer's parameters, over all devices.
+
+  Args:
+    tree: Parameters, those of all layers stacked.
+  """
+  return sum(
+    leaf.size // leaf.shape[0] * leaf.dtype.itemsize
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if "layers" in _names(path)
+  )
+
+
 def lookup(table: jax.Array, tokens: jax.Array, mesh: Mesh) -> jax.Array:
   """Returns the embeddings of tokens; each device looks up its own tokens.
 

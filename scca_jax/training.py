@@ -42,6 +42,7 @@ _COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 # In percent of the GPU's memory. XLA counts what segments keep on the host as
 # if it were on the GPU, finds too little memory there, and computes products
 # again to save some: a third of a step's work, and more, for nothing.
+_GATHERED_AT_ONCE = "xla_gpu_all_gather_combine_threshold_bytes"
 _OF_OFFLOADED_SEGMENTS = {"xla_gpu_memory_limit_slop_factor": 1000}
 
 
@@ -656,17 +657,26 @@ def train_step(
   return new_state, metrics
 
 
-def compiler_options(execution: Execution | None = None) -> dict[str, Any]:
+def compiler_options(
+  execution: Execution | None = None, *trees: Any
+) -> dict[str, Any]:
   """Returns the XLA options that a step is compiled with.
 
   Options in the user's XLA_FLAGS take precedence.
 
   Args:
     execution: How the step computes the layers, if that is known.
+    *trees: The parameters, frozen ones too, arrays or shapes.
   """
   options: dict[str, Any] = dict(_COMPILER_OPTIONS)
   if execution and execution.segment_len and execution.offload_segments:
     options |= _OF_OFFLOADED_SEGMENTS
+  mesh = execution.mesh if execution else None
+  if mesh is not None and mesh.shape[sharding.FSDP] > 1:
+    # All matrices of a layer in one message: XLA fetches that while the layer
+    # before is computed. Of single matrices it fetches every other one only
+    # when it is needed.
+    options[_GATHERED_AT_ONCE] = sharding.layer_bytes(trees)
   flags = os.environ.get("XLA_FLAGS", "")
   return {name: value for name, value in options.items() if name not in flags}
 
@@ -709,6 +719,6 @@ def compile_step(
       train_step, graphdef=graphdef, optimizer=optimizer, config=config
     ),
     donate_argnums=0,
-    compiler_options=compiler_options(config.execution),
+    compiler_options=compiler_options(config.execution, state.params, frozen),
     **layout,
   )

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -301,22 +302,19 @@ def test_arguments_in_the_hosts_memory_are_fetched(num_gpus):
   assert here.temp_size_in_bytes < size
 
 
-@needs_compiler
-@pytest.mark.slow
-def test_no_device_drops_what_it_has_summed():
+def _compile_step(mesh_config, num_layers, num_micro_batches, **execution):
+  """A step of a small model on two GPUs."""
   config = LlamaConfig(
     vocab_size=768,
     hidden_size=64,
     intermediate_size=128,
-    num_layers=1,
+    num_layers=num_layers,
     num_heads=4,
     num_kv_heads=4,
     head_dim=16,
     context_len=64,
   )
-  mesh = sharding.make_mesh(
-    sharding.MeshConfig(data=2), deviceless.devices("h100-80gb", 2)
-  )
+  mesh = sharding.make_mesh(mesh_config, deviceless.devices("h100-80gb", 2))
   model = nnx.eval_shape(
     lambda: Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   )
@@ -344,17 +342,41 @@ def test_no_device_drops_what_it_has_summed():
       ("mask", jnp.float32),
     )
   }
-  step = functools.partial(
-    training.train_step,
-    graphdef=graphdef,
-    optimizer=rule,
-    config=training.StepConfig(
-      patterns=patterns.scca_fixed(4, 16),
-      execution=Execution(mesh=mesh),
-      num_micro_batches=2,
+  step = training.StepConfig(
+    patterns=patterns.scca_fixed(4, 16),
+    execution=Execution(mesh=mesh, **execution),
+    num_micro_batches=num_micro_batches,
+  )
+  return deviceless.compile_for(
+    "h100-80gb",
+    functools.partial(
+      training.train_step, graphdef=graphdef, optimizer=rule, config=step
+    ),
+    state,
+    frozen,
+    batch,
+    compiler_options=training.compiler_options(
+      step.execution, state.params, frozen
     ),
   )
-  compiled = deviceless.compile_for("h100-80gb", step, state, frozen, batch)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_matrices_of_a_layer_are_gathered_in_one_message():
+  compiled = _compile_step(
+    sharding.MeshConfig(fsdp=2), 3, 1, unroll=True, remat="projections"
+  )
+  # Once for each layer's forward pass and once for its backward pass, and the
+  # embedding and the head. One by one, matrices would be 7 messages each time.
+  gathered = re.findall(r" all-gather(?:-start)?\(", compiled.as_text())
+  assert 0 < len(gathered) <= 2 * 3 + 2
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_no_device_drops_what_it_has_summed():
+  compiled = _compile_step(sharding.MeshConfig(data=2), 1, 2)
   # XLA sums a gradient over devices once, after the micro batches. If it had
   # split the gradient's scatter among devices, all but the first device lost
   # their sum at each micro batch, by a choice on the device's number, which

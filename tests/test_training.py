@@ -392,6 +392,21 @@ def test_what_the_user_tells_the_compiler_holds(monkeypatch):
   assert training.compiler_options() == {}
 
 
+def test_matrices_of_a_layer_are_gathered_together():
+  params = {
+    "embed_tokens": {"embedding": jax.ShapeDtypeStruct((9, 8), jnp.float32)},
+    "layers": {
+      "q_proj": {"kernel": jax.ShapeDtypeStruct((3, 8, 4), jnp.bfloat16)},
+      "norm": {"scale": jax.ShapeDtypeStruct((3, 8), jnp.float32)},
+    },
+  }
+  name = "xla_gpu_all_gather_combine_threshold_bytes"
+  for sizes, expected in (({"fsdp": 2}, 8 * 4 * 2 + 8 * 4), ({"data": 2}, 0)):
+    mesh = sharding.make_mesh(sharding.MeshConfig(**sizes))
+    options = training.compiler_options(Execution(mesh=mesh), params, {})
+    assert options.get(name, 0) == expected
+
+
 def test_only_segments_on_the_host_lift_the_limit_of_memory(monkeypatch):
   monkeypatch.delenv("XLA_FLAGS", raising=False)
   name = "xla_gpu_memory_limit_slop_factor"
