@@ -701,8 +701,9 @@ def compile_step(
       `state_shardings` says.
     frozen: The frozen parameters, arrays or shapes.
   """
-  layout = {}
+  layout, trees = {}, ()
   if config.mesh is not None:
+    trees = state.params, frozen
     of_state = state_shardings(
       state, config.mesh, offload_optimizer=config.offload_optimizer
     )
@@ -719,6 +720,6 @@ def compile_step(
       train_step, graphdef=graphdef, optimizer=optimizer, config=config
     ),
     donate_argnums=0,
-    compiler_options=compiler_options(config.execution, state.params, frozen),
+    compiler_options=compiler_options(config.execution, *trees),
     **layout,
   )
