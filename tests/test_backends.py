@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import scca_jax
 from scca_jax import patterns, sharding
-from scca_jax.backends import registry, xla_cache
+from scca_jax.backends import registry, xla, xla_cache
 from scca_jax.backends.contract import BackEnd, Call
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
@@ -179,6 +179,25 @@ def test_unions_of_many_sinks_and_segments(monkeypatch):
   inputs = cases.make_inputs(4, 100)
   cases.check(ATTEND["xla"], pattern, inputs, ids)
   cases.check(ATTEND["xla"], pattern, inputs)
+
+
+def test_gpus_take_larger_blocks_and_skip_empty_starts(monkeypatch):
+  # As on a GPU, some strips at a time, but of lengths that a test has.
+  monkeypatch.setattr(xla, "_CPU_MAX_STARTS", xla._MAX_STARTS)
+  monkeypatch.setattr(xla, "_MIN_BLOCK", 8)
+  monkeypatch.setattr(xla, "_CPU_BLOCK", 8)
+  monkeypatch.setattr(xla, "_CPU_SCORE_BYTES", 3 * 4 * 32 * 32)
+  pieces = []
+  core = xla._core
+  monkeypatch.setattr(
+    xla, "_core", lambda band, *x: pieces.extend(band.pieces) or core(band, *x)
+  )
+  ids = jnp.asarray([np.arange(61) // 23, np.arange(61) // 60 + 1])
+  cases.check(
+    ATTEND["xla"], patterns.scca_fixed(2, 32), cases.make_inputs(2, 61), ids
+  )
+  assert {piece.num_empty for piece in pieces} == {0, 16}
+  assert {piece.block for piece in pieces} >= {16, 32}
 
 
 # At 60 or 150 scores exceed what float16 can hold. A CPU leaves the weights of

@@ -25,20 +25,28 @@ def _precision(dtype: Any) -> jax.lax.Precision:
   return jax.lax.Precision.DEFAULT
 
 
-def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def product(
+  subscripts: str, a: jax.Array, b: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
   """Returns an einsum, accumulated in float32.
 
   A float32 `a` is rounded to the dtype of a narrower `b`, for the matrix units
   of a GPU. On a CPU, which would only widen it again, it stays exact.
+
+  Args:
+    subscripts: As `jnp.einsum` takes them.
+    a: The first operand.
+    b: The second one.
+    dtype: Dtype of the result.
   """
 
-  def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
+  def multiply(a: jax.Array, b: jax.Array, dtype: Any = dtype) -> jax.Array:
     return jnp.einsum(
       subscripts,
       a,
       b,
       precision=_precision(a.dtype),
-      preferred_element_type=jnp.float32,
+      preferred_element_type=dtype,
     )
 
   if a.dtype == b.dtype:
@@ -46,7 +54,7 @@ def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jax.lax.platform_dependent(
     a,
     b,
-    cpu=multiply,
+    cpu=lambda a, b: multiply(a, b, jnp.float32).astype(dtype),
     default=lambda a, b: multiply(a.astype(b.dtype), b),
   )
 

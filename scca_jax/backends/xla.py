@@ -14,10 +14,12 @@ the sequence. Every pattern is cut into *strips*, which all look the same:
 
 Strips in which no query can see a key are left out. The others go, those of one
 band together, through attention by blocks of queries, each with all the keys
-that the band may hold for it: a softmax takes one pass. The backward pass goes
-by blocks of keys and computes the weights again (Dao et al., arXiv 2205.14135).
-On a GPU the products are cuBLAS's, in the dtype of the inputs; what limits it
-there is writing and reading the scores, not the products.
+that the band may hold for it: a softmax takes one pass. Blocks are as large as
+they can be without visiting many more pairs, and skip the start of a strip if
+it lies before the sequence. The backward pass goes by blocks of keys and
+computes the weights again (Dao et al., arXiv 2205.14135). On a GPU the products
+are cuBLAS's, in the dtype of the inputs; what limits it there is writing and
+reading the scores, not the products.
 
 A union head is split into disjoint parts (`patterns.union_parts`), which are
 attended one by one and combined by their log-sum-exp.
@@ -57,14 +59,20 @@ from scca_jax.patterns import (
   union_parts,
 )
 
-# Blocks of a strip, in slots. Smaller ones skip more pairs outside the band,
-# larger ones multiply faster. And how many bytes of scores to compute at once:
-# few launches on a GPU, but what a CPU's cache holds.
+# Blocks of a strip, in slots: the usual one, and the largest. Smaller ones skip
+# more pairs outside the band, larger ones multiply faster. And how many bytes
+# of scores to compute at once: few launches on a GPU, but what a CPU's cache
+# holds.
 _MIN_BLOCK = 64
-_MAX_BLOCK, _SCORE_BYTES = 512, 64 * 2**20
-_CPU_MAX_BLOCK, _CPU_SCORE_BYTES = 256, 4 * 2**20
-# Lengths of the ranges that the blocks of a strip meet.
+_BLOCK, _MAX_BLOCK, _SCORE_BYTES = 512, 2048, 128 * 2**20
+_CPU_BLOCK, _CPU_MAX_BLOCK, _CPU_SCORE_BYTES = 256, 256, 4 * 2**20
+# How many times the pairs of blocks half as large a block may visit.
+_MORE_PAIRS = 1.25
+# How many lengths the ranges have that the blocks of a strip meet, and how many
+# the empty starts of strips: each is a program of its own, and XLA keeps memory
+# for each on a CPU.
 _MAX_RUNS = 8
+_MAX_STARTS, _CPU_MAX_STARTS = 4, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +81,30 @@ class _Run:
 
   Attributes:
     blocks: Where each block starts, in slots.
+    size: Length of a block.
     starts: Where the range starts that it meets.
     length: Slots of a range.
   """
 
   blocks: tuple[int, ...]
+  size: int
   starts: tuple[int, ...]
   length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+  """Neighbouring strips that begin with equally many slots without a key.
+
+  Attributes:
+    num_strips: Their number.
+    num_empty: Slots at the start that have no key, a multiple of `block`.
+    block: Length of a block, in slots; divides that of a strip.
+  """
+
+  num_strips: int
+  num_empty: int
+  block: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,47 +114,58 @@ class _Band:
   Attributes:
     lo: Smallest `slot - query` that is seen, in slots; None means no bound.
     hi: The largest one.
-    num_slots: Length of a strip, a multiple of `block`.
-    block: Length of a block, in slots.
+    num_slots: Length of a strip.
     score_bytes: Most bytes of scores to compute at once, if possible.
     scale: Factor of the scores.
     dtype: Dtype of the inputs, the output and the gradients.
     operands: Dtype that queries, keys and values are multiplied in.
+    pieces: All strips, in order.
   """
 
   lo: int | None
   hi: int
   num_slots: int
-  block: int
   score_bytes: int
   scale: float
   dtype: Any
   operands: Any
+  pieces: tuple[_Piece, ...] = ()
 
-  def query_runs(self) -> list[_Run]:
+  def query_runs(self, piece: _Piece) -> list[_Run]:
     """Returns the blocks of queries, and the keys that each may see."""
-    return self._runs(self.lo, self.hi)
+    return self._runs(self.lo, self.hi, 0, piece.num_empty, piece.block)
 
-  def key_runs(self) -> list[_Run]:
+  def key_runs(self, piece: _Piece) -> list[_Run]:
     """Returns the blocks of keys, and the queries that may see each."""
-    return self._runs(-self.hi, None if self.lo is None else -self.lo)
+    lo = None if self.lo is None else -self.lo
+    return self._runs(-self.hi, lo, piece.num_empty, 0, piece.block)
 
-  def _runs(self, lo: int | None, hi: int | None) -> list[_Run]:
-    """Returns the blocks, and what lies from `lo` to `hi` beside each."""
+  def _runs(
+    self, lo: int | None, hi: int | None, begin: int, least: int, size: int
+  ) -> list[_Run]:
+    """Returns the blocks, and what lies from `lo` to `hi` beside each.
+
+    Args:
+      lo: Smallest distance from a slot of a block; None means no bound.
+      hi: The largest one.
+      begin: Where the first block starts.
+      least: First slot that a block may meet.
+      size: Length of a block.
+    """
+    blocks = range(begin, self.num_slots, size)
     ranges = [
       (
-        0 if lo is None else max(0, block + lo),
+        least if lo is None else max(least, block + lo),
         self.num_slots
         if hi is None
-        else min(block + self.block + hi, self.num_slots),
+        else max(least + size, min(block + size + hi, self.num_slots)),
       )
-      for block in range(0, self.num_slots, self.block)
+      for block in blocks
     ]
-    # Few lengths: each is a program of its own.
-    most = max(-(-(end - first) // self.block) for first, end in ranges)
-    step = self.block * -(-most // _MAX_RUNS)
+    most = max(-(-(end - first) // size) for first, end in ranges)
+    step = size * -(-most // _MAX_RUNS)
     lengths = [
-      min(max(1, -(-(end - first) // step)) * step, self.num_slots)
+      min(max(1, -(-(end - first) // step)) * step, self.num_slots - least)
       for first, end in ranges
     ]
     runs = []
@@ -139,33 +175,52 @@ class _Band:
       of_run = list(members)
       runs.append(
         _Run(
-          tuple(i * self.block for i in of_run),
+          tuple(blocks[i] for i in of_run),
+          size,
           tuple(
-            max(0, min(ranges[i][0], self.num_slots - length)) for i in of_run
+            max(least, min(ranges[i][0], self.num_slots - length))
+            for i in of_run
           ),
           length,
         )
       )
     return runs
 
-  def together(self, length: int, num_strips: int) -> int:
-    """Returns how many strips to compute at once, a divisor of their number.
+  def piece(
+    self, num_strips: int, num_empty: int, block: int, most: int
+  ) -> _Piece:
+    """Returns strips, in the largest blocks that visit few more pairs.
 
     Args:
-      length: Slots that a block meets.
+      num_strips: See `_Piece`.
+      num_empty: Likewise.
+      block: The smallest blocks.
+      most: Length of the largest ones.
+    """
+
+    def visited(block: int) -> int:
+      runs = self.query_runs(_Piece(num_strips, num_empty, block))
+      return sum(len(run.blocks) * run.size * run.length for run in runs)
+
+    while (
+      2 * block <= most
+      and 8 * block * self.num_slots <= self.score_bytes
+      and self.num_slots % (2 * block) == num_empty % (2 * block) == 0
+      and visited(2 * block) <= _MORE_PAIRS * visited(block)
+    ):
+      block *= 2
+    return _Piece(num_strips, num_empty, block)
+
+  def together(self, runs: Sequence[_Run], num_strips: int) -> int:
+    """Returns how many strips to compute at once.
+
+    Args:
+      runs: The blocks of the strips.
       num_strips: Number of strips.
     """
-    most = max(1, self.score_bytes // (4 * self.block * length))
-    return max(n for n in range(1, most + 1) if num_strips % n == 0)
-
-  def filled(self, num_strips: int) -> int:
-    """Returns a number of strips, at least the given one, that goes well."""
-    length = max(run.length for run in self.query_runs())
-    most = max(1, self.score_bytes // (4 * self.block * length))
-    num_groups = -(-num_strips // most)
-    if 2 * self.together(length, num_strips) > num_strips / num_groups:
-      return num_strips
-    return -(-num_strips // num_groups) * num_groups
+    largest = max(run.size * run.length for run in runs)
+    most = max(1, self.score_bytes // (4 * largest))
+    return -(-num_strips // -(-num_strips // most))
 
   def scores(self, query, key, query_ids, key_ids, distance) -> jax.Array:
     """Returns the scores of strips, -inf where nothing is seen.
@@ -189,6 +244,15 @@ class _Band:
     scores = self.scale * product("xqd,xkd->xqk", query, key)
     return jnp.where(seen, scores, -jnp.inf)
 
+  def key_gradient(self, of_pairs: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns the gradient of the keys or values of a block, all of it."""
+    # cuBLAS may sum parts in the dtype that it stores, which in float16 could
+    # overflow.
+    dtype = jnp.float32
+    if self.dtype == self.operands == jnp.bfloat16:
+      dtype = jnp.bfloat16
+    return product("xqk,xqd->xkd", of_pairs, x, dtype)
+
 
 def _repeat(times: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
   """Returns what a function of a number and the carry makes of the carry."""
@@ -203,47 +267,50 @@ def _repeat(times: int, step: Callable[[Any, Any], Any], carry: Any) -> Any:
   )[1]
 
 
-def _over_runs(
-  band: _Band,
-  runs: Sequence[_Run],
-  meet: Callable[..., Any],
-  results: tuple[jax.Array, ...],
-) -> tuple[jax.Array, ...]:
-  """Goes through the blocks of all strips, some strips at a time.
+@dataclasses.dataclass(frozen=True)
+class _Strips:
+  """Neighbouring strips of an array, which products read in place.
 
-  Each step waits for the one before, so that only its scores are in memory.
+  Attributes:
+    array: `[strips, slots, ...]`.
+    first: The first of them.
+    count: Their number.
+  """
+
+  array: jax.Array
+  first: Any
+  count: int
+
+  def take(self, start: Any, length: int) -> jax.Array:
+    """Returns slots of these strips."""
+    rest = self.array.shape[2:]
+    return jax.lax.dynamic_slice(
+      self.array,
+      (self.first, start, *[0] * len(rest)),
+      (self.count, length, *rest),
+    )
+
+  def put(self, values: jax.Array, start: Any) -> jax.Array:
+    """Returns the array with other values in slots of these strips."""
+    rest = self.array.shape[2:]
+    return jax.lax.dynamic_update_slice(
+      self.array,
+      values.astype(self.array.dtype),
+      (self.first, start, *[0] * len(rest)),
+    )
+
+
+def _over_blocks(
+  runs: Sequence[_Run], meet: Callable[..., Any], results: Any
+) -> Any:
+  """Goes through the blocks of strips.
 
   Args:
-    band: What the strips have in common.
     runs: The blocks.
     meet: Takes the results so far, where a block starts, where the range starts
-      that it meets, the length of that, and functions that take slots from the
-      arrays of the strips at hand and that put them there. Returns the results.
-    results: The first ones, `[strips, slots, ...]`.
+      that it meets, and the run. Returns the results.
+    results: The first ones.
   """
-  num_strips = len(results[0])
-
-  def over_strips(results: Any, block: Any, first: Any, length: int) -> Any:
-    together = band.together(length, num_strips)
-
-    def step(i: Any, results: Any) -> Any:
-      strip = i * together
-
-      def take(x: jax.Array, start: Any, length: int) -> jax.Array:
-        rest = x.shape[2:]
-        return jax.lax.dynamic_slice(
-          x, (strip, start, *[0] * len(rest)), (together, length, *rest)
-        )
-
-      def put(x: jax.Array, values: jax.Array, start: Any) -> jax.Array:
-        return jax.lax.dynamic_update_slice(
-          x, values.astype(x.dtype), (strip, start, *[0] * (x.ndim - 2))
-        )
-
-      return meet(results, block, first, length, take, put)
-
-    return _repeat(num_strips // together, step, results)
-
   for run in runs:
     # XLA slices without a copy where it knows the start.
     first = run.starts[0] if len(set(run.starts)) == 1 else None
@@ -253,35 +320,91 @@ def _over_runs(
       if len(run.blocks) > 1:
         block = jnp.array(run.blocks)[i]
       start = jnp.array(run.starts)[i] if first is None else first
-      return over_strips(results, block, start, run.length)
+      return meet(results, block, start, run)
 
     results = _repeat(len(run.blocks), step, results)
+  return results
+
+
+def _over_strips(
+  band: _Band,
+  runs_of: Callable[[_Piece], list[_Run]],
+  compute: Callable[..., Any],
+  arrays: Sequence[jax.Array],
+  results: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+  """Goes through all strips, some at a time.
+
+  Each step waits for the one before, so that only its scores are in memory.
+
+  Args:
+    band: What the strips have in common.
+    runs_of: Returns the blocks of a piece.
+    compute: Takes the blocks, the results so far, and the strips at hand of
+      each array and of each result. Returns the results.
+    arrays: `[strips, slots, ...]`.
+    results: The first ones, likewise.
+  """
+  begin = 0
+  for piece in band.pieces:
+    runs = runs_of(piece)
+    count = band.together(runs, piece.num_strips)
+
+    def step(
+      i: Any,
+      results: Any,
+      runs: Sequence[_Run] = runs,
+      count: int = count,
+      begin: int = begin,
+      piece: _Piece = piece,
+    ) -> Any:
+      strip = i * count
+      if piece.num_strips % count:
+        # The last two steps have strips in common.
+        strip = jnp.minimum(strip, piece.num_strips - count)
+
+      def at_hand(x: jax.Array) -> _Strips:
+        return _Strips(x, begin + strip, count)
+
+      return compute(runs, results, at_hand, *map(at_hand, arrays))
+
+    results = _repeat(-(-piece.num_strips // count), step, results)
+    begin += piece.num_strips
   return results
 
 
 def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
   """Returns the results of `_core`, with a float32 output."""
 
-  def meet(results, block, first, length, take, put):
-    scores = band.scores(
-      take(query, block, band.block),
-      take(key, first, length),
-      take(query_ids, block, band.block),
-      take(key_ids, first, length),
-      first - block,
-    )
-    maximum = safe_maximum(jnp.max(scores, axis=-1))
-    weights = jnp.exp(scores - maximum[..., None])
-    output = product("xqk,xkd->xqd", weights, take(value, first, length))
-    total, log_sum = finish_softmax(maximum, jnp.sum(weights, axis=-1))
-    outputs, log_sums = results
-    return (
-      put(outputs, output / total[..., None], block),
-      put(log_sums, log_sum, block),
-    )
+  def compute(runs, results, at_hand, query, key, value, query_ids, key_ids):
+    def meet(results, block, first, run):
+      scores = band.scores(
+        query.take(block, run.size),
+        key.take(first, run.length),
+        query_ids.take(block, run.size),
+        key_ids.take(first, run.length),
+        first - block,
+      )
+      maximum = safe_maximum(jnp.max(scores, axis=-1))
+      weights = jnp.exp(scores - maximum[..., None])
+      output = product("xqk,xkd->xqd", weights, value.take(first, run.length))
+      total, log_sum = finish_softmax(maximum, jnp.sum(weights, axis=-1))
+      outputs, log_sums = map(at_hand, results)
+      return (
+        outputs.put(output / total[..., None], block),
+        log_sums.put(log_sum, block),
+      )
+
+    return _over_blocks(runs, meet, results)
 
   zeros = online_softmax.zeros_like(query)
-  return _over_runs(band, band.query_runs(), meet, (zeros, zeros[..., 0]))
+  return _over_strips(
+    band,
+    band.query_runs,
+    compute,
+    (query, key, value, query_ids, key_ids),
+    (zeros, zeros[..., 0]),
+  )
 
 
 def _core_primal(
@@ -329,43 +452,65 @@ def _core_backward(band: _Band, saved, cotangents):
 
   log_sum = safe_maximum(log_sum)
 
-  def meet(gradients, block, first, length, take, put):
+  def compute(
+    runs,
+    gradients,
+    at_hand,
+    query,
+    key,
+    value,
+    query_ids,
+    key_ids,
+    d_output,
+    log_sum,
+    delta,
+  ):
+    def meet(state, block, first, run):
+      d_query, d_key, d_value = state
+
+      def rows(x: _Strips) -> jax.Array:
+        return x.take(first, run.length)
+
+      def columns(x: _Strips) -> jax.Array:
+        return x.take(block, run.size)
+
+      scores = band.scores(
+        rows(query),
+        columns(key),
+        rows(query_ids),
+        columns(key_ids),
+        block - first,
+      )
+      d_weights = product("xqd,xkd->xqk", rows(d_output), columns(value))
+      weights, d_scores = online_softmax.weights_and_gradient(
+        scores, rows(log_sum), d_weights, rows(delta), band.scale
+      )
+      d_query = _Strips(d_query, 0, query.count)
+      d_rows = product("xqk,xkd->xqd", d_scores, columns(key))
+      d_columns = band.key_gradient(d_scores, rows(query))
+      d_values = band.key_gradient(weights, rows(d_output))
+      return (
+        d_query.put(rows(d_query) + d_rows, first),
+        at_hand(d_key).put(d_columns, block),
+        at_hand(d_value).put(d_values, block),
+      )
+
     d_query, d_key, d_value = gradients
+    shape = (query.count, *query.array.shape[1:])
+    sums = vary_like(jnp.broadcast_to(zero, shape), query.array)
+    sums, d_key, d_value = _over_blocks(runs, meet, (sums, d_key, d_value))
+    return at_hand(d_query).put(sums, 0), d_key, d_value
 
-    def rows(x: jax.Array) -> jax.Array:
-      return take(x, first, length)
-
-    def columns(x: jax.Array) -> jax.Array:
-      return take(x, block, band.block)
-
-    scores = band.scores(
-      rows(query),
-      columns(key),
-      rows(query_ids),
-      columns(key_ids),
-      block - first,
-    )
-    d_weights = product("xqd,xkd->xqk", rows(d_output), columns(value))
-    weights, d_scores = online_softmax.weights_and_gradient(
-      scores, rows(log_sum), d_weights, rows(delta), band.scale
-    )
-    d_rows = product("xqk,xkd->xqd", d_scores, columns(key))
-    d_columns = product("xqk,xqd->xkd", d_scores, rows(query))
-    d_values = product("xqk,xqd->xkd", weights, rows(d_output))
-    return (
-      put(d_query, rows(d_query) + d_rows, first),
-      put(d_key, d_columns, block),
-      put(d_value, d_values, block),
-    )
-
-  zeros = vary_like(jnp.broadcast_to(zero, query.shape), query)
-  d_query, d_key, d_value = _over_runs(
+  zeros = jnp.broadcast_to(zero, query.shape).astype(band.dtype)
+  zeros = vary_like(zeros, query)
+  gradients = _over_strips(
     band,
-    band.key_runs(),
-    meet,
-    (zeros, zeros.astype(band.dtype), zeros.astype(band.dtype)),
+    band.key_runs,
+    compute,
+    (query, key, value, query_ids, key_ids, d_output, log_sum, delta),
+    (zeros, zeros, zeros),
   )
-  return d_query.astype(band.dtype), d_key, d_value, None, None
+  return *gradients, None, None
 
 
 _core.defvjp(_core_save, _core_backward)
@@ -400,9 +545,9 @@ class _Cut:
     return -(-self.chunk_size // self.dilation)
 
   def apart(self, x: jax.Array) -> jax.Array:
-    """Cuts `[batch, seq, heads, ...]` into `[batch, strips, slots, ...]`.
+    """Cuts `[batch, seq, heads, ...]` into `[strips, batch, slots, ...]`.
 
-    The sequence must end with a chunk. Strips are ordered by head, chunk and
+    The sequence must end with a chunk. Strips are ordered by chunk, head and
     residue.
     """
     rest = [(0, 0)] * (x.ndim - 2)
@@ -411,15 +556,14 @@ class _Cut:
     missing = self.num_slots * self.dilation - self.chunk_size
     x = jnp.pad(x, [(0, 0), (0, 0), (0, missing), *rest])
     x = x.reshape(*x.shape[:2], self.num_slots, self.dilation, *x.shape[3:])
-    # [batch, chunks, slots, residues, heads, ...]: heads first, slots last.
-    x = jnp.moveaxis(x, (4, 1, 3, 2), (1, 2, 3, 4))
-    return x.reshape(x.shape[0], -1, self.num_slots, *x.shape[5:])
+    # [batch, chunks, slots, residues, heads, ...] until then.
+    x = jnp.moveaxis(x, (1, 4, 3, 0, 2), range(5))
+    return x.reshape(-1, *x.shape[3:])
 
   def together(self, x: jax.Array) -> jax.Array:
     """Undoes `apart`, up to padding at the end: `[batch, seq, heads, ...]`."""
-    shape = (self.num_chunks, self.dilation, self.num_slots)
-    x = x.reshape(x.shape[0], -1, *shape, *x.shape[3:])
-    x = jnp.moveaxis(x, (1, 2, 3, 4), (4, 1, 3, 2))
+    x = x.reshape(self.num_chunks, -1, self.dilation, *x.shape[1:])
+    x = jnp.moveaxis(x, range(5), (1, 4, 3, 0, 2))
     x = x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, : self.chunk_size]
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, self.pad :]
 
@@ -570,22 +714,18 @@ def _attend_cut(
   Queries that a source does not serve get 0 and -inf.
   """
   batch, seq_len, num_heads, head_dim = arrays.query.shape
-  order = np.array(
-    [
-      (i * cut.num_chunks + chunk) * cut.dilation + residue
-      for i, source in enumerate(sources)
-      for chunk, residue in source.strips
-    ],
-    np.int32,
-  )
-  num_strips = len(sources) * cut.num_chunks * cut.dilation
-  if not len(order):
+  num_strips = cut.num_chunks * len(sources) * cut.dilation
+  places = [
+    ((chunk * len(sources) + i) * cut.dilation + residue, source, chunk)
+    for i, source in enumerate(sources)
+    for chunk, residue in source.strips
+  ]
+  if not places:
     shape = (batch, seq_len, len(sources))
     return (
       jnp.zeros((*shape, head_dim), settings.dtype),
       jnp.full(shape, -jnp.inf, jnp.float32),
     )
-  complete = len(order) == num_strips
   heads = [source.head for source in sources]
   kv_heads = [h // (num_heads // arrays.key.shape[2]) for h in heads]
   # Slots after the sequence belong to its last chunk too.
@@ -612,43 +752,61 @@ def _attend_cut(
     ),
     ids_of_keys(),
   )
-  most, score_bytes = _MAX_BLOCK, _SCORE_BYTES
+  usual, most, score_bytes = _BLOCK, _MAX_BLOCK, _SCORE_BYTES
+  max_starts = _MAX_STARTS
   if target.current().platform == "cpu":
-    most, score_bytes = _CPU_MAX_BLOCK, _CPU_SCORE_BYTES
-  block = _block_size(cut, most, score_bytes)
+    usual, most, score_bytes = _CPU_BLOCK, _CPU_MAX_BLOCK, _CPU_SCORE_BYTES
+    max_starts = _CPU_MAX_STARTS
+  block = _block_size(cut, usual, score_bytes)
+  num_blocks = -(-cut.num_slots // block)
   band = _Band(
     lo=cut.lo,
     hi=cut.hi,
-    num_slots=-(-cut.num_slots // block) * block,
-    block=block,
+    num_slots=num_blocks * block,
     score_bytes=score_bytes,
     scale=settings.scale,
     dtype=settings.dtype,
     operands=settings.operands,
   )
-  # Strips without keys, for a number with good divisors.
-  added = band.filled(batch * len(order)) - batch * len(order)
+  unit = block * max(1, num_blocks // max_starts)
+
+  def num_empty(source: _Source, chunk: int) -> int:
+    before = source.shift + cut.pad - chunk * cut.chunk_size
+    empty = max(0, before) // cut.dilation // unit * unit
+    return min(empty, band.num_slots - block)
+
+  # Strips that are equally empty are neighbours, the emptiest first.
+  in_order = sorted(
+    (-num_empty(source, chunk), place) for place, source, chunk in places
+  )
+  order = np.array([place for _, place in in_order], np.int32)
+  complete = np.array_equal(order, np.arange(num_strips))
+  pieces = itertools.groupby(-empty for empty, _ in in_order)
+  band = dataclasses.replace(
+    band,
+    pieces=tuple(
+      band.piece(batch * len(list(strips)), empty, block, most)
+      for empty, strips in pieces
+    ),
+  )
 
   def strips(x: jax.Array) -> jax.Array:
-    """Cuts, leaves out the empty strips, and joins batch and strips."""
+    """Cuts, leaves out the empty strips, and joins strips and batch."""
     x = cut.apart(x)
     if not complete:
-      x = x.at[:, order].get(mode="promise_in_bounds", unique_indices=True)
-    x = jnp.broadcast_to(x, (batch, *x.shape[1:]))
-    x = x.reshape(batch * len(order), *x.shape[2:])
-    x = jnp.pad(x, [(0, added), *[(0, 0)] * (x.ndim - 1)])
+      x = x.at[order].get(mode="promise_in_bounds", unique_indices=True)
+    x = jnp.broadcast_to(x, (len(x), batch, *x.shape[2:]))
+    x = x.reshape(-1, *x.shape[2:])
     return _pad_seq(x, band.num_slots - cut.num_slots)
 
   output, log_sum = _core(band, *map(strips, parts))
 
   def whole(x: jax.Array, empty: float) -> jax.Array:
-    x = x[: batch * len(order), : cut.num_slots]
-    x = x.reshape(batch, len(order), *x.shape[1:])
+    x = x[:, : cut.num_slots]
+    x = x.reshape(len(order), batch, *x.shape[1:])
     if not complete:
-      full = jnp.full((batch, num_strips, *x.shape[2:]), empty, x.dtype)
-      x = full.at[:, order].set(
-        x, mode="promise_in_bounds", unique_indices=True
-      )
+      full = jnp.full((num_strips, *x.shape[1:]), empty, x.dtype)
+      x = full.at[order].set(x, mode="promise_in_bounds", unique_indices=True)
     return cut.together(x)[:, :seq_len]
 
   return whole(output, 0.0), whole(log_sum, -jnp.inf)
