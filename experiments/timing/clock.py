@@ -1,5 +1,6 @@
 """Times calls, and the rates of the device to compare them with."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -52,7 +53,8 @@ def take_turns(
   """Returns the milliseconds of a call of each contestant in each round.
 
   Contestants take turns, round after round, so that ratios compare calls at the
-  same temperature of the chip.
+  same temperature of the chip; in another order each round, so that none always
+  follows the one that leaves the chip hottest.
 
   Args:
     contestants: By name, a function that starts a call and one that waits for
@@ -70,8 +72,10 @@ def take_turns(
         1, round(_SAMPLE_SECONDS / _seconds_a_call(start, wait, 2))
       )
   times: dict[str, list[float]] = {name: [] for name in contestants}
+  order = random.Random(0)
   for _ in range(repeats):
-    for name, (start, wait) in contestants.items():
+    for name in order.sample(list(contestants), len(contestants)):
+      start, wait = contestants[name]
       times[name].append(1e3 * _seconds_a_call(start, wait, calls[name]))
   return times
 
