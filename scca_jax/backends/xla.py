@@ -115,7 +115,8 @@ class _Band:
     lo: Smallest `slot - query` that is seen, in slots; None means no bound.
     hi: The largest one.
     num_slots: Length of a strip.
-    score_bytes: Most bytes of scores to compute at once, if possible.
+    score_bytes: Most bytes of scores, and in the backward pass of their
+      gradients, to compute at once, if possible.
     scale: Factor of the scores.
     dtype: Dtype of the inputs, the output and the gradients.
     operands: Dtype that queries, keys and values are multiplied in.
@@ -211,15 +212,18 @@ class _Band:
       block *= 2
     return _Piece(num_strips, num_empty, block)
 
-  def together(self, runs: Sequence[_Run], num_strips: int) -> int:
+  def together(
+    self, runs: Sequence[_Run], num_strips: int, num_arrays: int
+  ) -> int:
     """Returns how many strips to compute at once.
 
     Args:
       runs: The blocks of the strips.
       num_strips: Number of strips.
+      num_arrays: Arrays of scores, or of their gradients.
     """
     largest = max(run.size * run.length for run in runs)
-    most = max(1, self.score_bytes // (4 * largest))
+    most = max(1, self.score_bytes // (4 * num_arrays * largest))
     return -(-num_strips // -(-num_strips // most))
 
   def scores(self, query, key, query_ids, key_ids, distance) -> jax.Array:
@@ -332,6 +336,7 @@ def _over_strips(
   compute: Callable[..., Any],
   arrays: Sequence[jax.Array],
   results: tuple[jax.Array, ...],
+  num_arrays: int,
 ) -> tuple[jax.Array, ...]:
   """Goes through all strips, some at a time.
 
@@ -344,11 +349,12 @@ def _over_strips(
       each array and of each result. Returns the results.
     arrays: `[strips, slots, ...]`.
     results: The first ones, likewise.
+    num_arrays: See `_Band.together`.
   """
   begin = 0
   for piece in band.pieces:
     runs = runs_of(piece)
-    count = band.together(runs, piece.num_strips)
+    count = band.together(runs, piece.num_strips, num_arrays)
 
     def step(
       i: Any,
@@ -404,6 +410,7 @@ def _core_forward(band: _Band, query, key, value, query_ids, key_ids):
     compute,
     (query, key, value, query_ids, key_ids),
     (zeros, zeros[..., 0]),
+    num_arrays=1,
   )
 
 
@@ -509,6 +516,7 @@ def _core_backward(band: _Band, saved, cotangents):
     compute,
     (query, key, value, query_ids, key_ids, d_output, log_sum, delta),
     (zeros, zeros, zeros),
+    num_arrays=2,
   )
   return *gradients, None, None
 
