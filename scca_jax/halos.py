@@ -331,6 +331,18 @@ def _put(
   return x.at[:, tokens, np.array(heads)].set(part, mode="clip")
 
 
+def _taken(
+  x: jax.Array, start: int, end: int, heads: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns `x`, to be written to, and `x[:, start:end, heads]`.
+
+  XLA writes to an array in place only if the same kernel does not read it.
+  """
+  part = take_heads(x[:, start:end], heads)
+  x, part = lax.optimization_barrier((x, part))
+  return x, part
+
+
 def _lend(
   x: jax.Array, start: int, end: int, heads: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
@@ -346,8 +358,8 @@ def _lend(
 
   def backward(_: None, gradients: Any) -> tuple[jax.Array]:
     d_x, d_part = gradients
-    d_part += take_heads(d_x[:, start:end], heads)
-    return (_put(d_x, d_part, start, heads),)
+    d_x, before = _taken(d_x, start, end, heads)
+    return (_put(d_x, before + d_part, start, heads),)
 
   lend.defvjp(lambda x: (lend(x), None), backward)
   result: Any = lend(x)
@@ -365,13 +377,11 @@ def _replace_first(
 
   @jax.custom_vjp
   def replace(x: jax.Array, part: jax.Array, is_kept: jax.Array) -> jax.Array:
-    first = take_heads(x[:, :length], heads)
+    x, first = _taken(x, 0, length, heads)
     return _put(x, jnp.where(is_kept, first, part), 0, heads)
 
   def backward(is_kept: jax.Array, d_x: jax.Array) -> tuple[Any, ...]:
-    d_first = take_heads(d_x[:, :length], heads)
-    # Read before it is overwritten, so that no copy is needed.
-    d_x, d_first = lax.optimization_barrier((d_x, d_first))
+    d_x, d_first = _taken(d_x, 0, length, heads)
     d_x = _put(d_x, jnp.where(is_kept, d_first, 0), 0, heads)
     return d_x, jnp.where(is_kept, 0, d_first), None
 

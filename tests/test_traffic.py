@@ -1,6 +1,7 @@
 """Bytes between devices: what programs move, and what patterns need."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -233,3 +234,14 @@ def test_programs_for_gpus_move_the_same_while_local_heads_are_computed():
   _, begun = program.split(" collective-permute-start(", 1)
   meanwhile, _ = begun.split(" collective-permute-done(", 1)
   assert " custom-call(" in meanwhile
+  # Gradients of parts are written in place: the kernel that writes to an array
+  # does not read it otherwise.
+  written = re.findall(
+    r"\{\n((?:(?!\n\}).)*)ROOT \S+ = \S+ dynamic-update-slice\((%[\w.-]+),",
+    compiled.as_text(),
+    re.DOTALL,
+  )
+  assert written
+  for before, array in written:
+    named = re.findall(re.escape(array) + r"(?![\w.-])", before)
+    assert len(named) <= 1, before
