@@ -711,7 +711,8 @@ def deal(
 
   Groups are assigned in order, which keeps shared keys in the cache, each to
   the multiprocessor that is free first; the last few per multiprocessor are
-  assigned by falling cost. Groups that would end too late go first.
+  assigned by falling cost. If some groups would end far too late, as those of
+  keys that all queries see, all go in the order in which they must begin.
 
   Args:
     groups: See `make_groups`.
@@ -729,7 +730,10 @@ def deal(
   cost = costs[order]
   begin = (np.cumsum(cost) - cost) / num_hands
   latest = cost.sum() / num_hands - cost
-  order = order[np.argsort(np.minimum(begin, latest), kind="stable")]
+  # Otherwise even a few groups out of order cost more than they gain: 8 % of
+  # both passes (scca_fixed at 32,768, calls in flight, H100).
+  if len(order) and (begin - latest).max() > 2 * np.median(cost):
+    order = order[np.argsort(np.minimum(begin, latest), kind="stable")]
   split = max(0, len(order) - num_sorted * num_hands)
   end = order[split:]
   order[split:] = end[np.argsort(-costs[end], kind="stable")]
