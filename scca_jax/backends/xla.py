@@ -61,8 +61,8 @@ from scca_jax.patterns import (
 
 # Blocks of a strip, in slots: the usual one, and the largest. Smaller ones skip
 # more pairs outside the band, larger ones multiply faster. And how many bytes
-# of scores to compute at once: few launches on a GPU, but what a CPU's cache
-# holds.
+# of scores to compute at once, in the backward pass with their gradients: few
+# launches on a GPU, but what a CPU's cache holds.
 _MIN_BLOCK = 64
 _BLOCK, _MAX_BLOCK, _SCORE_BYTES = 512, 2048, 128 * 2**20
 _CPU_BLOCK, _CPU_MAX_BLOCK, _CPU_SCORE_BYTES = 256, 256, 4 * 2**20
@@ -205,7 +205,7 @@ class _Band:
 
     while (
       2 * block <= most
-      and 8 * block * self.num_slots <= self.score_bytes
+      and 16 * block * self.num_slots <= self.score_bytes
       and self.num_slots % (2 * block) == num_empty % (2 * block) == 0
       and visited(2 * block) <= _MORE_PAIRS * visited(block)
     ):
@@ -673,7 +673,7 @@ def _block_size(cut: _Cut, most: int, score_bytes: int) -> int:
   # Powers of two, like most chunks: other sizes would need padding, a copy of
   # everything.
   block = most
-  while block > _MIN_BLOCK and 4 * block * cut.num_slots > score_bytes:
+  while block > _MIN_BLOCK and 8 * block * cut.num_slots > score_bytes:
     block //= 2
   if cut.lo is not None:
     # Blocks much larger than the window would compute masked pairs.
