@@ -9,9 +9,9 @@ by at most 66,559 tokens, a chunk a layer and half a chunk more.
 Hardware: one V100 of 32 GB, float16, and 16 GiB of the host's memory. Command,
 with the user's own weights and data: `scca finetune
 --config=configs/llama2_7b_1m.py --model=llama2-7b/ --data=train.bin
---config.data.test=test.bin`. Expected: the step compiles for that card to 20.5
+--config.data.test=test.bin`. Expected: the step compiles for that card to 20.4
 GiB (`scca plan_memory --config=configs/llama2_7b_1m.py --gpu=v100-32gb`), or to
-19.4 with `--config.training.mlp_chunk=1024 --config.training.loss_chunk=256`.
+19.3 with `--config.training.mlp_chunk=1024 --config.training.loss_chunk=256`.
 No V100 has run it; an H100 did within that card's pool, in bfloat16, in 112 s,
 of which pinning the host's memory took 11: see experiments/results/one_million.
 """
