@@ -331,6 +331,11 @@ def _put(
   return x.at[:, tokens, np.array(heads)].set(part, mode="clip")
 
 
+def _is_small(size: int, of: int) -> bool:
+  """Whether writing a part in place pays: a large one takes more memory."""
+  return 8 * size <= of
+
+
 def _taken(
   x: jax.Array, start: int, end: int, heads: Sequence[int]
 ) -> tuple[jax.Array, jax.Array]:
@@ -348,9 +353,12 @@ def _lend(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns `x`, to be used from now on, and `x[:, start:end, heads]`.
 
-  The part's gradient is added to that of `x` in place. By itself XLA would pad
-  it with zeros, and add two arrays of the size of `x`.
+  A small part's gradient is added to that of `x` in place. By itself XLA would
+  pad it with zeros, and add two arrays of the size of `x`.
   """
+  part = take_heads(x[:, start:end], heads)
+  if not _is_small(part.size, x.size):
+    return x, part
 
   @jax.custom_vjp
   def lend(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -371,9 +379,12 @@ def _replace_first(
 ) -> jax.Array:
   """Returns `x` with `part` as its first tokens, unless `x` is to be kept.
 
-  Its gradient is written in place, as with `_lend`.
+  If the part is small, the gradient is written in place, as with `_lend`.
   """
   length = part.shape[1]
+  if not _is_small(part.size, x.size):
+    first = take_heads(x[:, :length], heads)
+    return _put(x, jnp.where(is_kept, first, part), 0, heads)
 
   @jax.custom_vjp
   def replace(x: jax.Array, part: jax.Array, is_kept: jax.Array) -> jax.Array:
@@ -681,6 +692,24 @@ def _run_far_call(
   return output, *(jnp.where(sees_none, -jnp.inf, x) for x in log_sum)
 
 
+def _lend_first(
+  call: ShardedCall,
+  local: LocalCall,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array, jax.Array]:
+  """Returns the first tokens of a call's heads, and the arrays, see `_lend`."""
+  end, shared = local.num_queries, kv_heads_of(local.heads, call.group_size)
+  kv_heads = tuple(sorted(set(shared)))
+  query, of_query = _lend(query, 0, end, local.heads)
+  key, of_key = _lend(key, 0, end, kv_heads)
+  value, of_value = _lend(value, 0, end, kv_heads)
+  places = [kv_heads.index(head) for head in shared]
+  of_key, of_value = (take_heads(x, places) for x in (of_key, of_value))
+  return (of_query, of_key, of_value), query, key, value
+
+
 def attend_local(
   call: ShardedCall,
   plan: Plan,
@@ -712,17 +741,15 @@ def attend_local(
     `[batch, length, heads]`, if it is needed.
   """
   own_ids = segments[0] if call.has_segments else None
-  # The first tokens, for the calls that serve them again.
-  firsts = []
+  # The first tokens, for the calls that serve them again: small parts are lent
+  # before the calls for all tokens, large ones are taken when they are needed.
+  firsts = {}
   for local in plan.repeated:
-    end, shared = local.num_queries, kv_heads_of(local.heads, call.group_size)
-    kv_heads = tuple(sorted(set(shared)))
-    query, of_query = _lend(query, 0, end, local.heads)
-    key, of_key = _lend(key, 0, end, kv_heads)
-    value, of_value = _lend(value, 0, end, kv_heads)
-    places = [kv_heads.index(head) for head in shared]
-    first = (take_heads(x, places) for x in (of_key, of_value))
-    firsts.append((of_query, *first))
+    size = local.num_queries * len(local.heads)
+    if _is_small(size, of=math.prod(query.shape[1:3])):
+      firsts[local], query, key, value = _lend_first(
+        call, local, query, key, value
+      )
   own, key, value = _lend_own(plan, call.split, key, value)
   unpack = functools.partial(_unpack, head_dim=key.shape[3], dtype=key.dtype)
   halos = unpack(call, plan, own, segments, received)
@@ -748,9 +775,12 @@ def attend_local(
     # itself.
     received, result = lax.optimization_barrier((received, result))
     halos = unpack(call, plan, own, segments, received)
-  for local, first in zip(plan.repeated, firsts, strict=True):
+  for local in plan.repeated:
     ids = None if own_ids is None else own_ids[:, : local.num_queries]
-    queries, keys, values = first
+    if local in firsts:
+      queries, keys, values = firsts[local]
+    else:
+      (queries, keys, values), *_ = _lend_first(call, local, query, key, value)
     again = _run_local_call(
       call, plan, local, queries, keys, values, ids, halos
     )

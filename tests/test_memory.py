@@ -421,7 +421,7 @@ def test_a_million_tokens_in_chunks_of_32k_compile_within_a_v100(
     f"--output={output}",
   )
   plan = json.loads(output.read_text())
-  assert plan["fits"] and plan["peak_bytes"] <= 23.8 * 2**30
+  assert plan["fits"] and plan["peak_bytes"] <= 23.6 * 2**30
   # Half a chunk of each of 16 segments for half the heads, keys and values;
   # the inputs of attention and MLP of one segment.
   passed_on = 16 * 32 * 16384 * 16 * 128 * 2 * 2
