@@ -662,7 +662,11 @@ def _run_far_call(
   Keys and values before the sequence are 0, as received. So is the result of a
   query that sees no others: it needs no mask, and passes no gradient on.
   """
-  numbers = {halo.start: halo.kv_heads for halo in plan.halos}
+  numbers = {
+    halo.start: halo.kv_heads
+    for halo in plan.halos
+    if halo.length == local.length
+  }
   wanted = [
     (start, place // call.group_size)
     for start, place in zip(local.starts, local.heads, strict=True)

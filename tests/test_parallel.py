@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import scca_jax
 from scca_jax import patterns, sharding
-from scca_jax.patterns import AttentionPattern, members
+from scca_jax.patterns import AttentionPattern, HeadPattern, members
 
 SEQ = 64
 
@@ -92,6 +92,19 @@ def test_patterns_are_mixed_by_their_log_sum_exp():
     patterns.scca_fixed(4, 16),
   )
   _check(mixture, _mesh(fsdp=2, sequence=4), kv_heads=2)
+
+
+def test_halos_may_start_at_the_same_place():
+  # The window's has 8 tokens, the other a whole shard.
+  pattern = AttentionPattern(
+    (
+      HeadPattern(chunk_size=8, shift=8),
+      HeadPattern(window=9),
+      HeadPattern(window=9),
+      HeadPattern(chunk_size=8, shift=8),
+    )
+  )
+  _check(pattern, _mesh(sequence=2), kv_heads=4, seq_len=32)
 
 
 def test_heads_with_unknown_fields_are_exchanged_whole():
