@@ -22,8 +22,8 @@ are most of a shard, a single call with the halo serves all, and segment 0 hides
 whatever would come before the first token. Gradients travel back along the
 messages.
 
-The parts of this module: the plan (`make_plan`), messages (`pack`), and local
-calls (`attend_local`).
+The parts of this module: the plan (`make_plan`), gradients written in place
+(`_lend`), messages (`pack`), and local calls (`attend_local`).
 """
 
 import dataclasses
@@ -316,7 +316,7 @@ class ShardedCall:
     return output, log_sum
 
 
-# Parts of arrays whose gradients are written in place.
+# Gradients written in place.
 
 
 def _put(

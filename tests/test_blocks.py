@@ -153,7 +153,7 @@ def test_queries_may_have_later_positions_than_keys(
   inverse,
   in_order,
 ):
-  # See `Call.starts_late`.
+  # See `contract.starts_late`.
   head = HeadPattern(
     chunk_size=chunk_size,
     offset=query_offset % chunk_size,

@@ -121,7 +121,7 @@ class Rule:
     Args:
       head: The head.
       boundary: See `AttentionPattern`.
-      query_offset: Position of the first query; see `Call.starts_late`.
+      query_offset: Position of the first query; see `contract.starts_late`.
     """
     shift, limit = head.shift - query_offset, 0
     if head.own_chunk:

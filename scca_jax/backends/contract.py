@@ -16,6 +16,37 @@ from scca_jax.target import Target
 SAVED = "scca_attention"
 
 
+def starts_late(
+  query: jax.Array,
+  key: jax.Array,
+  pattern: AttentionPattern,
+  segment_ids: jax.Array | None,
+  query_offset: int | jax.Array,
+) -> bool:
+  """Whether queries only start later, and every key that they see is there.
+
+  Then there are as many keys as queries, and each query's chunk is shifted by
+  at least the offset. A back end can serve such a call like one without an
+  offset whose shifts are smaller by as much.
+  """
+  length = query.shape[1]
+  return (
+    isinstance(query_offset, int)
+    and query_offset > 0
+    and length == key.shape[1]
+    and segment_ids is None
+    and pattern.boundary == "drop"
+    and pattern.causality == "position"
+    and all(
+      head.in_use() <= {"chunk_size", "offset", "shift"}
+      and head.chunk_size is not None
+      and head.shift >= query_offset
+      and (query_offset + length - head.offset) % head.chunk_size == 0
+      for head in pattern.head_groups()
+    )
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
   """The arguments of one call of a back end.
@@ -69,26 +100,9 @@ class Call:
 
   @property
   def starts_late(self) -> bool:
-    """Whether queries start at an offset, and are served as if they did not.
-
-    There are as many keys as queries, and each query's chunk has been shifted
-    by at least the offset, so that every key that it sees is there.
-    """
-    offset, length = self.query_offset, self.query.shape[1]
-    return (
-      isinstance(offset, int)
-      and offset > 0
-      and length == self.key.shape[1]
-      and self.segment_ids is None
-      and self.pattern.boundary == "drop"
-      and self.pattern.causality == "position"
-      and all(
-        head.in_use() <= {"chunk_size", "offset", "shift"}
-        and head.chunk_size is not None
-        and head.shift >= offset
-        and (offset + length - head.offset) % head.chunk_size == 0
-        for head in self.pattern.head_groups()
-      )
+    """See the function of this name."""
+    return starts_late(
+      self.query, self.key, self.pattern, self.segment_ids, self.query_offset
     )
 
   @property

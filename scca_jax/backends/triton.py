@@ -955,7 +955,7 @@ def attention(
     value: Like `key`.
     pattern: Which keys each query head sees, with causality "position".
     segment_ids: Integers `[batch, seq]`, or None.
-    query_offset: 0, or as in `Call.starts_late`.
+    query_offset: 0, or as in `contract.starts_late`.
     scale: Factor of the scores.
     sizes: Kernel tile sizes; None uses `default_sizes`.
     interpret: Whether to interpret the kernels, on any device; float32 and any

@@ -41,7 +41,7 @@ import numpy as np
 
 from scca_jax import target
 from scca_jax.backends import online_softmax, xla_cache
-from scca_jax.backends.contract import Call
+from scca_jax.backends.contract import starts_late
 from scca_jax.backends.heads import (
   combine,
   finish_softmax,
@@ -1020,16 +1020,7 @@ def attention(
   Computes in float32.
   """
   seq_len = query.shape[1]
-  call = Call(
-    query=query,
-    key=key,
-    value=value,
-    pattern=pattern,
-    scale=scale,
-    segment_ids=segment_ids,
-    query_offset=query_offset,
-  )
-  if call.starts_late:
+  if starts_late(query, key, pattern, segment_ids, query_offset):
     # Idle queries in front, and keys at the end that no query sees.
     missing = int(query_offset)
     padding = ((0, 0), (missing, 0), (0, 0), (0, 0))
