@@ -247,7 +247,7 @@ def _turns(
     number, state = carry
     return number + 1, step(number <= index, state)
 
-  # Not a scan, which `jax.checkpoint` would split (see `backends.xla`).
+  # Not a scan, which `jax.checkpoint` would split (see `backends.xla_strips`).
   return lax.while_loop(
     lambda carry: carry[0] < ring.num_devices, turn, (jnp.int32(1), state)
   )[1]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import scca_jax
 from scca_jax import patterns, sharding
-from scca_jax.backends import registry, xla, xla_cache
+from scca_jax.backends import registry, xla, xla_cache, xla_strips
 from scca_jax.backends.contract import BackEnd, Call
 from scca_jax.patterns import AttentionPattern, HeadPattern
 
@@ -188,9 +188,11 @@ def test_gpus_take_larger_blocks_and_skip_empty_starts(monkeypatch):
   monkeypatch.setattr(xla, "_CPU_BLOCK", 8)
   monkeypatch.setattr(xla, "_CPU_SCORE_BYTES", 3 * 4 * 32 * 32)
   pieces = []
-  core = xla._core
+  core = xla_strips.core
   monkeypatch.setattr(
-    xla, "_core", lambda band, *x: pieces.extend(band.pieces) or core(band, *x)
+    xla_strips,
+    "core",
+    lambda band, *x: pieces.extend(band.pieces) or core(band, *x),
   )
   ids = jnp.asarray([np.arange(61) // 23, np.arange(61) // 60 + 1])
   cases.check(
